@@ -1,0 +1,148 @@
+"""One step: agree, then bucket by bucket compute, launch, refresh while it travels, wait, apply.
+
+[Note: failures] An owner that raises between two collectives would leave the others waiting. So what goes wrong after
+the agreement is kept, and all ranks raise together: at the end of the step, told by a flag at the end of each chunk;
+or, where reading the flags would cost a synchronisation (CUDA) or the chunks have left (a refresh), in the next step's
+agreement.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_dist.agreement import Gradient, Sight, Trouble, describe_gradients
+from kl_dist.exchange import Gathering, Ranks
+from kl_dist.layouts.replicated import Replicated
+from kl_dist.methods import rule
+from kl_dist.partition import Bucket, Plan
+from kl_dist.stacks import Stack, build_stacks
+from kl_dist.units import Unit
+
+
+class Engine:
+    """Runs the plan over the parameters of this rank. Made anew when the plan changes."""
+
+    def __init__(self, plan: Plan, ranks: Ranks, parameters: Sequence[Tensor], groups: list[dict[str, Any]]) -> None:
+        self.plan, self.ranks, self.groups = plan, ranks, groups
+        self.device = parameters[0].device if parameters else torch.device("cpu")
+        self.layout = Replicated(plan, parameters)
+        self.stacks = build_stacks(plan, ranks.rank, self.device)
+        self.failure: Exception | None = None  # of this rank, not yet raised: see [Note: failures]
+        self.refreshes = 0
+        self.refresh_seconds = 0.0
+
+    def agree(self, trouble: Trouble) -> tuple[Trouble, list[Gradient]]:
+        """What all ranks know of this step before it changes anything: see [Note: agreement]."""
+        said = torch.zeros(self.plan.agreement_size, dtype=torch.float32, device=self.device)
+        if trouble is not Trouble.ERROR:
+            describe_gradients(list(self._sights()), said)
+        said[-1] = float(trouble)
+        values = self.ranks.largest(said)
+        return Trouble(int(values[-1])), [Gradient(int(value)) for value in values[:-1]]
+
+    def run(self, said: Sequence[Gradient]) -> None:
+        """Compute, exchange and apply all updates.
+
+        Raises:
+            RuntimeError: on all ranks, when one of them failed: see [Note: failures].
+        """
+        flags = []
+        under_way: tuple[Bucket, Gathering] | None = None
+        with full_precision(self.device):
+            for bucket, stacks in zip(self.plan.buckets, self.stacks, strict=True):
+                launched = (bucket, self.ranks.gather(self._compute(bucket, stacks, said)))
+                self._refresh(stacks, said)
+                if under_way is not None:
+                    flags.append(self._finish(*under_way, said))
+                under_way = launched
+            if under_way is not None:
+                flags.append(self._finish(*under_way, said))
+        if self.device.type != "cuda" and any(bool(flag.any()) for flag in flags):
+            self.ranks.raise_together(self.failure)
+
+    def _sights(self) -> Iterator[Sight]:
+        for stack in (stack for bucket in self.stacks for stack in bucket):
+            for row, (index, unit) in enumerate(zip(stack.indices, stack.units, strict=True)):
+                yield Sight(index, unit, self.layout.gradient(unit), stack.waits(row))
+
+    def _compute(self, bucket: Bucket, stacks: Sequence[Stack], said: Sequence[Gradient]) -> Tensor:
+        """This rank's chunk of a bucket: its updates end to end, padding, and the flag of failure."""
+        chunk = torch.zeros(bucket.chunk + 1, dtype=bucket.dtype, device=self.device)
+        try:
+            for stack in stacks:
+                updates = chunk[stack.offset : stack.offset + stack.numel]
+                stack.update([said[i] for i in stack.indices], self.layout, self._group(stack), updates)
+        except Exception as problem:
+            self._keep(problem)
+            chunk.zero_()
+            chunk[-1] = 1
+        return chunk
+
+    def _refresh(self, stacks: Sequence[Stack], said: Sequence[Gradient]) -> None:
+        began = time.perf_counter()
+        try:
+            for stack in stacks:
+                self.refreshes += stack.refresh([said[i] for i in stack.indices], self._group(stack))
+        except Exception as problem:
+            self._keep(problem)
+        self.refresh_seconds += time.perf_counter() - began
+
+    def _finish(self, bucket: Bucket, gathering: Gathering, said: Sequence[Gradient]) -> Tensor:
+        """Wait for a bucket and apply it; returns the ranks' flags of failure."""
+        buffer = gathering.wait()
+        together: dict[tuple[int, str], list[tuple[Unit, Tensor]]] = {}
+        for chunk, indices in zip(buffer, bucket.units, strict=True):
+            offset = 0
+            for index in indices:
+                unit = self.plan.units[index]
+                if said[index].moves(unit):
+                    update = chunk[offset : offset + unit.numel]
+                    together.setdefault((unit.group, unit.method), []).append((unit, update))
+                offset += unit.numel
+        for (group, method), updates in together.items():
+            self.layout.apply(updates, *step_size(self.groups[group], method))
+        return buffer[:, -1]
+
+    def _group(self, stack: Stack) -> Mapping[str, Any]:
+        return self.groups[stack.units[0].group]
+
+    def _keep(self, problem: Exception) -> None:
+        if self.failure is None:
+            self.failure = RuntimeError(
+                f"a step failed half-way ({type(problem).__name__}: {problem}); weights and state are no longer to be"
+                " trusted: resume from a checkpoint"
+            )
+            self.failure.__cause__ = problem
+
+
+def step_size(group: Mapping[str, Any], method: str) -> tuple[float, float]:
+    """(keep, lr) of W <- keep W - lr U.
+
+    `adamw_lr` is AdamW's learning rate when `lr` has the value it was constructed with; schedules move both alike.
+    """
+    lr = float(group["lr"])
+    if method == "adamw" and group["adamw_lr"] is not None:
+        lr = float(group["adamw_lr"]) * lr / group["base_lr"]
+    keep = 1 - lr * float(group["weight_decay"])
+    decays_last = method != "adamw" and rule(method, group["recipe"]).decays_last
+    return keep, lr * keep if decays_last else lr
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32: factor products in lower precision lose the small eigenvalues."""
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)

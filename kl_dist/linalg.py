@@ -1,0 +1,108 @@
+"""Eigenbases of symmetric matrices: orthogonal iteration, eigh with fall-backs, inverse roots.
+
+Every function works on a batch, shape (B, d, d), in the dtype it is given, and changes none of its arguments.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+fallbacks: Counter[str] = Counter()
+"""How often a decomposition had to be computed another way, by the reason; read by ``KLShampoo.stats()``."""
+
+
+def start_basis(d: int, like: Tensor) -> Tensor:
+    """A fixed generic orthogonal matrix (d, d): the same for a given d on every rank and at every world size.
+
+    Why not the identity: coordinate axes can be exact eigenvectors (a row whose gradient is zero), and in the wrong
+    place such an axis is an *unstable* equilibrium of orthogonal iteration. Rounding noise then decides when it
+    leaves, and two runs that differ by 1e-15 end up 1e-2 apart. From a generic basis they stay at 1e-12.
+    """
+    seeded = torch.Generator().manual_seed(d)
+    gaussian = torch.randn(d, d, generator=seeded, dtype=torch.float32)
+    return torch.linalg.qr(gaussian.to(like.device, like.dtype)).Q
+
+
+def orthogonal_iteration(factor: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """One step of orthogonal iteration, seen from the current basis.
+
+        S + c I = O P  (QR),   c = damping * mean(diag S);   S' = O^T S O = P O - c I
+
+    Args:
+        factor: S, the Kronecker factor in its current basis, (B, d, d), symmetric.
+        damping: relative damping; 0 is the released code's iteration, above 0 the null space is left in peace.
+
+    Returns:
+        O, the rotation from the current basis to the refreshed one, and S' in the refreshed basis, symmetric.
+    """
+    shift = damping * mean_diagonal(factor)
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    rotation, triangle = torch.linalg.qr(factor + shift * identity)
+    rotated = triangle @ rotation - shift * identity
+    return rotation, (rotated + rotated.mT) / 2
+
+
+def reorthogonalize(basis: Tensor) -> Tensor:
+    """One Newton-Schulz step towards the nearest orthogonal matrix: Q (3 I - Q^T Q) / 2.
+
+    Turns an error |Q^T Q - I| = e into about 3/4 e^2, for 4 d^3 flops.
+    """
+    identity = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
+    return basis @ (1.5 * identity - 0.5 * (basis.mT @ basis))
+
+
+def descending_eigenbasis(factor: Tensor) -> Tensor:
+    """Eigenvectors (B, d, d) of a symmetric factor, as columns, in descending order of eigenvalue."""
+    return eigh(factor)[1].flip(-1)
+
+
+def inverse_root(factor: Tensor, exponent: float, shift: Tensor | float) -> Tensor:
+    """(S + c I)^-p = Q diag((max(lambda, 0) + c)^-p) Q^T of a symmetric positive semi-definite factor (B, d, d).
+
+    Args:
+        factor: S.
+        exponent: p > 0.
+        shift: c > 0, a number or (B, 1): with a singular S it alone makes the root a continuous function of S.
+    """
+    eigenvalues, basis = eigh(factor)
+    scaled = basis * (eigenvalues.clamp_min(0) + shift).pow(-exponent).unsqueeze(-2)
+    return scaled @ basis.mT
+
+
+def eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (B, d), ascending, and eigenvectors (B, d, d), with two fall-backs where the solver gives up.
+
+    First float64 on the CPU (a failed eigh on CUDA can leave its context unusable, so nothing is retried there), then
+    the same with 1e-12 of the mean diagonal added. Both are counted in ``fallbacks``.
+
+    Raises:
+        RuntimeError: all of them failed (torch.linalg.LinAlgError).
+    """
+    try:
+        return _finite(torch.linalg.eigh(factor))
+    except torch.linalg.LinAlgError:
+        fallbacks["eigh in float64 on the CPU"] += 1
+    exact = factor.to("cpu", torch.float64)
+    try:
+        eigenvalues, basis = _finite(torch.linalg.eigh(exact))
+    except torch.linalg.LinAlgError:
+        fallbacks["eigh with jitter"] += 1
+        jitter = 1e-12 * mean_diagonal(exact) * torch.eye(exact.shape[-1], dtype=exact.dtype)
+        eigenvalues, basis = _finite(torch.linalg.eigh(exact + jitter))
+    return eigenvalues.to(factor), basis.to(factor)
+
+
+def mean_diagonal(factor: Tensor) -> Tensor:
+    """mean(diag S) of each matrix, shaped (B, 1, 1)."""
+    return factor.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+
+
+def _finite(decomposition: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    # LAPACK can return NaN without complaint. On CUDA the check would be a synchronisation, and cuSOLVER raises.
+    eigenvalues, basis = decomposition
+    if eigenvalues.device.type == "cpu" and not bool(eigenvalues.isfinite().all()):
+        raise torch.linalg.LinAlgError("eigh returned values that are not finite")
+    return eigenvalues, basis

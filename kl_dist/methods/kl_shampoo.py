@@ -1,0 +1,78 @@
+"""KL-Shampoo: U = S_a^-1/2 M S_b^-1/2 with Kronecker factors that minimise a Kullback-Leibler divergence.
+
+Resident in the eigenbasis, one projection of the gradient is all a step needs:
+
+    G~ = Q_a^T G Q_b;   M~ <- beta1 M~ + (1 - beta1) G~;   U = Q_a (M~ / D) Q_b^T,   D_ij = sqrt(lambda_a,i lambda_b,j)
+
+6 mn(m+n) flops for an m x n matrix. Letters: M exp_avg, S factors, Q bases, lambda eigenvalues, v scale.
+Source: Lin et al., "Understanding and Improving Shampoo and SOAP via Kullback-Leibler Minimization", ICLR 2026.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from kl_dist.methods import kl_factors, kronecker
+from kl_dist.methods.kronecker import Hyper
+from kl_dist.methods.state import KLShampooState, Side, unstarted
+
+START_REFRESHES = 4
+
+
+def allocate(shape: Sequence[int], sides: Sequence[Side], batch: int, like: Tensor) -> KLShampooState:
+    """State of `batch` matrices of `shape`, before any gradient, with dtype and device of `like`."""
+    factors, bases, eigenvalues = kl_factors.allocate_sides(shape, sides, batch, like)
+    return KLShampooState(
+        *unstarted(batch),
+        like.new_zeros(batch, *shape),
+        factors,
+        bases,
+        eigenvalues,
+        like.new_zeros(batch),
+    )
+
+
+def start(state: KLShampooState, grad: Tensor, hyper: Hyper) -> None:
+    """Factors and eigenbases from the first non-zero gradient; the first update follows in the same step."""
+    kl_factors.start_bases(state, grad, START_REFRESHES)
+
+
+def update(state: KLShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
+    """The update U of one step, before the learning rate; the factors already know this step's gradient.
+
+        U = Q_a (N / (s sqrt(lambda_a lambda_b^T) (1 + eps))) Q_b^T
+
+    with N the bias-corrected momentum and s the gradients' scale, so that U does not change when all gradients are
+    multiplied by a constant.
+
+    Args:
+        state: mutated.
+        grad: G, (B, d_1..d_K), not mutated.
+        hyper: eps is relative here.
+
+    Returns:
+        U, like grad.
+    """
+    state.step.add_(1)
+    projected = kronecker.project(grad, state.bases)
+    direction = kronecker.momentum(state.exp_avg, projected, state.step, hyper)
+    scale = kl_factors.learn(state, projected, hyper)
+    preconditioned = kronecker.scale_sides(direction, state.eigenvalues, -0.5)
+    preconditioned.div_(kronecker.column(scale * (1 + hyper.eps), grad))
+    return kronecker.project_back(preconditioned, state.bases)
+
+
+def update_as_released(state: KLShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
+    """The released code's update: U = Q_a (M~ / (D + eps)) Q_b^T with the eigenvalues of the step before.
+
+    No bias correction, no Nesterov momentum; eps is absolute. Shapes as `update`.
+    """
+    state.step.add_(1)
+    projected = kronecker.project(grad, state.bases)
+    state.exp_avg.lerp_(projected, 1 - hyper.betas[0])
+    root = kronecker.scale_sides(projected.new_ones(projected.shape), state.eigenvalues, 0.5)
+    preconditioned = state.exp_avg / root.add_(hyper.eps)
+    kl_factors.learn_as_released(state, projected, hyper)
+    return kronecker.project_back(preconditioned, state.bases)

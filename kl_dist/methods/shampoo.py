@@ -1,0 +1,117 @@
+"""Shampoo with AdamW grafting: the direction of Shampoo, the length of AdamW's update of the same matrix.
+
+    S_k <- beta S_k + (1 - beta) G_k G_k^T;   U = M x_1 S_1^-p .. x_K S_K^-p;   U <- U |A| / |U|
+
+with A the AdamW direction of the same matrix, Frobenius norms per matrix, p = 1 / (2 K) by default (1/4 for a matrix).
+The inverse roots are those of the last refresh. Nothing is resident: a function of S needs no basis to be kept.
+Source: Gupta et al. (arXiv 1802.09568), Shi et al. (arXiv 2309.06497).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kl_dist import linalg
+from kl_dist.methods import kronecker
+from kl_dist.methods.kronecker import Hyper
+from kl_dist.methods.soap import scaled_adam
+from kl_dist.methods.state import ShampooState, Side, unstarted
+
+DAMPING = 1e-4  # of the mean eigenvalue, under the root: singular factors give continuous roots
+
+
+def allocate(shape: Sequence[int], sides: Sequence[Side], batch: int, like: Tensor) -> ShampooState:
+    """State of `batch` matrices of `shape`, before any gradient, with dtype and device of `like`."""
+
+    def zeros(side: Side, d: int) -> Tensor | None:
+        shapes = {"full": (batch, d, d), "diagonal": (batch, d)}
+        return like.new_zeros(shapes[side]) if side in shapes else None
+
+    factors, roots = (tuple(zeros(side, d) for d, side in zip(shape, sides, strict=True)) for _ in range(2))
+    exp_avg = like.new_zeros(batch, *shape)
+    return ShampooState(*unstarted(batch), exp_avg, exp_avg.clone(), factors, roots, like.new_zeros(batch))
+
+
+def start(state: ShampooState, grad: Tensor, hyper: Hyper) -> None:
+    """Factors from the first non-zero gradient at unit scale, and their inverse roots."""
+    unit = kronecker.at_unit_scale(grad)
+    kronecker.learn_grams(state.factors, unit, state.step, kronecker.steady_beta(0.0), normalize=True)
+    state.exp_avg_sq.fill_(1.0)
+    refresh(state, hyper)
+
+
+def update(state: ShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
+    """The update of one step, before the learning rate; eps is relative. Arguments as `kl_shampoo.update`."""
+    state.step.add_(1)
+    direction = kronecker.momentum(state.exp_avg, grad, state.step, hyper)
+    scale = kronecker.tracked_scale(state.grad_scale, kronecker.mean_square(grad), state.step, hyper.betas[1])
+    unit = grad / kronecker.column(scale, grad)
+    grafted = scaled_adam(direction, unit, scale, state.exp_avg_sq, state.step, hyper)
+    kronecker.learn_grams(state.factors, unit, state.step, kronecker.warm_beta(hyper.factor_beta), normalize=True)
+    return _graft(_precondition(direction / kronecker.column(scale, grad), state.inverse_roots), grafted)
+
+
+def refresh(state: ShampooState, hyper: Hyper) -> None:
+    """Inverse roots anew, with relative damping."""
+    _renew_roots(state, hyper, DAMPING, 0.0)
+
+
+def start_as_released(state: ShampooState, grad: Tensor, hyper: Hyper) -> None:
+    """First call of recipe "paper": factors and inverse roots from the gradient as it is; weights and moments stay."""
+    kronecker.learn_grams(state.factors, grad, state.step, kronecker.steady_beta(hyper.factor_beta), normalize=False)
+    refresh_as_released(state, hyper)
+
+
+def update_as_released(state: ShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
+    """The update of recipe "paper": grafted to AdamW with bias correction; the factors learn afterwards."""
+    state.step.add_(1)
+    beta1, beta2 = hyper.betas
+    state.exp_avg.lerp_(grad, 1 - beta1)
+    state.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    exp_avg = state.exp_avg * kronecker.of_step(lambda t: 1 / (1 - beta1**t), state.step, grad)
+    exp_avg_sq = state.exp_avg_sq * kronecker.of_step(lambda t: 1 / (1 - beta2**t), state.step, grad)
+    adamw = exp_avg / exp_avg_sq.sqrt_().add_(hyper.eps)
+    direction = _graft(_precondition(state.exp_avg, state.inverse_roots), adamw)
+    kronecker.learn_grams(state.factors, grad, state.step, kronecker.steady_beta(hyper.factor_beta), normalize=False)
+    return direction
+
+
+def refresh_as_released(state: ShampooState, hyper: Hyper) -> None:
+    """Inverse roots anew, with the absolute damping eps."""
+    _renew_roots(state, hyper, 0.0, hyper.eps)
+
+
+def _renew_roots(state: ShampooState, hyper: Hyper, damping: float, eps: float) -> None:
+    """S_k^-p with c = damping * (mean eigenvalue) + eps on every side."""
+    exponent = hyper.shampoo_exponent or 1 / (2 * len(state.factors))
+    for factor, root in zip(state.factors, state.inverse_roots, strict=True):
+        if factor is None or root is None:
+            continue
+        eigenvalues = factor if factor.ndim == 2 else factor.diagonal(dim1=-2, dim2=-1)
+        shift = damping * eigenvalues.mean(-1, keepdim=True) + eps
+        if factor.ndim == 3:
+            root.copy_(linalg.inverse_root(factor, exponent, shift))
+        else:
+            root.copy_((factor + shift).pow(-exponent))
+
+
+def _precondition(direction: Tensor, inverse_roots: Sequence[Tensor | None]) -> Tensor:
+    for side, root in enumerate(inverse_roots):
+        if root is None:
+            continue
+        if root.ndim == 3:
+            direction = kronecker.multiply_side(direction, root, side)
+        else:
+            direction = direction * kronecker.along(root, side, direction)
+    return direction
+
+
+def _graft(direction: Tensor, length_of: Tensor) -> Tensor:
+    """`direction` with the Frobenius norm of `length_of`, matrix by matrix."""
+    wanted = torch.linalg.vector_norm(length_of.flatten(1), dim=1)
+    present = torch.linalg.vector_norm(direction.flatten(1), dim=1)
+    ratio = wanted / present.clamp_min(kronecker.smallest_scale(direction.dtype))
+    return direction * kronecker.column(ratio, direction)

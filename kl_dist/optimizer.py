@@ -1,0 +1,344 @@
+"""KLShampoo, the torch.optim.Optimizer: a thin shell around the plan and the engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kl_dist import checkpoint, linalg, options
+from kl_dist.agreement import Gradient, Trouble
+from kl_dist.engine import Engine
+from kl_dist.exchange import Ranks, communication_device
+from kl_dist.partition import Plan, make_plan, structure
+from kl_dist.routing import named_parameters_of, routing_table
+from kl_dist.stacks import unit_states
+from kl_dist.units import Parameter
+
+log = logging.getLogger(__name__)
+
+
+class KLShampoo(torch.optim.Optimizer):
+    r"""KL-Shampoo and its family, with preconditioners partitioned over ranks.
+
+    For a weight W with gradient G, Kronecker factors S_a, S_b and their eigenbases Q_a, Q_b,
+
+        W <- W (1 - lr weight_decay) - lr S_a^-1/2 M S_b^-1/2
+
+    where M is G's momentum and the factors minimise KL(E[g g^T] || S_a x S_b). Each rank holds and updates the factors
+    of its own matrices only; the updates are all-gathered. Construct it on every rank, after init_process_group and
+    after the model is on its device (and wrapped by DDP); construction is a collective.
+
+    Args:
+        params: parameters, (name, parameter) pairs as `model.named_parameters()` gives them, or parameter groups.
+            Two or more dimensions are served by `method`, all others by AdamW.
+        lr: learning rate of matrices, and of AdamW unless `adamw_lr` is given.
+        betas: weights of the old momentum and the old second moments. None: the recipe's, (0.95, 0.95) for "fresh".
+        eps: added to denominators; relative to the gradients' scale for matrices under "fresh".
+        weight_decay: decoupled.
+        method: "kl_shampoo", "kl_soap", "soap", "shampoo", or "adamw".
+        recipe: "fresh", the project's form, or "paper", the released codes' to the letter.
+        precondition_frequency: T; the eigenbases are refreshed every T steps. None: 2 ("paper": 10).
+        shampoo_beta: weight of the old factors. None: betas[1].
+        blocking: "square" cuts a matrix along its long side into near-square blocks; "none". None: the recipe's.
+        max_preconditioner_dim: sides longer than this are handled as `long_side` says.
+        process_group: ranks to partition over. None: all of them.
+        nesterov: momentum one step ahead. None: True ("paper": False).
+        stagger: spread the refreshes over the T steps. None: True ("paper": False).
+        long_side: "cut", "diagonal" or "identity".
+        merge_dims: read small trailing dimensions (convolution kernels) as columns. None: True ("paper": False).
+        matrices: which axes are batch, rows and columns, and equal parts along an axis; see `kl_dist.matrices`.
+        shampoo_exponent: p of method "shampoo". None: 1 / (2 K) for K sides.
+        adamw_lr: AdamW's learning rate while `lr` has its constructed value; schedules move both in proportion.
+        adamw_betas: None: `betas` where given, else (0.9, 0.95).
+        on_nonfinite: "skip" leaves out a step with a NaN or Inf gradient on all ranks alike; "raise".
+
+    All but the last of these and `process_group` can be given per parameter group.
+
+    Raises:
+        TypeError, ValueError: a bad option or parameter, by name, on every rank.
+        RuntimeError: torch.distributed is needed and not initialised.
+
+    Source: Lin et al., ICLR 2026 (arXiv 2509.03378); see docs/algorithm.md.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        method: str = "kl_shampoo",
+        recipe: str = "fresh",
+        precondition_frequency: int | None = None,
+        shampoo_beta: float | None = None,
+        blocking: str | None = None,
+        max_preconditioner_dim: int = 8192,
+        process_group: dist.ProcessGroup | None = None,
+        nesterov: bool | None = None,
+        stagger: bool | None = None,
+        long_side: str = "cut",
+        merge_dims: bool | None = None,
+        matrices: Mapping[str, Any] | None = None,
+        shampoo_exponent: float | None = None,
+        adamw_lr: float | None = None,
+        adamw_betas: tuple[float, float] | None = None,
+        on_nonfinite: str = "skip",
+        **unknown: Any,
+    ) -> None:
+        given = locals()
+        defaults = {key: given[key] for key in options.DEFAULTS}
+        self._ranks = Ranks(process_group)
+        self._engine: Engine | None = None
+        self._on_nonfinite = on_nonfinite
+        self._skipped = 0
+        with self._ranks.together():
+            for key in unknown:
+                raise options.unknown_option(key, [*options.DEFAULTS, "process_group", "on_nonfinite"])
+            if on_nonfinite not in ("skip", "raise"):
+                raise ValueError(f'on_nonfinite is "skip" or "raise", not {on_nonfinite!r}')
+            super().__init__(params, defaults)
+            plan = self._make_plan(None)
+        self._check_same(plan)
+        self._adopt(plan)
+
+    # -- parameters and plan ------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; a collective after construction. What has an owner keeps it.
+
+        Raises:
+            TypeError, ValueError: as the constructor; nothing is added then.
+        """
+        if self._engine is None:  # under construction: the constructor tells the other ranks
+            super().add_param_group(self._checked_group(param_group))
+            return
+        before = len(self.param_groups)
+        try:
+            with self._ranks.together():
+                super().add_param_group(self._checked_group(param_group))
+                plan = self._make_plan(self.plan)
+            self._check_same(plan)
+        except Exception:
+            del self.param_groups[before:]
+            raise
+        self._adopt(plan)
+
+    def _checked_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        named = named_parameters_of(param_group, len(self.param_groups))
+        taken = {id(p): name for group in self.param_groups for name, p in self._named(group)}
+        for name, parameter in named:
+            if id(parameter) in taken:
+                first = taken[id(parameter)]
+                also = f" (as {first!r})" if first != name else ""
+                raise ValueError(f"parameter {name!r} is given twice{also}: each belongs to one group, once")
+            taken[id(parameter)] = name
+        group = {key: value for key, value in param_group.items() if key != "param_names"}
+        group["params"] = [(name, parameter) for name, parameter in named]
+        for key, default in self.defaults.items():
+            group.setdefault(key, default)
+        options.resolve(group)
+        return group
+
+    @staticmethod
+    def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
+        return zip(group["param_names"], group["params"], strict=True)
+
+    def _trainable(self) -> list[tuple[str, Tensor, int]]:
+        return [
+            (name, parameter, index)
+            for index, group in enumerate(self.param_groups)
+            for name, parameter in self._named(group)
+            if parameter.requires_grad
+        ]
+
+    def _make_plan(self, previous: Plan | None) -> Plan:
+        trainable = self._trainable()
+        devices = {parameter.device: name for name, parameter, _ in trainable}
+        if len(devices) > 1:
+            places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+            raise ValueError(f"all parameters of a rank must be on one device, but {places}")
+        for device in devices:
+            communication_device(device, self._ranks)
+        parameters = [Parameter(name, tuple(p.shape), p.dtype, group) for name, p, group in trainable]
+        return make_plan(parameters, self.param_groups, self._ranks.size, previous)
+
+    def _check_same(self, plan: Plan) -> None:
+        self._ranks.check_same(plan.digest(), plan.lines, "the plan of KLShampoo")
+
+    def _adopt(self, plan: Plan) -> None:
+        """Build the state a plan asks for, with what was there copied into it."""
+        trainable = [parameter for _, parameter, _ in self._trainable()]
+        old = {} if self._engine is None else dict(self._states())
+        self._engine = Engine(plan, self._ranks, trainable, self.param_groups)
+        self._signature = self._current_signature()
+        self._structure = structure(self.param_groups)
+        self.state.clear()
+        for unit, tensors in unit_states(self._engine.stacks):
+            suffix = unit.name.removeprefix(plan.parameters[unit.parameter].name)
+            entry = self.state[trainable[unit.parameter]]
+            for name, tensor in tensors.items():
+                if unit.name in old:
+                    tensor.copy_(old[unit.name][name])
+                entry[f"{suffix}{'.' if suffix else ''}{name}"] = tensor
+
+    def _states(self) -> Iterable[tuple[str, dict[str, Tensor]]]:
+        assert self._engine is not None
+        return ((unit.name, tensors) for unit, tensors in unit_states(self._engine.stacks))
+
+    def _current_signature(self) -> list[tuple[Any, ...]]:
+        return [(p.requires_grad, p.dtype, p.device, id(p)) for group in self.param_groups for p in group["params"]]
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of all parameters that have a gradient. A collective.
+
+        Args:
+            closure: evaluates the model again and returns the loss, as in torch.optim.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            ValueError, TypeError: a bad gradient or option on any rank; on all ranks, before anything changes.
+            FloatingPointError: a gradient that is not finite, under on_nonfinite="raise"; on all ranks.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gradients = self._agree()
+        bad = [i for i, gradient in enumerate(gradients) if gradient is Gradient.NONFINITE]
+        if bad:
+            self._skip(self.plan.units[bad[0]].name, len(bad))
+        else:
+            self._running.run(gradients)
+        return loss
+
+    @property
+    def _running(self) -> Engine:
+        assert self._engine is not None
+        return self._engine
+
+    def _agree(self) -> Sequence[Gradient]:
+        problem = self._running.failure or self._find_problem()
+        moved = self._current_signature() != self._signature
+        mine = Trouble.ERROR if problem is not None else Trouble.REPLAN if moved else Trouble.NONE
+        trouble, gradients = self._running.agree(mine)
+        if trouble is Trouble.ERROR:
+            self._ranks.raise_together(problem)
+        if trouble is Trouble.REPLAN:
+            self._replan()
+            _, gradients = self._running.agree(Trouble.NONE)
+        return gradients
+
+    def _replan(self) -> None:
+        with self._ranks.together():
+            plan = self._make_plan(self.plan)
+        self._check_same(plan)
+        self._adopt(plan)
+
+    def _find_problem(self) -> Exception | None:
+        """What is wrong on this rank, if anything, seen without touching the device."""
+        try:
+            if structure(self.param_groups) != self._structure:
+                raise ValueError(
+                    f"the options {', '.join(options.STRUCTURAL)} shape the state and cannot be changed after"
+                    " construction: construct a new KLShampoo"
+                )
+            for group in self.param_groups:
+                options.check_numbers(group)
+                for name, parameter in self._named(group):
+                    if parameter.grad is not None:
+                        _check_gradient(name, parameter.grad)
+        except (ValueError, TypeError) as problem:
+            return problem
+        return None
+
+    def _skip(self, name: str, count: int) -> None:
+        what = f"the gradient of {name!r} (and of {count - 1} more) is" if count > 1 else f"the gradient of {name!r} is"
+        if self._on_nonfinite == "raise":
+            raise FloatingPointError(f"{what} NaN, infinite or too large to square; nothing was changed")
+        self._skipped += 1
+        if self._skipped == 1:
+            log.warning(
+                "%s NaN, infinite or too large to square: this step is skipped on all ranks, weights and state stay as"
+                " they are. Further skipped steps are counted in stats()['skipped_steps'].",
+                what,
+            )
+
+    # -- what one can ask ---------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """The frozen plan: `owner`, `state_bytes`, `comm_bytes`, `cost`, `balance`; printing it shows a table."""
+        return self._running.plan
+
+    def routes(self) -> str:
+        """A table of every parameter: its shape, the method that serves it, as which matrices, and who owns them."""
+        return routing_table(self.plan)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of this rank, cheaply; `condition` waits for the device.
+
+        `skipped_steps`, `refreshes` and `refresh_seconds` (host time), `fallbacks` (decompositions computed another
+        way), `condition` (largest ratio of eigenvalues of a Kronecker factor this rank owns, None without any).
+        """
+        ratios = [
+            tensor.amax() / tensor.amin()
+            for _, tensors in self._states()
+            for name, tensor in tensors.items()
+            if name.startswith("eigenvalues.")
+        ]
+        return {
+            "skipped_steps": self._skipped,
+            "refreshes": self._running.refreshes,
+            "refresh_seconds": self._running.refresh_seconds,
+            "fallbacks": dict(linalg.fallbacks),
+            "condition": float(torch.stack(ratios).amax()) if ratios else None,
+        }
+
+    # -- state dicts --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank holds, in torch.optim's form; local, never a collective.
+
+        `state` has the matrices and slices this rank owns. Load it on the same rank of as many ranks.
+        """
+        if self._running.failure is not None:
+            raise self._running.failure
+        saved = super().state_dict()
+        saved[checkpoint.ORIGIN] = {"rank": self._ranks.rank, "world_size": self._ranks.size}
+        return saved
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave on this rank; local, each tensor in its own dtype.
+
+        Raises:
+            ValueError: it is not of this optimizer, rank or world size; nothing is changed then.
+        """
+        checkpoint.check_origin(state_dict, self._ranks.rank, self._ranks.size)
+        checkpoint.check_groups(self.param_groups, state_dict["param_groups"])
+        for target, source in checkpoint.matching_state(self.param_groups, self.state, state_dict["state"]):
+            target.copy_(source)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
+
+
+def _check_gradient(name: str, grad: Tensor) -> None:
+    if grad.layout is not torch.strided:
+        raise TypeError(
+            f"the gradient of {name!r} is sparse ({grad.layout}), which KLShampoo does not take:"
+            " construct the layer with sparse=False"
+        )
+    if not grad.is_floating_point():
+        raise TypeError(f"the gradient of {name!r} is {grad.dtype}; KLShampoo takes real floating-point gradients")

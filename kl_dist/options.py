@@ -1,0 +1,156 @@
+"""Options of a parameter group: their checks, and the values a recipe gives to those left at None."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from kl_dist.methods import METHODS, RECIPES
+
+LONG_SIDES = ("cut", "diagonal", "identity")
+BLOCKINGS = ("square", "none")
+
+RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "fresh": {
+        "betas": (0.95, 0.95),
+        "precondition_frequency": 2,
+        "nesterov": True,
+        "stagger": True,
+        "blocking": "square",
+        "merge_dims": True,
+    },
+    "paper": {
+        "betas": (0.9, 0.98),
+        "precondition_frequency": 10,
+        "nesterov": False,
+        "stagger": False,
+        "blocking": "none",
+        "merge_dims": False,
+    },
+}
+ADAMW_BETAS = (0.9, 0.95)
+
+DEFAULTS: dict[str, Any] = {
+    "lr": 1e-3,
+    "betas": None,
+    "eps": 1e-8,
+    "weight_decay": 0.01,
+    "method": "kl_shampoo",
+    "recipe": "fresh",
+    "precondition_frequency": None,
+    "shampoo_beta": None,
+    "nesterov": None,
+    "stagger": None,
+    "blocking": None,
+    "max_preconditioner_dim": 8192,
+    "long_side": "cut",
+    "merge_dims": None,
+    "matrices": None,
+    "shampoo_exponent": None,
+    "adamw_lr": None,
+    "adamw_betas": None,
+}
+
+STRUCTURAL = ("method", "recipe", "blocking", "max_preconditioner_dim", "long_side", "merge_dims", "matrices")
+"""What the plan and the shapes of the state follow from, and so what must not change once they are made."""
+
+_NOT_OURS = {
+    "amsgrad": "no method here has it",
+    "maximize": "negate the loss instead",
+    "fused": "the engine chooses its kernels itself",
+    "foreach": "the engine batches equal shapes itself",
+    "capturable": "the step exchanges data between ranks and cannot be captured",
+    "differentiable": "the step runs without autograd",
+    "momentum": "use betas",
+}
+_GROUP_KEYS = {*DEFAULTS, "params", "param_names", "base_lr", "initial_lr", "max_lr", "min_lr", "max_momentum"}
+_GROUP_KEYS |= {"base_momentum", "swa_lr", "name"}
+
+
+def unknown_option(key: str, known: Iterable[str], what: str = "option") -> TypeError:
+    """The error for a key nobody knows, naming the nearest that exists, or why torch's own is not here."""
+    if key in _NOT_OURS:
+        return TypeError(f"KLShampoo has no option {key!r}: {_NOT_OURS[key]}")
+    return TypeError(f"unknown {what} {key!r}{_nearest(key, known)}")
+
+
+def _nearest(word: object, known: Iterable[str]) -> str:
+    known = sorted(known)
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(map(repr, known))}"
+
+
+def resolve(group: dict[str, Any]) -> None:
+    """Check a parameter group and fill what is None from its recipe, in place.
+
+    Raises:
+        TypeError: an unknown key, or a value of the wrong type.
+        ValueError: a value out of range; the message says which are in range.
+    """
+    for key in group:
+        if key not in _GROUP_KEYS:
+            raise unknown_option(key, DEFAULTS, "key in a parameter group:")
+    _check_choice(group, "method", METHODS)
+    _check_choice(group, "recipe", RECIPES)
+    if group["adamw_betas"] is None:
+        group["adamw_betas"] = ADAMW_BETAS if group["betas"] is None else group["betas"]
+    for key, value in RECIPE_DEFAULTS[group["recipe"]].items():
+        if group[key] is None:
+            group[key] = value
+    _check_choice(group, "blocking", BLOCKINGS)
+    _check_choice(group, "long_side", LONG_SIDES)
+    check_numbers(group)
+    for key in ("nesterov", "stagger", "merge_dims"):
+        if not isinstance(group[key], bool):
+            raise TypeError(f"{key} is True or False (or None for the recipe's), not {group[key]!r}")
+    _check_integer(group, "max_preconditioner_dim")
+    if group["matrices"] is not None and not isinstance(group["matrices"], Mapping):
+        raise TypeError('matrices is a dict such as {"batch": (0,), "rows": (1,), "columns": (2,)}')
+    if group["adamw_lr"] is not None and float(group["lr"]) == 0:
+        raise ValueError("adamw_lr is kept in proportion to lr, so lr must not be 0 where adamw_lr is given")
+    group.setdefault("base_lr", float(group["lr"]))
+
+
+def check_numbers(group: Mapping[str, Any]) -> None:
+    """The checks on what schedulers and users may change between steps."""
+    for key in ("lr", "eps", "weight_decay", "adamw_lr"):
+        if group[key] is not None:
+            _check_number(key, group[key], 0.0, math.inf)
+    for key in ("betas", "adamw_betas"):
+        pair = group[key]
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(f"{key} is a pair of numbers, not {pair!r}")
+        for name, beta in zip((f"{key}[0]", f"{key}[1]"), pair, strict=True):
+            _check_number(name, beta, 0.0, 1.0)
+    if group["shampoo_beta"] is not None:
+        _check_number("shampoo_beta", group["shampoo_beta"], 0.0, 1.0)
+    if group["shampoo_exponent"] is not None:
+        _check_number("shampoo_exponent", group["shampoo_exponent"], 1e-3, 1.0)
+    _check_integer(group, "precondition_frequency")
+
+
+def _check_choice(group: Mapping[str, Any], key: str, known: tuple[str, ...]) -> None:
+    if group[key] not in known:
+        raise ValueError(f"unknown {key} {group[key]!r}{_nearest(group[key], known)}")
+
+
+def _check_number(name: str, value: Any, least: float, below: float) -> None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is a number, not {value!r}") from None
+    if isinstance(value, (bool, str)):
+        raise TypeError(f"{name} is a number, not {value!r}")
+    if not least <= number < below:  # also refuses NaN
+        upper = "finite" if below == math.inf else f"below {below:g}"
+        raise ValueError(f"{name} must be at least {least:g} and {upper}, not {value!r}")
+
+
+def _check_integer(group: Mapping[str, Any], key: str) -> None:
+    value = group[key]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{key} is a whole number, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{key} must be at least 1, not {value!r}")

@@ -1,0 +1,166 @@
+"""Which method serves which parameter: by dimension, by module where the modules are known, by what the user says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kl_dist import options
+from kl_dist.partition import Plan, make_plan
+from kl_dist.units import Parameter
+
+
+def named_parameters_of(group: Mapping[str, Any], number: int) -> list[tuple[str, Tensor]]:
+    """The parameters of a group with names: those given, or `group0.param3`.
+
+    Raises:
+        TypeError, ValueError: something in it is not a parameter this optimizer can serve, by name.
+    """
+    if "params" not in group:
+        raise ValueError(f"parameter group {number} has no 'params'")
+    params = group["params"]
+    if isinstance(params, (set, frozenset)):
+        raise TypeError("parameters in a set have no fixed order, and ranks would disagree: give a list")
+    entries = [params] if isinstance(params, Tensor) else list(params)
+    named = [
+        entry if isinstance(entry, tuple) else (f"group{number}.param{i}", entry) for i, entry in enumerate(entries)
+    ]
+    for name, parameter in named:
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"parameter {name!r} is a {type(parameter).__name__}, not a tensor")
+        if not parameter.is_floating_point():
+            raise TypeError(f"parameter {name!r} is {parameter.dtype}; KLShampoo takes real floating-point parameters")
+        if hasattr(parameter, "placements"):
+            raise TypeError(
+                f"parameter {name!r} is a DTensor (FSDP2 or tensor parallel); KLShampoo takes parameters that are"
+                " whole on every rank (one process, DDP)"
+            )
+        if not (parameter.is_leaf or parameter.retains_grad):
+            raise ValueError(f"parameter {name!r} is not a leaf: only what has a .grad can be optimized")
+    return named
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    lr: float | None = None,
+    weight_decay: float = 0.01,
+    output_head: str | None = None,
+    **group_options: Any,
+) -> list[dict[str, Any]]:
+    """Parameter groups of a model whose modules are known, for `KLShampoo(param_groups(model, ..), ..)`.
+
+    nn.Embedding and the output head go to AdamW. An output head is the module named `output_head`, the model's
+    `get_output_embeddings()`, or one whose weight is an Embedding's; never just the last Linear. Norms, biases and
+    other parameters of fewer than two dimensions are not decayed.
+
+    Args:
+        model: unwrapped, so that the names are its own.
+        lr: of all groups; None leaves it to the optimizer.
+        weight_decay: of what is decayed.
+        output_head: name of a module, as in `model.named_modules()`.
+        group_options: any option of a parameter group, for all of them.
+
+    Returns:
+        Up to three groups with named parameters, frozen ones included: matrices, AdamW decayed, AdamW not decayed.
+
+    Raises:
+        ValueError: no module has the name `output_head`.
+    """
+    elementwise = _embeddings_and_head(model, output_head)
+    matrices: list[tuple[str, Tensor]] = []
+    decayed: list[tuple[str, Tensor]] = []
+    undecayed: list[tuple[str, Tensor]] = []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            undecayed.append((name, parameter))
+        elif id(parameter) in elementwise:
+            decayed.append((name, parameter))
+        else:
+            matrices.append((name, parameter))
+    shared = {**group_options, **({} if lr is None else {"lr": lr})}
+    groups = [
+        {**shared, "params": matrices, "weight_decay": weight_decay},
+        {**shared, "params": decayed, "weight_decay": weight_decay, "method": "adamw"},
+        {**shared, "params": undecayed, "weight_decay": 0.0, "method": "adamw"},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _embeddings_and_head(model: nn.Module, output_head: str | None) -> set[int]:
+    embeddings = (nn.Embedding, nn.EmbeddingBag)
+    modules: list[nn.Module] = [module for module in model.modules() if isinstance(module, embeddings)]
+    if output_head is not None:
+        named = dict(model.named_modules())
+        if output_head not in named:
+            raise ValueError(f"the model has no module named {output_head!r} to be its output head")
+        modules.append(named[output_head])
+    get_head = getattr(model, "get_output_embeddings", None)
+    if callable(get_head) and isinstance(head := get_head(), nn.Module):
+        modules.append(head)
+    # a head tied to an Embedding has its very parameter, so it needs no look-up of its own
+    return {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
+
+
+def plan(
+    model_or_named_shapes: nn.Module | Mapping[str, Iterable[int]],
+    world_size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    **group_options: Any,
+) -> Plan:
+    """The plan KLShampoo would make at any world size, without a process group.
+
+    Args:
+        model_or_named_shapes: a model, on the meta device if it does not fit (routed as `param_groups` does), or a
+            mapping of names to shapes (routed by dimension alone).
+        world_size: number of ranks.
+        dtype: of the parameters, where only shapes are given.
+        group_options: options of KLShampoo, `output_head` included for a model.
+
+    Raises:
+        ValueError, TypeError: a bad option.
+    """
+    if not isinstance(world_size, int) or world_size < 1:
+        raise ValueError(f"world_size must be a whole number, at least 1, not {world_size!r}")
+    if isinstance(model_or_named_shapes, nn.Module):
+        groups = param_groups(model_or_named_shapes, **group_options)
+        found = [
+            Parameter(name, tuple(p.shape), p.dtype, index)
+            for index, group in enumerate(groups)
+            for name, p in group["params"]
+            if p.requires_grad
+        ]
+    else:
+        groups = [dict(group_options)]
+        found = [Parameter(name, tuple(shape), dtype, 0) for name, shape in model_or_named_shapes.items()]
+    resolved = [{**options.DEFAULTS, **group} for group in groups]
+    for group in resolved:
+        options.resolve(group)
+    return make_plan(found, resolved, world_size)
+
+
+def routing_table(plan: Plan) -> str:
+    """A line per parameter: name, shape, method, how it is read, and the ranks that own a part of it."""
+    by_parameter: dict[int, list[int]] = {}
+    for index, unit in enumerate(plan.units):
+        by_parameter.setdefault(unit.parameter, []).append(index)
+    rows = [("parameter", "shape", "method", "as", "ranks")]
+    for number, parameter in enumerate(plan.parameters):
+        members = by_parameter.get(number, [])
+        if not members:
+            rows.append((parameter.name, str(parameter.shape), "none", "empty", ""))
+            continue
+        units = [plan.units[i] for i in members]
+        shapes = {"x".join(map(str, unit.block.shape)) for unit in units}
+        what = "flat" if units[0].method == "adamw" else " or ".join(sorted(shapes))
+        read_as = f"{len(units)} of {what}" if units[0].method != "adamw" else f"flat, {math.prod(parameter.shape)}"
+        owners = sorted({plan.owners[i] for i in members})
+        ranks = ", ".join(map(str, owners)) if len(owners) <= 4 else f"{owners[0]} to {owners[-1]} ({len(owners)})"
+        rows.append((parameter.name, str(parameter.shape), units[0].method, read_as, ranks))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

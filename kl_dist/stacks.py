@@ -1,0 +1,175 @@
+"""What one rank owns, in batches: equal-shaped matrices of a bucket stacked, flat slices laid end to end.
+
+A stack has the state of its units and knows how to step and refresh those that take part. Staggered refreshes meet
+neighbours: the plan orders a stack by turn, so that those due lie together and are views rather than copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kl_dist import costs
+from kl_dist.agreement import Gradient
+from kl_dist.methods import Hyper, MatrixState, Rule, State, adamw, rule
+from kl_dist.methods.state import AdamWState
+from kl_dist.partition import Plan
+from kl_dist.units import Unit
+
+
+class Layout(Protocol):
+    """Where the gradients of this rank's units are read from."""
+
+    def gradient(self, unit: Unit) -> Tensor | None: ...
+
+
+@dataclass
+class Stack:
+    """Units of one kind in one bucket. Rows of the state are the units, in order."""
+
+    indices: tuple[int, ...]  # into Plan.units
+    units: tuple[Unit, ...]
+    offset: int  # of its updates in this rank's chunk of the bucket
+    state: State
+
+    @property
+    def numel(self) -> int:
+        return sum(unit.numel for unit in self.units)
+
+    def waits(self, row: int) -> bool:
+        """Whether the next gradient of this unit is spent on its start alone."""
+        return False
+
+    def update(self, said: Sequence[Gradient], layout: Layout, group: Mapping[str, Any], out: Tensor) -> None:
+        """Step the units that take part; their updates go to `out` (numel,), zero elsewhere. `said` is by row."""
+        raise NotImplementedError
+
+    def refresh(self, said: Sequence[Gradient], group: Mapping[str, Any]) -> int:
+        """Refresh what is due after the update; returns how many matrices were."""
+        return 0
+
+
+@dataclass
+class MatrixStack(Stack):
+    """Matrices of one shape and method."""
+
+    state: MatrixState
+    rule: Rule
+
+    def waits(self, row: int) -> bool:
+        return self.rule.starts_without_update and not self.state.started[row]
+
+    def update(self, said: Sequence[Gradient], layout: Layout, group: Mapping[str, Any], out: Tensor) -> None:
+        active = [row for row, unit in enumerate(self.units) if said[row].steps(unit)]
+        if not active:
+            return
+        hyper = matrix_hyper(group)
+        grads = _read(layout, [self.units[row] for row in active], torch.stack, self.state.exp_avg.dtype)
+        starting = [row for row in active if not self.state.started[row] and said[row] is not Gradient.ZERO]
+        if starting:
+            part = self.state.rows(starting)
+            self.rule.start(part, _select(grads, active, starting), hyper)
+            part.started.fill_(True)
+            self.state.put(starting, part)
+        running = [row for row in active if self.state.started[row] and said[row].moves(self.units[row])]
+        if running:
+            part = self.state.rows(running)
+            updates = self.rule.update(part, _select(grads, active, running), hyper)
+            out.view(len(self.units), *self.units[0].block.shape)[running] = updates.to(out.dtype)
+            self.state.put(running, part)
+
+    def refresh(self, said: Sequence[Gradient], group: Mapping[str, Any]) -> int:
+        every = group["precondition_frequency"]
+        due = [
+            row
+            for row, (unit, step) in enumerate(zip(self.units, self.state.step.tolist(), strict=True))
+            if said[row].moves(unit) and self.state.started[row] and (step + unit.phase * group["stagger"]) % every == 0
+        ]
+        if due:
+            part = self.state.rows(due)
+            self.rule.refresh(part, matrix_hyper(group))
+            self.state.put(due, part)
+        return len(due)
+
+
+@dataclass
+class SliceStack(Stack):
+    """Slices of flat parameters under AdamW, of any length."""
+
+    state: AdamWState
+
+    def update(self, said: Sequence[Gradient], layout: Layout, group: Mapping[str, Any], out: Tensor) -> None:
+        active = [row for row, unit in enumerate(self.units) if said[row].steps(unit)]
+        if not active:
+            return
+        part = self.state.rows(active)
+        grads = _read(layout, [self.units[row] for row in active], torch.cat, self.state.exp_avg.dtype)
+        hyper = Hyper(betas=tuple(group["adamw_betas"]), eps=group["eps"])
+        updates = adamw.update(part, grads, hyper).to(out.dtype)
+        self.state.put(active, part)
+        slices = out.split([unit.numel for unit in self.units])
+        for row, piece in zip(active, updates.split(part.lengths), strict=True):
+            slices[row].copy_(piece)
+
+
+def build_stacks(plan: Plan, rank: int, device: torch.device) -> list[list[Stack]]:
+    """For each bucket the stacks of `rank`, with all state allocated now, so that no step surprises anyone."""
+    return [list(_stacks_of(plan, bucket.units[rank], device)) for bucket in plan.buckets]
+
+
+def unit_states(stacks: Sequence[Sequence[Stack]]) -> Iterator[tuple[Unit, dict[str, Tensor]]]:
+    """Every unit of this rank with views of its state, by name."""
+    for stack in (stack for bucket in stacks for stack in bucket):
+        for row, unit in enumerate(stack.units):
+            yield unit, stack.state.row(row)
+
+
+def matrix_hyper(group: Mapping[str, Any]) -> Hyper:
+    """The numbers of a group as they are now: schedulers change them between steps."""
+    return Hyper(
+        betas=tuple(group["betas"]),
+        eps=group["eps"],
+        precondition_frequency=group["precondition_frequency"],
+        shampoo_beta=group["shampoo_beta"],
+        nesterov=group["nesterov"],
+        shampoo_exponent=group["shampoo_exponent"],
+    )
+
+
+def _stacks_of(plan: Plan, queue: Sequence[int], device: torch.device) -> Iterator[Stack]:
+    offset = 0
+    for _, members in groupby(queue, key=lambda i: _batch_key(plan.units[i])):
+        indices = tuple(members)
+        units = tuple(plan.units[i] for i in indices)
+        first = units[0]
+        like = torch.empty((), dtype=costs.state_dtype(first.dtype), device=device)
+        stack: Stack
+        if first.method == "adamw":
+            stack = SliceStack(indices, units, offset, adamw.allocate([unit.numel for unit in units], like))
+        else:
+            update_rule = rule(first.method, first.recipe)
+            state = update_rule.allocate(first.block.shape, first.block.sides, len(units), like)
+            stack = MatrixStack(indices, units, offset, state, update_rule)
+        yield stack
+        offset += stack.numel
+
+
+def _batch_key(unit: Unit) -> tuple[object, ...]:
+    # slices of any length run together: AdamW is elementwise
+    return (unit.method, unit.group) if unit.method == "adamw" else unit.kind
+
+
+def _read(layout: Layout, units: Sequence[Unit], join: Any, dtype: torch.dtype) -> Tensor:
+    """The units' gradients joined into one tensor; their owner, this rank, has said that it has them."""
+    found = [layout.gradient(unit) for unit in units]
+    joined: Tensor = join([gradient for gradient in found if gradient is not None])
+    return joined.to(dtype)
+
+
+def _select(grads: Tensor, rows: Sequence[int], chosen: Sequence[int]) -> Tensor:
+    return grads if list(rows) == list(chosen) else grads[[rows.index(row) for row in chosen]]

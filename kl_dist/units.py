@@ -1,0 +1,134 @@
+"""The units of work: blocks of matrices with a preconditioner each, and slices of flat parameters under AdamW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from kl_dist import costs
+from kl_dist.matrices import Block, Reading, cut, flat_reading, near_equal, read_matrices
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What the plan needs to know of a parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    group: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One block of a matrix, or one slice of a flat parameter (method "adamw")."""
+
+    name: str
+    parameter: int
+    group: int
+    method: str
+    recipe: str
+    reading: Reading
+    block: Block
+    dtype: torch.dtype
+    phase: int  # its place among the matrices of its shape; refreshes fall where (step + phase) % T == 0
+    cost: float  # flops per step, refreshes amortised, with bytes counted as flops
+    state_bytes: int
+
+    @cached_property
+    def numel(self) -> int:
+        return math.prod(self.block.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its update, which travels in the parameter's dtype."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Units of one kind are equal in all that the maths sees, and run as one batch."""
+        return (self.method != "adamw", self.group, self.method, self.block.shape, self.block.sides, str(self.dtype))
+
+
+def route(shape: Sequence[int], group: Mapping[str, Any]) -> str:
+    """The method that serves a parameter: two dimensions or more get the group's, the others AdamW."""
+    return group["method"] if len(shape) >= 2 else "adamw"
+
+
+def shape_class(method: str, block: Block) -> tuple[Any, ...]:
+    """Matrices of one class take turns in refreshing; the class knows nothing of ranks or groups."""
+    return (method, block.shape, block.sides)
+
+
+def matrix_units(
+    index: int, parameter: Parameter, group: Mapping[str, Any], seen: dict[tuple[Any, ...], int]
+) -> Iterator[Unit]:
+    """The blocks of one parameter. `seen` counts matrices by `shape_class`, and is counted on here.
+
+    Raises:
+        ValueError: a `matrices` declaration that does not fit, naming the parameter.
+    """
+    method, recipe = group["method"], group["recipe"]
+    try:
+        reading = read_matrices(parameter.shape, group)
+    except ValueError as problem:
+        raise ValueError(f"parameter {parameter.name!r}: {problem}") from None
+    for block in cut(reading, group):
+        kind = shape_class(method, block)
+        cost = costs.matrix_cost(method, recipe, block, parameter.dtype, group["precondition_frequency"])
+        yield Unit(
+            parameter.name + block.suffix(reading),
+            index,
+            parameter.group,
+            method,
+            recipe,
+            reading,
+            block,
+            parameter.dtype,
+            seen[kind],
+            cost,
+            costs.state_bytes(method, recipe, block.shape, block.sides, parameter.dtype),
+        )
+        seen[kind] += 1
+
+
+def adamw_units(indices: Sequence[int], parameters: Sequence[Parameter], world_size: int) -> Iterator[tuple[Unit, int]]:
+    """Flat parameters laid end to end, dtype by dtype, and cut into one equal slice per rank."""
+    for dtype in dict.fromkeys(parameters[i].dtype for i in indices):
+        stream = [i for i in indices if parameters[i].dtype == dtype]
+        lengths = [parameters[i].numel for i in stream]
+        starts = [0, *accumulate(lengths)]
+        for rank, (start, stop) in enumerate(near_equal(starts[-1], world_size)):
+            for i, offset, length in zip(stream, starts, lengths, strict=False):
+                first, last = max(start - offset, 0), min(stop - offset, length)
+                if first < last:
+                    yield _adamw_unit(i, parameters[i], first, last), rank
+
+
+def _adamw_unit(index: int, parameter: Parameter, start: int, stop: int) -> Unit:
+    whole = stop - start == parameter.numel
+    name = parameter.name if whole else f"{parameter.name}[flat {start}:{stop}]"
+    numel = stop - start
+    return Unit(
+        name,
+        index,
+        parameter.group,
+        "adamw",
+        "",
+        flat_reading(parameter.shape),
+        Block(0, ((start, stop),), ("identity",)),
+        parameter.dtype,
+        0,
+        costs.adamw_cost(numel, parameter.dtype),
+        costs.adamw_state_bytes(numel, parameter.dtype),
+    )

@@ -1,7 +1,8 @@
 """What ranks must know of each other before a step changes anything.
 
-[Note: agreement] A step opens with one small all-reduce (MAX) of a number per unit, written by the unit's owner, and
-one number for trouble. It is the only synchronisation with the host, and it comes before any state changes: what is
+[Note: agreement] A step opens with one small all-reduce (MAX) of a number per unit, written by the unit's owner, a
+fingerprint of the options (and its negative, so that the maximum tells whether all are equal), and one number for
+trouble. It is the only synchronisation with the host, and it comes before any state changes: what is
 wrong on one rank is raised on all, a gradient that is missing or not finite is treated alike everywhere, and the
 owner's view decides when only some ranks lack a gradient.
 """

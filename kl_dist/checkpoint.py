@@ -18,6 +18,9 @@ def check_origin(saved: Mapping[str, Any], rank: int, world_size: int) -> None:
     origin = saved.get(ORIGIN)
     if origin is None:
         raise ValueError(f"this is not the state of KLShampoo (it has no entry {ORIGIN!r}): start the optimizer anew")
+    for key in ("state", "param_groups"):
+        if key not in saved:
+            raise ValueError(f"the saved state is not whole: it has no entry {key!r}")
     for key, mine in (("world_size", world_size), ("rank", rank)):
         if origin[key] != mine:
             raise ValueError(f"the state was saved with {key} {origin[key]}, here it is {mine}: resume with the same")
@@ -28,8 +31,10 @@ def check_groups(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[st
     if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
         raise ValueError("the saved parameter groups have other lengths than this optimizer's")
     for index, (group, other) in enumerate(zip(groups, saved, strict=True)):
-        for key in options.STRUCTURAL:
-            if other[key] != group[key]:
+        for key in (*options.DEFAULTS, "base_lr"):
+            if key not in other:
+                raise ValueError(f"the saved parameter group {index} lacks the option {key!r}")
+            if key in options.STRUCTURAL and other[key] != group[key]:
                 raise ValueError(
                     f"parameter group {index} was saved with {key}={other[key]!r}, here it is {group[key]!r}"
                 )

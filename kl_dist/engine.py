@@ -9,6 +9,7 @@ agreement.
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from kl_dist.agreement import Gradient, Sight, Trouble, describe_gradients
 from kl_dist.exchange import Gathering, Ranks
 from kl_dist.layouts.replicated import Replicated
 from kl_dist.methods import rule
+from kl_dist.options import describe
 from kl_dist.partition import Bucket, Plan
 from kl_dist.stacks import Stack, build_stacks
 from kl_dist.units import Unit
@@ -37,14 +39,36 @@ class Engine:
         self.refreshes = 0
         self.refresh_seconds = 0.0
 
-    def agree(self, trouble: Trouble) -> tuple[Trouble, list[Gradient]]:
-        """What all ranks know of this step before it changes anything: see [Note: agreement]."""
+    def agree(self, problem: Exception | None, moved: bool) -> list[Gradient] | None:
+        """What all ranks know of this step before it changes anything: see [Note: agreement].
+
+        Args:
+            problem: what is wrong on this rank.
+            moved: the plan no longer fits this rank's parameters.
+
+        Returns:
+            What the units' gradients are like, or None when the plan must be made anew first.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: on all ranks, when one has a problem or they have other options.
+        """
         said = torch.zeros(self.plan.agreement_size, dtype=torch.float32, device=self.device)
-        if trouble is not Trouble.ERROR:
-            describe_gradients(list(self._sights()), said)
-        said[-1] = float(trouble)
-        values = self.ranks.largest(said)
-        return Trouble(int(values[-1])), [Gradient(int(value)) for value in values[:-1]]
+        if problem is None and not moved:
+            try:
+                describe_gradients(list(self._sights()), said)
+            except Exception as error:
+                problem = error
+        options = tuple(map(describe, self.groups))
+        together = "\n".join(options)
+        fingerprint = zlib.crc32(together.encode()) % 2**24  # a whole number that float32 holds
+        trouble = Trouble.ERROR if problem is not None else Trouble.REPLAN if moved else Trouble.NONE
+        said[-3:] = torch.tensor([fingerprint, -fingerprint, trouble], dtype=said.dtype)
+        *values, largest, smallest, trouble_anywhere = self.ranks.largest(said)
+        if trouble_anywhere == Trouble.ERROR:
+            self.ranks.raise_together(problem)
+        if largest != -smallest:
+            self.ranks.check_same(together, options, "the options of a parameter group")
+        return None if trouble_anywhere == Trouble.REPLAN else [Gradient(int(value)) for value in values]
 
     def run(self, said: Sequence[Gradient]) -> None:
         """Compute, exchange and apply all updates.

@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 calls it all_gather_single, and the name that came before is deprecated there
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Gathering(NamedTuple):
     """An all-gather under way."""
@@ -57,7 +60,7 @@ class Ranks:
         if self.size == 1:
             return Gathering(chunk.unsqueeze(0), None)
         buffer = chunk.new_empty(self.size, chunk.numel())
-        work = dist.all_gather_into_tensor(buffer.view(-1), chunk, group=self.group, async_op=True)
+        work = _all_gather(buffer.view(-1), chunk, group=self.group, async_op=True)
         return Gathering(buffer, work)
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -93,7 +96,7 @@ class Ranks:
         self.raise_together(problem)
 
     def check_same(self, digest: str, lines: tuple[str, ...], what: str) -> None:
-        """Raise on every rank when they disagree, naming the first difference from rank 0.
+        """Raise on every rank when their digests differ, naming the first of their lines that does.
 
         Raises:
             ValueError: on all ranks.

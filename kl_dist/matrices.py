@@ -91,8 +91,8 @@ def read_matrices(shape: Sequence[int], group: Mapping[str, Any]) -> Reading:
         return _declared(tuple(shape), group["matrices"])
     rows, *others = shape
     if group["merge_dims"]:
-        while len(others) > 1 and others[-1] <= SMALL_DIM:
-            others[-2:] = [others[-2] * others[-1]]
+        kept = next((i for i in range(len(others) - 1, 0, -1) if others[i] > SMALL_DIM), 0)
+        others[kept:] = [math.prod(others[kept:])]
     sides = [d for d in (rows, *others) if d > 1] if len(others) > 1 else [rows, *others]
     sides += [1] * (2 - len(sides))
     axes = tuple(range(len(shape)))
@@ -137,6 +137,10 @@ def _declared(shape: tuple[int, ...], declared: Mapping[str, Any]) -> Reading:
     unknown = set(declared) - {"batch", "rows", "columns", "parts"}
     if unknown:
         raise ValueError(f"matrices has no key {sorted(unknown)[0]!r}; there are 'batch', 'rows', 'columns', 'parts'")
+    for key, value in declared.items():
+        if not isinstance(value, Mapping if key == "parts" else (tuple, list)):
+            kind = "a dict {axis: number of parts}" if key == "parts" else "a tuple of axes"
+            raise ValueError(f"matrices: {key!r} is {kind}, not {value!r}")
     parts = {_axis(axis, shape): count for axis, count in declared.get("parts", {}).items()}
     for axis, count in parts.items():
         if not isinstance(count, int) or count < 1 or shape[axis] % count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kl_dist import checkpoint, linalg, options
-from kl_dist.agreement import Gradient, Trouble
+from kl_dist.agreement import Gradient
 from kl_dist.engine import Engine
 from kl_dist.exchange import Ranks, communication_device
 from kl_dist.partition import Plan, make_plan, structure
@@ -103,6 +104,8 @@ class KLShampoo(torch.optim.Optimizer):
                 raise options.unknown_option(key, [*options.DEFAULTS, "process_group", "on_nonfinite"])
             if on_nonfinite not in ("skip", "raise"):
                 raise ValueError(f'on_nonfinite is "skip" or "raise", not {on_nonfinite!r}')
+            if isinstance(params, (set, frozenset)):
+                raise TypeError("parameters in a set have no fixed order, and ranks would disagree: give a list")
             super().__init__(params, defaults)
             plan = self._make_plan(None)
         self._check_same(plan)
@@ -139,8 +142,11 @@ class KLShampoo(torch.optim.Optimizer):
                 also = f" (as {first!r})" if first != name else ""
                 raise ValueError(f"parameter {name!r} is given twice{also}: each belongs to one group, once")
             taken[id(parameter)] = name
+        names = {name for group in self.param_groups for name in group["param_names"]}
         group = {key: value for key, value in param_group.items() if key != "param_names"}
-        group["params"] = [(name, parameter) for name, parameter in named]
+        # two models may use the same names; what the plan and the state go by must not be shared
+        prefix = f"group{len(self.param_groups)}."
+        group["params"] = [(prefix + name if name in names else name, parameter) for name, parameter in named]
         for key, default in self.defaults.items():
             group.setdefault(key, default)
         options.resolve(group)
@@ -150,39 +156,43 @@ class KLShampoo(torch.optim.Optimizer):
     def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
         return zip(group["param_names"], group["params"], strict=True)
 
-    def _trainable(self) -> list[tuple[str, Tensor, int]]:
+    def _planned(self) -> list[tuple[str, Tensor, int]]:
+        """(name, parameter, group) of what is trained: not what is frozen, unless it was trained before."""
+        before = set() if self._engine is None else {parameter.name for parameter in self.plan.parameters}
         return [
             (name, parameter, index)
             for index, group in enumerate(self.param_groups)
             for name, parameter in self._named(group)
-            if parameter.requires_grad
+            if parameter.requires_grad or name in before
         ]
 
     def _make_plan(self, previous: Plan | None) -> Plan:
-        trainable = self._trainable()
-        devices = {parameter.device: name for name, parameter, _ in trainable}
+        planned = self._planned()
+        devices = {parameter.device: name for name, parameter, _ in planned}
         if len(devices) > 1:
             places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
             raise ValueError(f"all parameters of a rank must be on one device, but {places}")
         for device in devices:
             communication_device(device, self._ranks)
-        parameters = [Parameter(name, tuple(p.shape), p.dtype, group) for name, p, group in trainable]
+        parameters = [Parameter(name, tuple(p.shape), p.dtype, group) for name, p, group in planned]
         return make_plan(parameters, self.param_groups, self._ranks.size, previous)
 
     def _check_same(self, plan: Plan) -> None:
-        self._ranks.check_same(plan.digest(), plan.lines, "the plan of KLShampoo")
+        own = f"on_nonfinite={self._on_nonfinite!r}"
+        self._ranks.check_same(own + plan.digest(), (own, *plan.lines), "the plan of KLShampoo")
 
     def _adopt(self, plan: Plan) -> None:
         """Build the state a plan asks for, with what was there copied into it."""
-        trainable = [parameter for _, parameter, _ in self._trainable()]
+        by_name = dict(pair for group in self.param_groups for pair in self._named(group))
+        parameters = [by_name[parameter.name] for parameter in plan.parameters]
         old = {} if self._engine is None else dict(self._states())
-        self._engine = Engine(plan, self._ranks, trainable, self.param_groups)
+        self._engine = Engine(plan, self._ranks, parameters, self.param_groups)
         self._signature = self._current_signature()
         self._structure = structure(self.param_groups)
         self.state.clear()
         for unit, tensors in unit_states(self._engine.stacks):
             suffix = unit.name.removeprefix(plan.parameters[unit.parameter].name)
-            entry = self.state[trainable[unit.parameter]]
+            entry = self.state[parameters[unit.parameter]]
             for name, tensor in tensors.items():
                 if unit.name in old:
                     tensor.copy_(old[unit.name][name])
@@ -193,7 +203,7 @@ class KLShampoo(torch.optim.Optimizer):
         return ((unit.name, tensors) for unit, tensors in unit_states(self._engine.stacks))
 
     def _current_signature(self) -> list[tuple[Any, ...]]:
-        return [(p.requires_grad, p.dtype, p.device, id(p)) for group in self.param_groups for p in group["params"]]
+        return [(name, tuple(p.shape), p.dtype, p.device) for name, p, _ in self._planned()]
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -230,21 +240,15 @@ class KLShampoo(torch.optim.Optimizer):
 
     def _agree(self) -> Sequence[Gradient]:
         problem = self._running.failure or self._find_problem()
-        moved = self._current_signature() != self._signature
-        mine = Trouble.ERROR if problem is not None else Trouble.REPLAN if moved else Trouble.NONE
-        trouble, gradients = self._running.agree(mine)
-        if trouble is Trouble.ERROR:
-            self._ranks.raise_together(problem)
-        if trouble is Trouble.REPLAN:
-            self._replan()
-            _, gradients = self._running.agree(Trouble.NONE)
+        gradients = self._running.agree(problem, self._current_signature() != self._signature)
+        if gradients is None:
+            with self._ranks.together():
+                plan = self._make_plan(self.plan)
+            self._check_same(plan)
+            self._adopt(plan)
+            gradients = self._running.agree(None, False)
+        assert gradients is not None
         return gradients
-
-    def _replan(self) -> None:
-        with self._ranks.together():
-            plan = self._make_plan(self.plan)
-        self._check_same(plan)
-        self._adopt(plan)
 
     def _find_problem(self) -> Exception | None:
         """What is wrong on this rank, if anything, seen without touching the device."""
@@ -254,6 +258,12 @@ class KLShampoo(torch.optim.Optimizer):
                     f"the options {', '.join(options.STRUCTURAL)} shape the state and cannot be changed after"
                     " construction: construct a new KLShampoo"
                 )
+            for planned, (name, parameter, _) in zip(self.plan.parameters, self._planned(), strict=False):
+                if name == planned.name and tuple(parameter.shape) != planned.shape:
+                    raise ValueError(
+                        f"parameter {name!r} had shape {planned.shape} and now has {tuple(parameter.shape)}:"
+                        " construct a new KLShampoo"
+                    )
             for group in self.param_groups:
                 options.check_numbers(group)
                 for name, parameter in self._named(group):
@@ -326,12 +336,50 @@ class KLShampoo(torch.optim.Optimizer):
         Raises:
             ValueError: it is not of this optimizer, rank or world size; nothing is changed then.
         """
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
         checkpoint.check_origin(state_dict, self._ranks.rank, self._ranks.size)
         checkpoint.check_groups(self.param_groups, state_dict["param_groups"])
         for target, source in checkpoint.matching_state(self.param_groups, self.state, state_dict["state"]):
             target.copy_(source)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    # -- copies -------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickling and copying take: everything but the process group, which is a connection and not data."""
+        own = {"_plan": self.plan, "_on_nonfinite": self._on_nonfinite, "_skipped": self._skipped}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Local, never a collective. Unpickled it shares its work with all ranks, of which there must be as many.
+
+        Raises:
+            RuntimeError: it was pickled at another world size.
+        """
+        self._restore(state, Ranks())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KLShampoo:
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied._restore(copy.deepcopy(self.__getstate__(), memo), self._ranks)
+        return copied
+
+    def _restore(self, state: dict[str, Any], ranks: Ranks) -> None:
+        plan: Plan = state.pop("_plan")
+        if plan.world_size != ranks.size:
+            raise RuntimeError(f"this KLShampoo was pickled on {plan.world_size} ranks, here are {ranks.size}")
+        super().__setstate__(state)
+        self.defaults = {key: self.defaults[key] for key in options.DEFAULTS}
+        held = {parameter: dict(tensors) for parameter, tensors in self.state.items()}
+        self._ranks, self._engine = ranks, None
+        self._adopt(plan)
+        for parameter, tensors in held.items():
+            for key, tensor in tensors.items():
+                self.state[parameter][key].copy_(tensor)
 
 
 def _check_gradient(name: str, grad: Tensor) -> None:

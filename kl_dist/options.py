@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from kl_dist.methods import METHODS, RECIPES
 
 LONG_SIDES = ("cut", "diagonal", "identity")
@@ -102,9 +104,7 @@ def resolve(group: dict[str, Any]) -> None:
     _check_choice(group, "blocking", BLOCKINGS)
     _check_choice(group, "long_side", LONG_SIDES)
     check_numbers(group)
-    for key in ("nesterov", "stagger", "merge_dims"):
-        if not isinstance(group[key], bool):
-            raise TypeError(f"{key} is True or False (or None for the recipe's), not {group[key]!r}")
+    _check_flag(group, "merge_dims")
     _check_integer(group, "max_preconditioner_dim")
     if group["matrices"] is not None and not isinstance(group["matrices"], Mapping):
         raise TypeError('matrices is a dict such as {"batch": (0,), "rows": (1,), "columns": (2,)}')
@@ -113,10 +113,16 @@ def resolve(group: dict[str, Any]) -> None:
     group.setdefault("base_lr", float(group["lr"]))
 
 
+def describe(group: Mapping[str, Any]) -> str:
+    """A group's options in one line, to compare across ranks."""
+    values = {key: group[key] for key in (*DEFAULTS, "base_lr")}
+    return ", ".join(f"{key}={float(x)!r}" if isinstance(x, Tensor) else f"{key}={x!r}" for key, x in values.items())
+
+
 def check_numbers(group: Mapping[str, Any]) -> None:
     """The checks on what schedulers and users may change between steps."""
     for key in ("lr", "eps", "weight_decay", "adamw_lr"):
-        if group[key] is not None:
+        if key != "adamw_lr" or group[key] is not None:
             _check_number(key, group[key], 0.0, math.inf)
     for key in ("betas", "adamw_betas"):
         pair = group[key]
@@ -129,6 +135,13 @@ def check_numbers(group: Mapping[str, Any]) -> None:
     if group["shampoo_exponent"] is not None:
         _check_number("shampoo_exponent", group["shampoo_exponent"], 1e-3, 1.0)
     _check_integer(group, "precondition_frequency")
+    _check_flag(group, "nesterov")
+    _check_flag(group, "stagger")
+
+
+def _check_flag(group: Mapping[str, Any], key: str) -> None:
+    if not isinstance(group[key], bool):
+        raise TypeError(f"{key} is True or False (or None for the recipe's), not {group[key]!r}")
 
 
 def _check_choice(group: Mapping[str, Any], key: str, known: tuple[str, ...]) -> None:

@@ -12,14 +12,14 @@ import heapq
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from kl_dist.options import STRUCTURAL
-from kl_dist.units import Parameter, Unit, adamw_units, matrix_units, route, shape_class
+from kl_dist.options import STRUCTURAL, describe
+from kl_dist.units import Parameter, Unit, adamw_units, matrix_units, recast, route, shape_class
 
 BUCKET_BYTES = 64 << 20
 """Size of a bucket over all ranks: large enough to fill a link, small enough to overlap with compute."""
@@ -75,8 +75,8 @@ class Plan:
 
     @property
     def agreement_size(self) -> int:
-        """Numbers in the all-reduce that opens a step: one per unit, and one for errors."""
-        return len(self.units) + 1
+        """Numbers in the all-reduce that opens a step: one per unit, two to compare options, one for trouble."""
+        return len(self.units) + 3
 
     @property
     def balance(self) -> float:
@@ -153,7 +153,7 @@ def make_plan(
             name = previous.parameters[unit.parameter].name
             if name in numbers:
                 now = parameters[numbers[name]]
-                units.append(replace(unit, parameter=numbers[name], dtype=now.dtype))
+                units.append(recast(unit, numbers[name], now.dtype, groups[unit.group]))
                 owners.append(owner)
                 known.add(name)
     seen: dict[tuple[Any, ...], int] = defaultdict(int)
@@ -170,15 +170,11 @@ def make_plan(
             units += matrix_units(i, parameter, group, seen)
     owners += [None] * (len(units) - len(owners))
     assigned = _longest_processing_time(units, owners, groups, world_size)
-    for unit, rank in adamw_units(elementwise, parameters, world_size):
+    for unit, rank in adamw_units(elementwise, parameters, world_size, BUCKET_BYTES):
         units.append(unit)
         assigned.append(rank)
-    options = tuple(
-        ", ".join(f"{k}={v!r}" for k, v in sorted(group.items()) if k not in ("params", "param_names"))
-        for group in groups
-    )
     buckets = tuple(_buckets(units, assigned, groups, world_size))
-    return Plan(world_size, tuple(parameters), tuple(units), tuple(assigned), buckets, options)
+    return Plan(world_size, tuple(parameters), tuple(units), tuple(assigned), buckets, tuple(map(describe, groups)))
 
 
 def structure(groups: Sequence[Mapping[str, Any]]) -> tuple[tuple[Any, ...], ...]:

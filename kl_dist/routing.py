@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,6 +30,9 @@ def named_parameters_of(group: Mapping[str, Any], number: int) -> list[tuple[str
     named = [
         entry if isinstance(entry, tuple) else (f"group{number}.param{i}", entry) for i, entry in enumerate(entries)
     ]
+    if len({name for name, _ in named}) < len({id(parameter) for _, parameter in named}):
+        counts = Counter(name for name, _ in named)
+        raise ValueError(f"two parameters of one group are called {counts.most_common(1)[0][0]!r}")
     for name, parameter in named:
         if not isinstance(parameter, Tensor):
             raise TypeError(f"parameter {name!r} is a {type(parameter).__name__}, not a tensor")

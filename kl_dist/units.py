@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -60,6 +60,16 @@ class Unit:
         return (self.method != "adamw", self.group, self.method, self.block.shape, self.block.sides, str(self.dtype))
 
 
+def recast(unit: Unit, parameter: int, dtype: torch.dtype, group: Mapping[str, Any]) -> Unit:
+    """The unit at another place among the parameters, and in another dtype."""
+    if unit.method == "adamw":
+        cost, held = costs.adamw_cost(unit.numel, dtype), costs.adamw_state_bytes(unit.numel, dtype)
+    else:
+        cost = costs.matrix_cost(unit.method, unit.recipe, unit.block, dtype, group["precondition_frequency"])
+        held = costs.state_bytes(unit.method, unit.recipe, unit.block.shape, unit.block.sides, dtype)
+    return replace(unit, parameter=parameter, dtype=dtype, cost=cost, state_bytes=held)
+
+
 def route(shape: Sequence[int], group: Mapping[str, Any]) -> str:
     """The method that serves a parameter: two dimensions or more get the group's, the others AdamW."""
     return group["method"] if len(shape) >= 2 else "adamw"
@@ -102,17 +112,24 @@ def matrix_units(
         seen[kind] += 1
 
 
-def adamw_units(indices: Sequence[int], parameters: Sequence[Parameter], world_size: int) -> Iterator[tuple[Unit, int]]:
-    """Flat parameters laid end to end, dtype by dtype, and cut into one equal slice per rank."""
+def adamw_units(
+    indices: Sequence[int], parameters: Sequence[Parameter], world_size: int, bucket_bytes: int
+) -> Iterator[tuple[Unit, int]]:
+    """Flat parameters laid end to end, dtype by dtype, and cut into equal slices: one per rank and bucket.
+
+    Yields:
+        A slice and the rank that owns it; a rank's slices come in the order of the buckets.
+    """
     for dtype in dict.fromkeys(parameters[i].dtype for i in indices):
         stream = [i for i in indices if parameters[i].dtype == dtype]
         lengths = [parameters[i].numel for i in stream]
         starts = [0, *accumulate(lengths)]
-        for rank, (start, stop) in enumerate(near_equal(starts[-1], world_size)):
+        buckets = math.ceil(starts[-1] * dtype.itemsize / bucket_bytes)
+        for place, (start, stop) in enumerate(near_equal(starts[-1], buckets * world_size)):
             for i, offset, length in zip(stream, starts, lengths, strict=False):
                 first, last = max(start - offset, 0), min(stop - offset, length)
                 if first < last:
-                    yield _adamw_unit(i, parameters[i], first, last), rank
+                    yield _adamw_unit(i, parameters[i], first, last), place % world_size
 
 
 def _adamw_unit(index: int, parameter: Parameter, start: int, stop: int) -> Unit:

@@ -23,9 +23,11 @@ class Replicated:
         self.parameters = parameters
 
     def gradient(self, unit: Unit) -> Tensor | None:
-        """The unit's part of its parameter's gradient, shaped as the unit; None where there is no gradient."""
-        grad = self.parameters[unit.parameter].grad
-        return None if grad is None else unit.block.of(unit.reading.view(grad))
+        """The unit's part of its parameter's gradient, shaped as the unit; None without one or where it is frozen."""
+        parameter = self.parameters[unit.parameter]
+        if parameter.grad is None or not parameter.requires_grad:
+            return None
+        return unit.block.of(unit.reading.view(parameter.grad))
 
     def apply(self, updates: Sequence[tuple[Unit, Tensor]], keep: float, lr: float) -> None:
         """W <- keep W - lr U for every unit given, with U flat in the parameter's dtype.

@@ -21,6 +21,7 @@ from kl_dist.methods.soap import scaled_adam
 from kl_dist.methods.state import ShampooState, Side, unstarted
 
 DAMPING = 1e-4  # of the mean eigenvalue, under the root: singular factors give continuous roots
+SMALLEST_SHIFT = 1e-30  # under the root, so that its products over both sides still fit into float32
 
 
 def allocate(shape: Sequence[int], sides: Sequence[Side], batch: int, like: Tensor) -> ShampooState:
@@ -91,7 +92,8 @@ def _renew_roots(state: ShampooState, hyper: Hyper, damping: float, eps: float) 
         if factor is None or root is None:
             continue
         eigenvalues = factor if factor.ndim == 2 else factor.diagonal(dim1=-2, dim2=-1)
-        shift = damping * eigenvalues.mean(-1, keepdim=True) + eps
+        # never zero: after long enough without a gradient the factors underflow, and the graft cares not for the size
+        shift = (damping * eigenvalues.mean(-1, keepdim=True) + eps).clamp_min(SMALLEST_SHIFT)
         if factor.ndim == 3:
             root.copy_(linalg.inverse_root(factor, exponent, shift))
         else:
@@ -111,7 +113,8 @@ def _precondition(direction: Tensor, inverse_roots: Sequence[Tensor | None]) -> 
 
 def _graft(direction: Tensor, length_of: Tensor) -> Tensor:
     """`direction` with the Frobenius norm of `length_of`, matrix by matrix."""
+    smallest = kronecker.smallest_scale(direction.dtype)
+    unit = direction / direction.abs().amax(tuple(range(1, direction.ndim)), keepdim=True).clamp_min(smallest)
     wanted = torch.linalg.vector_norm(length_of.flatten(1), dim=1)
-    present = torch.linalg.vector_norm(direction.flatten(1), dim=1)
-    ratio = wanted / present.clamp_min(kronecker.smallest_scale(direction.dtype))
-    return direction * kronecker.column(ratio, direction)
+    present = torch.linalg.vector_norm(unit.flatten(1), dim=1).clamp_min(smallest)
+    return unit * kronecker.column(wanted / present, unit)

@@ -1,0 +1,14 @@
+"""What people start: `launch/train.py` trains a small language model with any of the optimizers compared here.
+
+The files are the parts of a training job, each readable on its own:
+
+    train.py        the job from start to end, and its loop
+    options.py      every command-line flag, its default and its check
+    ranks.py        the processes: which one this is, on which device, and what they tell each other
+    data.py         the text, its split by file, and the batch of a step
+    model.py        a byte-level GPT
+    optimizers.py   AdamW, Muon and the Kronecker methods behind one small object, and their schedule
+    checkpoint.py   saving and continuing, one optimizer file a rank
+    metrics.py      the progress bar, JSON lines and TensorBoard
+    report.py       the loss curve and the closing words
+"""

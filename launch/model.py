@@ -1,0 +1,78 @@
+"""A byte-level GPT: pre-norm blocks of causal attention and a GELU MLP, learned positions, no biases.
+
+The output head is a Linear of its own, not tied to the embedding. All matrices inside the blocks are plain 2-D weights,
+which is what a matrix optimizer is made for; embeddings, head and norms are what it leaves to AdamW.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BYTES = 256
+
+
+class GPT(nn.Module):
+    """Next-byte prediction: `forward` takes bytes (batch x time, int64) to logits (batch x time x 256)."""
+
+    def __init__(self, layers: int, width: int, heads: int, context: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(BYTES, width)
+        self.positions = nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.head = nn.Linear(width, BYTES, bias=False)
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2:
+                # What a block adds to the residual stream starts smaller, so that its sum over depth does not grow.
+                added = name.endswith(("attention.project.weight", "mlp.project.weight"))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * layers) if added else 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        hidden = self.tokens(tokens) + self.positions(positions)
+        return self.head(self.norm(self.blocks(hidden)))
+
+
+class Block(nn.Module):
+    """One transformer block; each half normalises its input and adds to the residual stream."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, bias=False)
+        self.attention = Attention(width, heads)
+        self.mlp_norm = nn.LayerNorm(width, bias=False)
+        self.mlp = MLP(width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.attention(self.attention_norm(hidden))
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with one fused weight for queries, keys and values."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.project = nn.Linear(width, width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        # batch x time x 3 width -> three of batch x heads x time x head size
+        query, key, value = self.qkv(hidden).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.project(mixed.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    """Two layers, four times as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(width, 4 * width, bias=False)
+        self.project = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.project(F.gelu(self.expand(hidden)))

@@ -1,0 +1,119 @@
+"""The optimizers that can be compared, behind one small object, and the learning-rate schedule they share.
+
+All of them decay the same parameters (matrices and embeddings, never norms). Muon updates only the matrices inside the
+blocks and has AdamW beside it; a Kronecker method brings its own AdamW route.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from launch.model import GPT
+from launch.options import KRONECKER_METHODS, Options
+
+ADAMW_BETAS = (0.9, 0.95)
+
+
+class Trainer:
+    """One or two optimizers that step as one, at learning rates that follow the schedule.
+
+    The schedule is a function of the step alone. It has no state, so a job that continues at step 201 computes what one
+    that never stopped would.
+    """
+
+    def __init__(self, optimizers: list[Optimizer], steps: int, warmup: int) -> None:
+        self.optimizers = optimizers
+        self.steps = steps
+        self.warmup = warmup
+        self._peaks = [group["lr"] for group in self.groups]
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all optimizers; looked up each time, because loading a state makes new ones."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self, step: int) -> float:
+        """Update the weights as step number `step`, counted from 1; returns the learning rate of the first group."""
+        factor = schedule(step, self.steps, self.warmup)
+        for group, peak in zip(self.groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return self.groups[0]["lr"]
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state of every optimizer."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for optimizer, one in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(one)
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """What the peak learning rate is multiplied by: linear from 0 to 1 over `warmup`, then a cosine down to 0."""
+    if step <= warmup:
+        return step / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps + 1 - warmup))
+
+
+def make_trainer(options: Options, model: GPT) -> Trainer:
+    """The optimizer that `options` name, over the parameters of the bare model (not its DDP wrapper)."""
+    if options.optimizer in KRONECKER_METHODS:
+        optimizers = [kronecker(options, model)]
+    elif options.optimizer == "muon":
+        optimizers = muon(options, model)
+    else:
+        optimizers = [adamw(model.parameters(), options)]
+    return Trainer(optimizers, options.steps, options.warmup_steps)
+
+
+def kronecker(options: Options, model: GPT) -> Optimizer:
+    """KL-Shampoo or one of its relatives, its state and its work divided over the ranks."""
+    # Only here: AdamW and Muon stay what they are, and start, without the engine.
+    from kl_dist import KLShampoo, param_groups
+
+    lr, adamw_lr = options.rates
+    # The schedule sets `lr` alone; the optimizer keeps `adamw_lr` in proportion to it.
+    groups = param_groups(model, lr=lr, weight_decay=options.weight_decay, output_head="head", adamw_lr=adamw_lr)
+    return KLShampoo(
+        groups,
+        lr=lr,
+        method=options.optimizer,
+        recipe=options.recipe or "fresh",
+        precondition_frequency=options.precondition_frequency,
+    )
+
+
+def muon(options: Options, model: GPT) -> list[Optimizer]:
+    """Muon on the blocks' matrices, AdamW on the rest."""
+    matrices = [parameter for parameter in model.blocks.parameters() if parameter.ndim == 2]
+    chosen = {id(parameter) for parameter in matrices}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    return [
+        Muon(matrices, lr=options.rates.lr, weight_decay=options.weight_decay),
+        adamw(rest, options),
+    ]
+
+
+def adamw(parameters: Any, options: Options) -> Optimizer:
+    """AdamW that decays what has two dimensions."""
+    decayed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in parameters:
+        decayed[parameter.ndim >= 2].append(parameter)
+    return AdamW(
+        [
+            {"params": decayed[True], "weight_decay": options.weight_decay},
+            {"params": decayed[False], "weight_decay": 0.0},
+        ],
+        lr=options.rates.adamw_lr,
+        betas=ADAMW_BETAS,
+        fused=torch.cuda.is_available(),
+    )

@@ -1,0 +1,196 @@
+"""The job's options: one frozen dataclass, from which the command line is made.
+
+Each field is a flag (`adamw_lr` is `--adamw-lr`) and carries its own help. An `Options` that exists is valid: whatever
+can be refused before the first tensor is made is refused in `__post_init__`, in one sentence that says what to do.
+"""
+
+import argparse
+import difflib
+import math
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+
+class UsageError(Exception):
+    """Something the user asked for cannot be done; the message is one sentence for them, no traceback is needed."""
+
+
+class Rates(NamedTuple):
+    """Peak learning rates: of the matrices, and of what AdamW updates beside them: embeddings, head, 1-D parameters."""
+
+    lr: float
+    adamw_lr: float
+
+
+KRONECKER_METHODS = ("kl_shampoo", "kl_soap", "soap", "shampoo")
+
+# The best of a coarse grid for the demo's model and text; another model wants its own search.
+DEFAULT_RATES = {
+    **dict.fromkeys(KRONECKER_METHODS, Rates(1e-2, 2e-3)),
+    "muon": Rates(3e-2, 2e-3),
+    "adamw": Rates(2e-3, 2e-3),
+}
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with the text that `--help` shows for it."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Options:
+    """All that a run depends on; together with the text and the code it determines every number of the run."""
+
+    optimizer: str = option("kl_shampoo", f"which one: {', '.join(DEFAULT_RATES)}")
+    lr: float | None = option(None, "peak learning rate; by default one that suits the optimizer and the demo")
+    adamw_lr: float | None = option(None, "the same for embeddings, head and 1-D parameters beside a matrix optimizer")
+    weight_decay: float = option(0.01, "decoupled weight decay of everything but norms")
+    recipe: Literal["fresh", "paper"] | None = option(None, "which defaults a Kronecker method starts from")
+    precondition_frequency: int | None = option(None, "steps between refreshes of a Kronecker method's eigenbases")
+
+    steps: int = option(400, "how many optimizer steps to train")
+    warmup: int | None = option(None, "steps of linear warm-up before the cosine; by default a twentieth of all steps")
+    grad_clip: float | None = option(None, "largest norm of the whole gradient; by default it is not clipped")
+    tokens_per_step: int = option(2048, "tokens of one step over all processes together")
+    seed: int = option(0, "of the initial weights and of the order of the text")
+
+    layers: int = option(4, "transformer blocks")
+    width: int = option(128, "size of a token's vector")
+    heads: int = option(4, "attention heads of a block")
+    context: int = option(256, "tokens a prediction can see")
+
+    data: str | None = option(None, "a text file to train on; by default the Python standard library's own source")
+    eval_every: int = option(50, "steps between two looks at the validation loss")
+    checkpoint_every: int | None = option(None, "steps between two checkpoints; by default only the last step is saved")
+    out: str | None = option(None, "folder of the results, shared by all machines; by default runs/OPTIMIZER")
+    resume: bool = option(False, "continue from the newest checkpoint in --out")
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in DEFAULT_RATES:
+            raise UsageError(f"--optimizer {self.optimizer} is unknown{_nearest(self.optimizer, DEFAULT_RATES)}")
+        self._check_numbers()
+        if self.width % self.heads:
+            raise UsageError(f"--width {self.width} does not divide into --heads {self.heads}")
+        if self.tokens_per_step % self.context:
+            raise UsageError(
+                f"--tokens-per-step {self.tokens_per_step} is not a whole number of windows of --context {self.context}"
+            )
+        if self.warmup is not None and self.warmup >= self.steps:
+            raise UsageError(f"--warmup {self.warmup} leaves nothing of --steps {self.steps}")
+        if self.optimizer not in KRONECKER_METHODS:
+            for name in ("recipe", "precondition_frequency"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"{_flag(name)} means nothing to --optimizer {self.optimizer}; leave it out")
+        if self.optimizer == "adamw" and self.adamw_lr is not None:
+            raise UsageError("--adamw-lr is for what stands beside a matrix optimizer; with --optimizer adamw use --lr")
+
+    def _check_numbers(self) -> None:
+        """Refuse what no number may be: a count below its least value, a rate that is negative, infinite or NaN."""
+        least = {"seed": 0, "warmup": 0}
+        for option_field in fields(self):
+            name, value = option_field.name, getattr(self, option_field.name)
+            if type(value) is int and value < least.get(name, 1):
+                raise UsageError(f"{_flag(name)} {value} is too small; the least is {least.get(name, 1)}")
+            if type(value) is float and not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"{_flag(name)} {value} is not a finite number of 0 or more")
+
+    @property
+    def rates(self) -> Rates:
+        """The peak learning rates asked for, or the optimizer's own."""
+        default = DEFAULT_RATES[self.optimizer]
+        lr = default.lr if self.lr is None else self.lr
+        if self.optimizer == "adamw":
+            return Rates(lr, lr)
+        return Rates(lr, default.adamw_lr if self.adamw_lr is None else self.adamw_lr)
+
+    @property
+    def warmup_steps(self) -> int:
+        return self.steps // 20 if self.warmup is None else self.warmup
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        return Path(self.out or f"runs/{self.optimizer}")
+
+    @property
+    def windows_per_step(self) -> int:
+        """How many windows of text one step sees, over all ranks."""
+        return self.tokens_per_step // self.context
+
+    def windows_per_rank(self, world_size: int) -> int:
+        """This rank's share of them; the batch must divide, so that the mean over ranks is the mean over windows."""
+        if self.windows_per_step % world_size:
+            raise UsageError(
+                f"{self.windows_per_step} windows a step (--tokens-per-step {self.tokens_per_step} of --context "
+                f"{self.context}) do not divide over {world_size} processes"
+            )
+        return self.windows_per_step // world_size
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line; a mistake in it raises `UsageError`."""
+    parser = ArgumentParser(
+        prog="launch/train.py",
+        description="Train a byte-level GPT and see how far an optimizer gets in a number of steps.",
+        exit_on_error=False,
+    )
+    kinds = _kinds()
+    for option_field in fields(Options):
+        kind = kinds[option_field.name]
+        parser.add_argument(
+            _flag(option_field.name),
+            # Without a default of its own, an option that is not given is left to the dataclass.
+            default=argparse.SUPPRESS if option_field.default is None else option_field.default,
+            help=option_field.metadata["help"],
+            **({"action": "store_true"} if kind is bool else {"type": kind}),
+        )
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    _refuse_unknown_flags(given)
+    try:
+        options = Options(**vars(parser.parse_args(given)))
+    except ArgumentError as error:
+        raise UsageError(_plain(str(error))) from error
+    options.windows_per_rank(int(os.environ.get("WORLD_SIZE", "1")))
+    return options
+
+
+def _kinds() -> dict[str, Any]:
+    """The type of each option, without the None that stands for "not given"."""
+    hints = get_type_hints(Options).items()
+    return {name: next((kind for kind in get_args(hint) if type(None) in get_args(hint)), hint) for name, hint in hints}
+
+
+def _plain(message: str) -> str:
+    """The parser's complaint about a value in the words of the command line; any other complaint as it is."""
+    complaint = re.fullmatch(r'Parser key "(\w+)":.* value: (.*)', " ".join(message.split()))
+    if not complaint:
+        return message
+    name, value = complaint.groups()
+    kind = _kinds()[name]
+    expected = {int: "a whole number", float: "a number"}.get(kind) or " or ".join(map(str, get_args(kind)))
+    return f"{_flag(name)} takes {expected}, not {value}"
+
+
+def _refuse_unknown_flags(arguments: Sequence[str]) -> None:
+    """Name the flag that was probably meant; the parser would only repeat the mistake."""
+    known = ["--help", *(_flag(option_field.name) for option_field in fields(Options))]
+    for argument in arguments:
+        flag = argument.split("=")[0]
+        if flag.startswith("--") and flag not in known:
+            raise UsageError(f"{flag} is no option{_nearest(flag, known)}; --help lists them")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _nearest(word: str, known: Sequence[str] | dict[str, Any]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"

@@ -1,0 +1,15 @@
+"""Fixtures that every test module may use."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.world import World
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """Four gloo ranks, started by the first test that runs something on them; see tests/world.py."""
+    ranks = World()
+    yield ranks
+    ranks.stop()

@@ -1,0 +1,70 @@
+"""Slow, plain references of every method and recipe, for one logical tensor of K >= 2 sides.
+
+They are the independent witnesses that the engine is tested against, so they are written from the equations of the
+spec alone and never for speed: factors S_k and momentum M stay in the original coordinates, every product is a
+tensor contraction on one side, nothing is batched, and the arithmetic is float64 unless asked otherwise.
+
+    ref = reference("kl_shampoo", "fresh", (8, 6), lr=1e-2, betas=(0.95, 0.95), eps=1e-8,
+                    weight_decay=0.01, precondition_frequency=2)
+    W = ref.step(W, G)          # a new tensor; W and G are left as they are
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from tests.reference import fresh, paper
+from tests.reference.options import Options
+
+METHODS: dict[tuple[str, str], type[paper.Reference] | type[fresh.Reference]] = {
+    ("kl_shampoo", "paper"): paper.KLShampoo,
+    ("kl_soap", "paper"): paper.KLSOAP,
+    ("soap", "paper"): paper.SOAP,
+    ("shampoo", "paper"): paper.Shampoo,
+    ("kl_shampoo", "fresh"): fresh.KLShampoo,
+    ("kl_soap", "fresh"): fresh.KLSOAP,
+    ("soap", "fresh"): fresh.SOAP,
+    ("shampoo", "fresh"): fresh.Shampoo,
+}
+
+
+def reference(
+    method: str,
+    recipe: str,
+    shape: Sequence[int],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    precondition_frequency: int,
+    nesterov: bool | None = None,
+    shampoo_beta: float | None = None,
+    phase: int = 0,
+    shampoo_exponent: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> paper.Reference | fresh.Reference:
+    """The reference of `method` under `recipe` for one tensor of `shape`: an object with `.step(W, G) -> W_new`.
+
+    `phase` staggers the refreshes: one follows step t when (t + phase) % precondition_frequency == 0. `nesterov=None`
+    is what the recipe does (fresh: on, paper: off), `shampoo_beta=None` is beta2, `shampoo_exponent=None` is 1/(2K).
+    """
+    if len(shape) < 2:
+        raise ValueError(f"a reference serves tensors of two or more sides, not of shape {tuple(shape)}")
+    if recipe == "paper" and nesterov:
+        raise ValueError("the paper recipe has no Nesterov momentum")
+    beta1, beta2 = betas
+    options = Options(
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        factor_beta=beta2 if shampoo_beta is None else shampoo_beta,
+        eps=eps,
+        weight_decay=weight_decay,
+        refresh_every=precondition_frequency,
+        phase=phase,
+        nesterov=recipe == "fresh" if nesterov is None else nesterov,
+        exponent=1 / (2 * len(shape)) if shampoo_exponent is None else shampoo_exponent,
+        dtype=dtype,
+    )
+    return METHODS[method, recipe](tuple(shape), options)

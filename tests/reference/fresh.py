@@ -1,0 +1,232 @@
+"""recipe="fresh": started from the first non-zero gradient, independent of its scale, continuous, and fresh.
+
+A matrix sleeps until its first gradient that is not zero: W decays, nothing else moves. From that gradient, brought to
+G^ = G / RMS(G), come the first factors S_k = (d_k/N) G^_k G^_k^T and the bases; the step t = 1 follows in the same call
+with the same gradient. What divides the momentum in step t has seen the gradient of step t, but for the bases and the
+roots. Everywhere the scale is a scalar of its own beside moments of unit mean, and early averages are plain means:
+
+    b(t) = min(beta, 1 - 1/(t+1)),   beta = beta2, for factors and their eigenvalues shampoo_beta where given.
+"""
+
+import torch
+from torch import Tensor
+
+from tests.reference.algebra import (
+    diagonal_in_basis,
+    ema,
+    into_basis,
+    mean_gram,
+    on_every_side,
+    orthogonal_factor,
+    out_of_basis,
+    outer,
+    rms,
+    whitened_except,
+)
+from tests.reference.options import Options
+
+DAMPING = 0.01  # c of a refresh, relative to the mean eigenvalue
+ROOT_DAMPING = 1e-4  # Shampoo's, relative to the mean eigenvalue
+SMALLEST_EIGENVALUE = 1e-6  # of lambda_k, whose mean is one
+SMALLEST_MOMENT = 1e-10  # of V, whose mean is one
+
+
+class Reference:
+    """What the fresh methods share: the sleep, the start, and the order of a step."""
+
+    def __init__(self, shape: tuple[int, ...], options: Options):
+        self.shape, self.options = shape, options
+        self.sides = range(len(shape))
+        self.t = 0
+        self.M = torch.zeros(shape, dtype=options.dtype)
+
+    def step(self, W: Tensor, G: Tensor) -> Tensor:
+        """W_new = W (1 - lr weight_decay) - lr U, both W and G of `shape`."""
+        o = self.options
+        W, G = W.to(o.dtype) * (1 - o.lr * o.weight_decay), G.to(o.dtype)
+        if self.t == 0:
+            if not G.any():
+                return W
+            self.S = [mean_gram(G / rms(G), k) for k in self.sides]
+            self.start()
+        self.t += 1
+        self.M = ema(self.M, G, o.beta1)
+        W = W - o.lr * self.update(G)
+        if o.refresh_due(self.t):
+            self.refresh()
+        return W
+
+    def momentum(self, G: Tensor) -> Tensor:
+        """N = (beta1 M + (1 - beta1) G) / (1 - beta1^(t+1)), without Nesterov M / (1 - beta1^t); M has G already."""
+        beta1 = self.options.beta1
+        if self.options.nesterov:
+            return ema(self.M, G, beta1) / (1 - beta1 ** (self.t + 1))
+        return self.M / (1 - beta1**self.t)
+
+    def start(self) -> None:
+        """The rest of the state, before step 1; S_k is there already."""
+        raise NotImplementedError
+
+    def update(self, G: Tensor) -> Tensor:
+        """U, and the statistics, which include G before U is made of them."""
+        raise NotImplementedError
+
+    def refresh(self) -> None:
+        """The bases, or the roots, from S_k."""
+        raise NotImplementedError
+
+
+class KLShampoo(Reference):
+    """U = Q_a (N~ / (s sqrt(lambda_a lambda_b^T) (1 + eps))) Q_b^T: the scale s^2 ~ v is a third Kronecker factor."""
+
+    starting_refreshes = 4
+
+    def start(self) -> None:
+        """lambda_k = 1, v = 0, Q_k = Q0(d_k) after four refreshes."""
+        dtype = self.options.dtype
+        self.lam = [torch.ones(d, dtype=dtype) for d in self.shape]
+        self.v = torch.zeros((), dtype=dtype)
+        self.Q = [starting_basis(S, self.starting_refreshes) for S in self.S]
+
+    def update(self, G: Tensor) -> Tensor:
+        s = self.learn(G)
+        denominator = s * outer(self.lam).sqrt() * (1 + self.options.eps)
+        return out_of_basis(into_basis(self.momentum(G), self.Q) / denominator, self.Q)
+
+    def learn(self, G: Tensor) -> Tensor:
+        """The new scale s, and then S_k and lambda_k from H = G / s, all with the old lambdas on the right.
+
+        v <- beta2 v + (1-beta2) mean(G~^2 / prod_k lambda_k),  s = sqrt(v / (1 - beta2^t));
+        D_k = (d_k/N) H_k H_k^T with H whitened on every side but k;
+        S_k <- (b S_k + (1-b) D_k) / c,  lambda_k <- (b lambda_k + (1-b) diag(Q_k^T D_k Q_k)) / c,  c = mean lambda_k.
+        """
+        o = self.options
+        self.v = ema(self.v, (into_basis(G, self.Q).square() / outer(self.lam)).mean(), o.beta2)
+        s = (self.v / (1 - o.beta2**self.t)).sqrt()
+        b = early_mean(o.factor_beta, self.t)
+        D = [mean_gram(whitened_except(G / s, k, self.Q, self.lam), k) for k in self.sides]
+        for k in self.sides:
+            S = ema(self.S[k], D[k], b)
+            lam = ema(self.lam[k], diagonal_in_basis(D[k], self.Q[k]), b)
+            self.S[k] = S / lam.mean()
+            self.lam[k] = (lam / lam.mean()).clamp(min=SMALLEST_EIGENVALUE)
+        return s
+
+    def refresh(self) -> None:
+        """Q_k <- the orthogonal factor of QR((S_k + c I) Q_k)."""
+        self.Q = [refreshed(S, q) for S, q in zip(self.S, self.Q, strict=True)]
+
+
+class KLSOAP(KLShampoo):
+    """U = Q_a (N~ / (r (sqrt(V) + eps))) Q_b^T in the bases of KL-Shampoo; V does not follow a refresh."""
+
+    starting_refreshes = 1
+
+    def start(self) -> None:
+        super().start()
+        self.moment = SecondMoment(self.shape, self.options)
+
+    def update(self, G: Tensor) -> Tensor:
+        self.learn(G)
+        self.moment.learn(into_basis(G, self.Q), self.t)
+        return out_of_basis(into_basis(self.momentum(G), self.Q) / self.moment.denominator, self.Q)
+
+
+class SOAP(Reference):
+    """U = Q_a (N~ / (r (sqrt(V) + eps))) Q_b^T; V does not follow a refresh."""
+
+    def start(self) -> None:
+        """w = 0, V = 1, Q_k = Q0(d_k) after one refresh."""
+        self.moment = SecondMoment(self.shape, self.options)
+        self.Q = [starting_basis(S, refreshes=1) for S in self.S]
+
+    def update(self, G: Tensor) -> Tensor:
+        """S_k <- b S_k + (1-b) (d_k/N) K_k K_k^T with K = G / r; not whitened, not normalised again."""
+        self.moment.learn(into_basis(G, self.Q), self.t)
+        self.S = unwhitened(self.S, G / self.moment.r, early_mean(self.options.factor_beta, self.t))
+        return out_of_basis(into_basis(self.momentum(G), self.Q) / self.moment.denominator, self.Q)
+
+    def refresh(self) -> None:
+        """Q_k <- the orthogonal factor of QR((S_k + c I) Q_k); no sorting."""
+        self.Q = [refreshed(S, q) for S, q in zip(self.S, self.Q, strict=True)]
+
+
+class Shampoo(Reference):
+    """U = |A| / |B| B,  B = R_a (N / r) R_b with R_k = S_k^-p,  A = N / (r (sqrt(V) + eps)); all in W's coordinates."""
+
+    def start(self) -> None:
+        """w = 0, V = 1, the roots of the first S_k."""
+        self.moment = SecondMoment(self.shape, self.options)
+        self.refresh()
+
+    def update(self, G: Tensor) -> Tensor:
+        """S_k as SOAP's; the roots are those of the last refresh."""
+        self.moment.learn(G, self.t)
+        self.S = unwhitened(self.S, G / self.moment.r, early_mean(self.options.factor_beta, self.t))
+        N = self.momentum(G)
+        A = N / self.moment.denominator
+        B = on_every_side(N / self.moment.r, self.roots)
+        return B * (A.norm() / B.norm()) if B.any() else B
+
+    def refresh(self) -> None:
+        """R_k = Q diag((max(lambda, 0) + 1e-4 tr(S_k)/d_k)^-p) Q^T, S_k = Q diag(lambda) Q^T."""
+        self.roots = []
+        for S in self.S:
+            lam, q = torch.linalg.eigh(S)
+            damped = lam.clamp(min=0) + ROOT_DAMPING * S.diagonal().mean()
+            self.roots.append(q @ torch.diag(damped**-self.options.exponent) @ q.T)
+
+
+class SecondMoment:
+    """Adam's second moment as r^2 V: a scalar scale and an elementwise V of unit mean.
+
+    w <- beta2 w + (1-beta2) mean(G^2),  r = sqrt(w / (1 - beta2^t));
+    V <- b V + (1-b) (G/r)^2,  V <- max(V / mean(V), 1e-10).
+    """
+
+    def __init__(self, shape: tuple[int, ...], options: Options):
+        self.options = options
+        self.w = torch.zeros((), dtype=options.dtype)
+        self.V = torch.ones(shape, dtype=options.dtype)
+
+    def learn(self, G: Tensor, t: int) -> None:
+        """Take up the gradient of step t, in the coordinates that V has."""
+        beta2 = self.options.beta2
+        self.w = ema(self.w, G.square().mean(), beta2)
+        self.r = (self.w / (1 - beta2**t)).sqrt()
+        V = ema(self.V, (G / self.r).square(), early_mean(beta2, t))
+        self.V = (V / V.mean()).clamp(min=SMALLEST_MOMENT)
+
+    @property
+    def denominator(self) -> Tensor:
+        """r (sqrt(V) + eps)."""
+        return self.r * (self.V.sqrt() + self.options.eps)
+
+
+def early_mean(beta: float, t: int) -> float:
+    """b(t) = min(beta, 1 - 1/(t+1)): at first the plain mean of the start and the t gradients since."""
+    return min(beta, 1 - 1 / (t + 1))
+
+
+def unwhitened(S: list[Tensor], K: Tensor, b: float) -> list[Tensor]:
+    """S_k <- b S_k + (1-b) (d_k/N) K_k K_k^T."""
+    return [ema(S[k], mean_gram(K, k), b) for k in range(K.ndim)]
+
+
+def starting_basis(S: Tensor, refreshes: int) -> Tensor:
+    """Q0(d), a fixed generic orthogonal matrix, after a few refreshes with S.
+
+    Generic, as the identity is an unstable equilibrium of the iteration wherever S has rows of zeros.
+    """
+    d = len(S)
+    generator = torch.Generator().manual_seed(d)
+    q = orthogonal_factor(torch.randn(d, d, generator=generator, dtype=torch.float32).to(S.dtype))
+    for _ in range(refreshes):
+        q = refreshed(S, q)
+    return q
+
+
+def refreshed(S: Tensor, q: Tensor) -> Tensor:
+    """The orthogonal factor of QR((S + c I) Q), c = 0.01 tr(S) / d."""
+    c = DAMPING * S.diagonal().mean()
+    return orthogonal_factor((S + c * torch.eye(len(S), dtype=S.dtype)) @ q)

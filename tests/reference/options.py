@@ -1,0 +1,26 @@
+"""What every reference is given, under the letters of the spec."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Options:
+    """Hyperparameters of one tensor; nothing here is left to be filled in later."""
+
+    lr: float
+    beta1: float  # weight of the OLD momentum
+    beta2: float  # weight of the OLD second moment
+    factor_beta: float  # weight of the OLD factors and eigenvalues: shampoo_beta, or beta2
+    eps: float
+    weight_decay: float
+    refresh_every: int  # T
+    phase: int
+    nesterov: bool
+    exponent: float  # Shampoo's p
+    dtype: torch.dtype
+
+    def refresh_due(self, t: int) -> bool:
+        """(t + phase) mod T == 0."""
+        return (t + self.phase) % self.refresh_every == 0

@@ -1,0 +1,57 @@
+"""What is shipped: the wheel holds the packages that a user imports, and nothing of how they are made."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("kl_dist", "lightning_plugin", "deepspeed_integration")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built in a copy so that nothing is left in the tree, and without reaching for a network."""
+    source = tmp_path_factory.mktemp("source")
+    unwanted = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=unwanted, dirs_exist_ok=True)
+    built = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", built, source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = built.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_importable_packages_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert tops == {package for package in PACKAGES if (ROOT / package).is_dir()}
+    expected = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in ROOT.glob(f"{package}/**/*.py")}
+    assert expected <= set(names)
+    assert "kl_dist/py.typed" in names
+
+
+def test_the_wheel_is_named_after_the_version_in_the_code(wheel: Path) -> None:
+    from kl_dist import __version__
+
+    assert wheel.name == f"kl_shampoo-{__version__}-py3-none-any.whl"
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
+
+
+def test_every_direct_dependency_of_the_two_commands_is_pinned() -> None:
+    """What pip may choose freely changes under a project's feet."""
+    if sys.version_info < (3, 11):
+        pytest.skip("needs tomllib")
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = {
+        name.split(">=")[0] for name in [*project["dependencies"], *(name for one in extras.values() for name in one)]
+    }
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert wanted <= {line.split("==")[0] for line in lines}

@@ -1,0 +1,103 @@
+"""The job's parts, each on its own: text and split, schedule, model, folders."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.checkpoint import newest
+from launch.data import load_corpus, standard_library, training_starts, validation_starts, windows
+from launch.metrics import set_aside
+from launch.model import GPT
+from launch.optimizers import make_trainer, schedule
+from launch.options import Options, UsageError
+from launch.report import smoothed
+
+
+def test_no_file_of_the_library_is_on_both_sides_of_the_split() -> None:
+    corpus = standard_library()
+    assert not set(corpus.train_files) & set(corpus.validation_files)
+    assert "argparse.py" in corpus.train_files + corpus.validation_files
+    assert not [name for name in corpus.train_files if "site-packages" in name]
+    assert 0.03 < len(corpus.validation) / len(corpus.train) < 0.25
+    assert torch.equal(corpus.train, standard_library().train)
+
+
+def test_a_file_of_ones_own_keeps_its_last_tenth_for_validation(tmp_path: Path) -> None:
+    path = tmp_path / "own.txt"
+    path.write_bytes(b"a" * 900 + b"b" * 100)
+    corpus = load_corpus(str(path), context=16)
+    assert bytes(corpus.train.tolist()) == b"a" * 900
+    assert bytes(corpus.validation.tolist()) == b"b" * 100
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), (b"short", "too few for --context 16")])
+def test_a_text_that_cannot_be_used_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "own.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        load_corpus(str(path), context=16)
+
+
+def test_targets_are_the_inputs_one_byte_further() -> None:
+    text = torch.arange(50, dtype=torch.uint8)
+    inputs, targets = windows(text, torch.tensor([0, 40]), context=9)
+    assert inputs.tolist() == [list(range(9)), list(range(40, 49))]
+    assert torch.equal(targets, inputs + 1)
+
+
+def test_every_window_lies_within_the_text() -> None:
+    text = torch.zeros(20, dtype=torch.uint8)
+    for starts in (training_starts(text, 0, 1, 500, 16), validation_starts(text, 5, 16)):
+        assert starts.min() >= 0 and starts.max() + 16 + 1 <= len(text)
+
+
+def test_the_schedule_warms_up_and_falls_towards_zero() -> None:
+    rates = [schedule(step, steps=100, warmup=10) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == 1.0
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert 0 < rates[-1] < 0.01
+
+
+def test_the_model_predicts_from_the_past_alone() -> None:
+    torch.manual_seed(0)
+    model = GPT(layers=2, width=16, heads=2, context=8)
+    tokens = torch.randint(256, (1, 8))
+    changed = tokens.clone()
+    changed[0, -1] += 1
+    assert torch.equal(model(tokens)[:, :-1], model(changed % 256)[:, :-1])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_updated_and_norms_do_not_decay(optimizer: str) -> None:
+    model = GPT(layers=1, width=16, heads=2, context=8)
+    trainer = make_trainer(Options(optimizer=optimizer), model)
+    groups = [group for one in trainer.optimizers for group in one.param_groups]
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(id(p) for p in model.parameters())
+    for group in groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.01 if parameter.ndim == 2 else 0.0)
+
+
+def test_a_save_that_was_interrupted_is_no_checkpoint(tmp_path: Path) -> None:
+    for name in ("step-000003", "step-000010", "step-000020.partial"):
+        (tmp_path / name).mkdir()
+    assert newest(tmp_path).name == "step-000010"
+    with pytest.raises(UsageError, match="found no checkpoint"):
+        newest(tmp_path / "nowhere")
+
+
+def test_a_fresh_start_moves_an_earlier_run_aside(tmp_path: Path) -> None:
+    assert set_aside(tmp_path) is None
+    for number in (1, 2):
+        (tmp_path / "metrics.jsonl").write_text(f"run {number}")
+        assert set_aside(tmp_path) == tmp_path / f"earlier-{number}"
+        assert (tmp_path / f"earlier-{number}" / "metrics.jsonl").read_text() == f"run {number}"
+
+
+def test_smoothing_keeps_a_line_and_calms_noise() -> None:
+    assert smoothed([2.0] * 50) == pytest.approx([2.0] * 50)
+    noisy = [float(step % 2) for step in range(100)]
+    assert all(abs(value - 0.5) < 0.1 for value in smoothed(noisy)[10:])

@@ -1,0 +1,151 @@
+"""Which method serves which parameter: by dimension, by module where modules are known, by what the user says."""
+
+import pytest
+import torch
+from torch import nn
+
+from kl_dist import KLShampoo, param_groups, plan
+
+
+class Model(nn.Module):
+    """An embedding, a convolution, a norm, a matrix, a head: tied, named, found by a method, or none of these."""
+
+    def __init__(self, tied: bool = False, has_method: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.bag = nn.EmbeddingBag(5, 8)
+        self.convolution = nn.Conv2d(1, 8, 3)
+        self.norm = nn.LayerNorm(8)
+        self.table = nn.Parameter(torch.zeros(4, 8))
+        self.scale = nn.Parameter(torch.zeros(()))
+        self.linear = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 11)
+        if tied:
+            self.head.weight = self.embedding.weight
+        if has_method:
+            self.get_output_embeddings = lambda: self.head
+
+
+MATRICES = {"table", "convolution.weight", "linear.weight"}
+ELEMENTWISE = {"embedding.weight", "bag.weight"}
+UNDECAYED = {"scale", "convolution.bias", "norm.weight", "norm.bias", "linear.bias", "head.bias"}
+
+
+def methods(opt: KLShampoo) -> dict[str, str]:
+    """The method of every parameter that a unit of the plan serves."""
+    return {opt.plan.parameters[unit.parameter].name: unit.method for unit in opt.plan.units}
+
+
+def routed_to_adamw(model: nn.Module, **options) -> set[str]:
+    return {name for name, method in methods(KLShampoo(param_groups(model, **options))).items() if method == "adamw"}
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "head"),
+    [
+        (dict(), dict(), set()),
+        (dict(), dict(output_head="head"), {"head.weight"}),
+        (dict(), dict(output_head="linear"), {"linear.weight"}),
+        (dict(has_method=True), dict(), {"head.weight"}),
+        (dict(tied=True), dict(), set()),
+        (dict(tied=True, has_method=True), dict(output_head="head"), set()),
+    ],
+    ids=["the last Linear is not guessed", "named", "named otherwise", "found by its method", "tied", "all at once"],
+)
+def test_embeddings_and_the_output_head_go_to_adamw(model, options, head):
+    """A tied head is the embedding's parameter, and so has its name."""
+    assert routed_to_adamw(Model(**model), **options) == ELEMENTWISE | UNDECAYED | head
+    served = methods(KLShampoo(param_groups(Model(**model), **options)))
+    tied = {"head.weight"} if model.get("tied") else set()
+    assert served.keys() == {*MATRICES, *ELEMENTWISE, *UNDECAYED, "head.weight"} - tied
+
+
+def test_a_model_without_an_output_head_has_none():
+    class NoHead(Model):
+        def get_output_embeddings(self):
+            return None
+
+    assert routed_to_adamw(NoHead()) == ELEMENTWISE | UNDECAYED
+
+
+def test_norms_and_biases_are_not_decayed():
+    groups = param_groups(Model(), weight_decay=0.3, lr=0.1)
+    decay = {name: group["weight_decay"] for group in groups for name, _ in group["params"]}
+    assert {name for name, value in decay.items() if value == 0} == UNDECAYED
+    assert {value for name, value in decay.items() if name not in UNDECAYED} == {0.3}
+    model = Model()
+    opt = KLShampoo(param_groups(model, weight_decay=0.5, lr=0.1))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0)
+            p.grad = torch.zeros_like(p)
+    opt.step()
+    assert {name for name, p in model.named_parameters() if (p == 1).all()} == UNDECAYED
+
+
+def test_groups_hold_every_parameter_once_with_all_options():
+    model = Model()
+    model.linear.weight.requires_grad_(False)
+    groups = param_groups(model, lr=0.3, precondition_frequency=7, adamw_lr=0.1)
+    names = [name for group in groups for name, _ in group["params"]]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    opt = KLShampoo(groups, lr=0.7)
+    assert all((g["lr"], g["precondition_frequency"], g["adamw_lr"]) == (0.3, 7, 0.1) for g in opt.param_groups)
+    assert "linear.weight" not in methods(opt)
+    assert {group["lr"] for group in KLShampoo(param_groups(model), lr=0.7).param_groups} == {0.7}
+
+
+def test_no_group_is_empty():
+    assert len(param_groups(nn.Linear(3, 2, bias=False))) == 1
+    assert len(param_groups(nn.LayerNorm(3))) == 1
+    assert param_groups(nn.Tanh()) == []
+
+
+def test_named_parameters_are_routed_by_dimension_alone():
+    model = Model()
+    served = methods(KLShampoo(model.named_parameters(), method="soap"))
+    assert served == {name: "soap" if p.ndim >= 2 else "adamw" for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (2, 1, 3), (1, 1, 1, 1, 2)], ids=str)
+def test_a_matrix_never_falls_back_to_adamw(shape):
+    """However thin it is."""
+    assert methods(KLShampoo([("w", nn.Parameter(torch.zeros(shape)))])) == {"w": "kl_shampoo"}
+
+
+def test_a_group_sets_the_route_of_its_parameters():
+    model = Model()
+    matrices, *others = [{"params": [pair]} for pair in model.named_parameters() if pair[1].ndim >= 2]
+    matrices["method"] = "adamw"
+    served = methods(KLShampoo([matrices, *others], method="shampoo"))
+    assert list(served.values()).count("adamw") == 1 and list(served.values()).count("shampoo") == len(others)
+
+
+def test_nameless_parameters_get_names_by_their_place():
+    opt = KLShampoo([{"params": [nn.Parameter(torch.zeros(3, 2))]}, {"params": [nn.Parameter(torch.zeros(3))]}])
+    assert methods(opt) == {"group0.param0": "kl_shampoo", "group1.param0": "adamw"}
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 20])
+def test_routes_are_a_table_with_a_line_per_parameter(world_size):
+    model = Model()
+    model.nothing = nn.Parameter(torch.zeros(0, 3))
+    opt = KLShampoo(param_groups(model, max_preconditioner_dim=8))
+    heading, *lines = opt.routes().splitlines()
+    assert heading.split()[:3] == ["parameter", "shape", "method"]
+    rows = {line.split()[0]: line for line in lines}
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert rows.keys() == shapes.keys() and len(lines) == len(rows)
+    served = methods(opt)
+    for name, row in rows.items():
+        assert str(tuple(shapes[name])) in row
+        assert served.get(name, "none") in row
+    assert "8x8" in rows["linear.weight"]
+
+
+def test_a_plan_of_a_model_routes_as_its_groups_do():
+    model = Model()
+    opt = KLShampoo(param_groups(model, output_head="head", method="soap"))
+    found = plan(model, 1, output_head="head", method="soap")
+    assert found.owner == opt.plan.owner
+    assert {u.name: u.method for u in found.units} == {u.name: u.method for u in opt.plan.units}

@@ -229,7 +229,8 @@ def _buckets(
             parts = [_split_by_bytes(queue, units, count) for queue in queues]
             for k in range(count):
                 members = tuple(tuple(part[k]) for part in parts)
-                yield Bucket(dtype, members, max(sum(units[i].numel for i in member) for member in members))
+                if any(members):  # units larger than a bucket leave others without any
+                    yield Bucket(dtype, members, max(sum(units[i].numel for i in member) for member in members))
 
 
 def _split_by_bytes(queue: Sequence[int], units: Sequence[Unit], count: int) -> list[list[int]]:

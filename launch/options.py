@@ -33,8 +33,8 @@ KRONECKER_METHODS = ("kl_shampoo", "kl_soap", "soap", "shampoo")
 
 # The best of a coarse grid for the demo's model and text; another model wants its own search.
 DEFAULT_RATES = {
-    **dict.fromkeys(KRONECKER_METHODS, Rates(1e-2, 2e-3)),
-    "muon": Rates(3e-2, 2e-3),
+    **dict.fromkeys(KRONECKER_METHODS, Rates(1e-2, 5e-3)),
+    "muon": Rates(3e-2, 5e-3),
     "adamw": Rates(2e-3, 2e-3),
 }
 
@@ -64,7 +64,7 @@ class Options:
     layers: int = option(4, "transformer blocks")
     width: int = option(128, "size of a token's vector")
     heads: int = option(4, "attention heads of a block")
-    context: int = option(256, "tokens a prediction can see")
+    context: int = option(128, "tokens a prediction can see")
 
     data: str | None = option(None, "a text file to train on; by default the Python standard library's own source")
     eval_every: int = option(50, "steps between two looks at the validation loss")

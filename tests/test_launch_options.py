@@ -36,7 +36,7 @@ def test_a_learning_rate_that_is_given_replaces_the_optimizers_own(optimizer: st
         ("--lr .inf", "--lr inf is not a finite number of 0 or more"),
         ("--lr", "argument --lr: expected one argument"),
         ("--width 130", "--width 130 does not divide into --heads 4"),
-        ("--tokens-per-step 1000", "--tokens-per-step 1000 is not a whole number of windows of --context 256"),
+        ("--tokens-per-step 1000", "--tokens-per-step 1000 is not a whole number of windows of --context 128"),
         ("--steps 5 --warmup 5", "--warmup 5 leaves nothing of --steps 5"),
         ("--optimizer adamw --recipe paper", "--recipe means nothing to --optimizer adamw; leave it out"),
         ("--optimizer adamw --adamw-lr 1e-3", "with --optimizer adamw use --lr"),

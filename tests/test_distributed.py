@@ -1,0 +1,95 @@
+"""Training on 1, 2, 3 or 4 ranks under DDP gives the weights that one process gets."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from kl_dist import KLShampoo
+from tests.models import METHODS, deviation, same_bits, train_alone, train_with_ddp, zoo, zoo_groups
+
+STEPS = 50
+NOISE = 1e-7
+NOISE_RUNS = 7
+
+# recipe "paper" keeps null spaces, in which rounding errors choose the basis: its factors have to be of full rank soon
+HIDDEN = {"fresh": 140, "paper": 16}
+
+
+@cache
+def one_process(method: str, recipe: str, dtype: torch.dtype, seed: int = 0, **options):
+    """Weights after STEPS; with a seed, under relative noise on the gradients ("paper": but the first step's)."""
+    model = zoo(dtype, HIDDEN[recipe])
+    optimizer = KLShampoo(zoo_groups(model), lr=1e-2, method=method, recipe=recipe, **options)
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(step: int) -> None:
+        for parameter in model.parameters():
+            if seed and (step or recipe == "fresh") and parameter.grad is not None:
+                noise = torch.randn(parameter.grad.shape, generator=generator, dtype=torch.float64)
+                parameter.grad.copy_(parameter.grad.double() * (1 + NOISE * noise))
+
+    return train_alone(model, optimizer, range(STEPS), disturb)
+
+
+def on_ranks(world, world_size, method, recipe, dtype, bucket_bytes=None, **options):
+    """The weights after STEPS, which are the same on all ranks, and the number of buckets."""
+    options = {"lr": 1e-2, "method": method, "recipe": recipe, **options}
+    results = world.run(train_with_ddp, world_size, dtype, HIDDEN[recipe], STEPS, bucket_bytes, options)
+    weights, buckets = results[0]
+    assert all(same_bits(others, weights) for others, _ in results)
+    return weights, buckets
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("recipe", ["fresh", "paper"])
+@pytest.mark.parametrize("method", METHODS)
+def test_float64_weights_do_not_depend_on_the_number_of_ranks(world, method, recipe, world_size):
+    weights, _ = on_ranks(world, world_size, method, recipe, torch.float64)
+    assert deviation(weights, one_process(method, recipe, torch.float64)) <= 1e-9
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("recipe", ["fresh", "paper"])
+@pytest.mark.parametrize("method", METHODS)
+def test_float32_weights_differ_no_more_than_noise_of_1e_7_makes_them(world, method, recipe, world_size):
+    expected = one_process(method, recipe, torch.float32)
+    yardstick = max(
+        deviation(one_process(method, recipe, torch.float32, seed), expected) for seed in range(1, NOISE_RUNS + 1)
+    )
+    weights, _ = on_ranks(world, world_size, method, recipe, torch.float32)
+    assert deviation(weights, expected) <= 3 * yardstick
+
+
+@pytest.mark.parametrize("recipe", ["fresh", "paper"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_other_schedule_of_refreshes_does_not_depend_on_the_number_of_ranks(world, method, recipe):
+    stagger = recipe == "paper"
+    weights, _ = on_ranks(world, 3, method, recipe, torch.float64, stagger=stagger)
+    assert deviation(weights, one_process(method, recipe, torch.float64, stagger=stagger)) <= 1e-9
+    assert deviation(weights, one_process(method, recipe, torch.float64)) > 1e-6  # the schedule did change
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_many_small_buckets_give_the_same_weights(world, world_size):
+    weights, buckets = on_ranks(world, world_size, "kl_shampoo", "fresh", torch.float64, bucket_bytes=4096)
+    assert buckets >= 10
+    assert deviation(weights, one_process("kl_shampoo", "fresh", torch.float64)) <= 1e-9
+
+
+def one_matrix(group, steps: int) -> tuple[torch.Tensor, list[int]]:
+    """A single matrix stepped with made-up gradients: it, and which ranks own something."""
+    torch.manual_seed(2)
+    parameter = torch.nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
+    optimizer = KLShampoo([("only", parameter)], process_group=group)
+    for _ in range(steps):
+        parameter.grad = torch.randn(5, 3, dtype=torch.float64)
+        optimizer.step()
+    return parameter.detach(), sorted(set(optimizer.plan.owner.values()))
+
+
+def test_ranks_without_a_matrix_take_part(world):
+    expected, _ = one_matrix(None, STEPS)
+    for weight, owners in world.run(one_matrix, 4, STEPS):
+        assert len(owners) == 1
+        torch.testing.assert_close(weight, expected, rtol=1e-9, atol=0)

@@ -1,0 +1,172 @@
+"""What a rank holds and sends: state of its own matrices alone, and the bytes that the plan announced."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from kl_dist import KLShampoo
+from tests.models import (
+    METHODS,
+    backward,
+    raising,
+    same_bits,
+    samples,
+    small_buckets,
+    snapshot,
+    train_alone,
+    zoo,
+    zoo_groups,
+)
+
+STEP_BYTES = 8  # the step count of a slice under AdamW
+
+
+class Holding(NamedTuple):
+    held: int  # bytes of all tensors in optimizer.state
+    allocated: int  # bytes of the memory behind them
+    planned: tuple[int, ...]
+    slices: int  # of all ranks
+
+
+def hold(group, options: dict[str, Any]) -> Holding:
+    """A rank's state after some steps."""
+    model = zoo(torch.float32, hidden=140)
+    optimizer = KLShampoo(zoo_groups(model), process_group=group, **options)
+    train_alone(model, optimizer, range(3))
+    tensors = [x for entry in optimizer.state.values() for x in entry.values() if isinstance(x, torch.Tensor)]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    slices = sum(unit.method == "adamw" for unit in optimizer.plan.units)
+    return Holding(sum(x.nbytes for x in tensors), sum(storages.values()), tuple(optimizer.plan.state_bytes), slices)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_hold_their_own_state_alone(world, method, world_size):
+    options = {"method": method}
+    alone = hold(None, options)
+    ranks = world.run(hold, world_size, options)
+    for rank, holding in enumerate(ranks):
+        assert holding.held == holding.allocated == holding.planned[rank]
+    # what is cut over more ranks has more slices, and each of them counts its steps
+    assert sum(r.held for r in ranks) - STEP_BYTES * ranks[0].slices == alone.held - STEP_BYTES * alone.slices
+    assert max(r.held for r in ranks) <= 1.35 * sum(r.held for r in ranks) / world_size
+
+
+class Sent(NamedTuple):
+    gathers: list[int]  # elements this rank gave to each all-gather
+    reduces: list[int]  # to each all-reduce
+    bytes: float  # sent by this rank, by ring algorithms
+
+
+class Counter:
+    """Stands between torch.distributed and its process groups, counts what is sent, and sends it."""
+
+    GATHERS = ("_allgather_base", "all_gather_single")  # the second is the name of later releases
+    UNEXPECTED = ("allgather", "broadcast", "barrier", "reduce", "gather", "scatter", "alltoall", "send", "recv")
+
+    def __init__(self, ranks: int) -> None:
+        self.gathers: list[int] = []
+        self.reduces: list[int] = []
+        self.bytes, self._ranks = 0.0, ranks
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        with contextlib.ExitStack() as patches:
+            for name in (*self.GATHERS, "allreduce"):
+                if real := getattr(dist.ProcessGroup, name, None):
+                    count = self._reduced if name == "allreduce" else self._gathered
+                    patches.enter_context(mock.patch.object(dist.ProcessGroup, name, _counted(real, count)))
+            for name in self.UNEXPECTED:
+                error = AssertionError(f"a step calls {name}")
+                patches.enter_context(mock.patch.object(dist.ProcessGroup, name, side_effect=error))
+            yield
+
+    def _gathered(self, output: torch.Tensor, given: torch.Tensor, *options: Any) -> None:
+        self.gathers.append(given.numel())
+        self.bytes += (self._ranks - 1) * given.nbytes
+
+    def _reduced(self, given: list[torch.Tensor], *options: Any) -> None:
+        self.reduces += [x.numel() for x in given]
+        self.bytes += 2 * (self._ranks - 1) / self._ranks * sum(x.nbytes for x in given)
+
+
+def _counted(real: Callable, count: Callable) -> Callable:
+    def call(process_group, *args, **kwargs):
+        count(*args)
+        return real(process_group, *args, **kwargs)
+
+    return call
+
+
+def one_counted_step(group, bucket_bytes: int | None) -> tuple[Sent, Any]:
+    """The collectives of the third step, and the plan."""
+    model = zoo(torch.float32, hidden=140)
+    with small_buckets(bucket_bytes):
+        optimizer = KLShampoo(zoo_groups(model), process_group=group)
+    train_alone(model, optimizer, range(2))
+    backward(model, samples(2, torch.float32))
+    counter = Counter(group.size())
+    with counter.counting():
+        optimizer.step()
+    return Sent(counter.gathers, counter.reduces, counter.bytes), optimizer.plan
+
+
+@pytest.mark.parametrize("bucket_bytes", [None, 4096])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_a_step_sends_what_the_plan_says(world, world_size, bucket_bytes):
+    for rank, (sent, plan) in enumerate(world.run(one_counted_step, world_size, bucket_bytes)):
+        assert sent.gathers == [bucket.chunk + 1 for bucket in plan.buckets]
+        assert sent.reduces == [plan.agreement_size]
+        flags = (world_size - 1) * sum(bucket.dtype.itemsize for bucket in plan.buckets)
+        assert sent.bytes - flags == pytest.approx(plan.comm_bytes[rank], abs=1)
+
+
+def continue_from_a_state_dict(group, method: str) -> None:
+    """Stopped and resumed from what each rank saved, or never stopped: the same bits."""
+    model, twin = zoo(hidden=140), zoo(hidden=140)
+    options = {"process_group": group, "method": method, "lr": 1e-2}
+    optimizer = KLShampoo(zoo_groups(model), **options)
+    train_alone(model, optimizer, range(5))
+    saved = optimizer.state_dict()
+    resumed = KLShampoo(zoo_groups(twin), **options)
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(saved)
+    assert same_bits(snapshot(model, optimizer), snapshot(twin, resumed))
+    train_alone(model, optimizer, range(5, 10))
+    train_alone(twin, resumed, range(5, 10))
+    assert same_bits(snapshot(model, optimizer), snapshot(twin, resumed))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_goes_on_from_its_state_dicts_to_the_bit(world, method):
+    world.run(continue_from_a_state_dict, 2, method)
+
+
+def save(group) -> dict[str, Any]:
+    model = zoo()
+    optimizer = KLShampoo(zoo_groups(model), process_group=group)
+    train_alone(model, optimizer, range(2))
+    return optimizer.state_dict()
+
+
+def refuse(group, states: list[dict[str, Any]], complaint: str) -> None:
+    """Load the state of the next rank of those that saved."""
+    model = zoo()
+    optimizer = KLShampoo(zoo_groups(model), process_group=group, lr=0.5)
+    train_alone(model, optimizer, range(2))
+    before = snapshot(model, optimizer)
+    with raising(ValueError, complaint):
+        optimizer.load_state_dict(states[(group.rank() + 1) % len(states)])
+    assert same_bits(snapshot(model, optimizer), before)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.5, 0.5]
+
+
+def test_the_state_of_another_rank_or_world_size_is_refused_and_nothing_changes(world):
+    world.run(refuse, 2, world.run(save, 2), "saved with rank")
+    world.run(refuse, 2, world.run(save, 3), "saved with world_size 3, here it is 2")
+    world.run(refuse, 2, [save(None)], "saved with world_size 1, here it is 2")

@@ -129,7 +129,8 @@ def test_a_run_leaves_metrics_board_picture_and_checkpoint(trained: Runner) -> N
 def test_a_run_ends_with_plain_words_and_no_warnings(trained: Runner, optimizer: str) -> None:
     folder = trained(optimizer, 2)
     said = (folder / "stdout").read_text()
-    for part in (f"with {optimizer} on text.txt", "bits per byte", str(folder / "loss.png"), str(folder / "metrics.jsonl")):
+    files = (str(folder / "loss.png"), str(folder / "metrics.jsonl"))
+    for part in (f"with {optimizer} on text.txt", "bits per byte", *files):
         assert part in said
     assert "warn" not in (folder / "stderr").read_text().lower()
 

@@ -51,5 +51,5 @@ def test_a_mistake_is_answered_in_one_sentence(arguments: str, message: str) -> 
 
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UsageError, match=r"8 windows a step .* do not divide over 3 processes"):
+    with pytest.raises(UsageError, match=r"16 windows a step .* do not divide over 3 processes"):
         parse([])

@@ -9,15 +9,17 @@ owner's view decides when only some ranks lack a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kl_dist import costs
-from kl_dist.methods.kronecker import smallest_scale
+from kl_dist import options
+from kl_dist.methods.kronecker import largest_gradient, smallest_scale
+from kl_dist.methods.state import state_dtype
+from kl_dist.partition import Plan, structure
 from kl_dist.units import Unit
 
 
@@ -32,7 +34,7 @@ class Gradient(IntEnum):
 
     def steps(self, unit: Unit) -> bool:
         """Whether the unit takes part; an entry of a declared batch (an expert) does not with a zero gradient."""
-        return self is not Gradient.MISSING and not (self is Gradient.ZERO and is_batched(unit))
+        return self is not Gradient.MISSING and not (self is Gradient.ZERO and unit.reading.of_batch)
 
     def moves(self, unit: Unit) -> bool:
         """Whether the unit's weights change."""
@@ -45,6 +47,48 @@ class Trouble(IntEnum):
     NONE = 0
     REPLAN = 1  # a parameter was frozen, unfrozen, moved or cast on some rank
     ERROR = 2
+
+
+def find_problem(
+    plan: Plan, planned: Sequence[tuple[str, Tensor, int]], groups: Sequence[Mapping[str, Any]]
+) -> Exception | None:
+    """What is wrong on this rank before a step, if anything, seen without touching the device.
+
+    Args:
+        plan: made for the parameters and options as they were.
+        planned: (name, parameter, group) as they are now.
+        groups: the parameter groups as they are now.
+    """
+    try:
+        if structure(groups) != plan.structure:
+            raise ValueError(
+                f"the options {', '.join(options.STRUCTURAL)} shape the state and cannot be changed after"
+                " construction: construct a new KLShampoo"
+            )
+        for group in groups:
+            options.check_numbers(group)
+        shapes = {parameter.name: parameter.shape for parameter in plan.parameters}
+        for name, parameter, _ in planned:
+            if tuple(parameter.shape) != shapes.get(name, tuple(parameter.shape)):
+                raise ValueError(
+                    f"parameter {name!r} had shape {shapes[name]} and now has {tuple(parameter.shape)}:"
+                    " construct a new KLShampoo"
+                )
+            if parameter.grad is not None:
+                _check_gradient(name, parameter.grad)
+    except (ValueError, TypeError) as problem:
+        return problem
+    return None
+
+
+def _check_gradient(name: str, grad: Tensor) -> None:
+    if grad.layout is not torch.strided:
+        raise TypeError(
+            f"the gradient of {name!r} is sparse ({grad.layout}), which KLShampoo does not take:"
+            " construct the layer with sparse=False"
+        )
+    if not grad.is_floating_point():
+        raise TypeError(f"the gradient of {name!r} is {grad.dtype}; KLShampoo takes real floating-point gradients")
 
 
 class Sight(NamedTuple):
@@ -65,26 +109,18 @@ def describe_gradients(seen: Sequence[Sight], out: Tensor) -> None:
     rows: list[list[float]] = []
     for number, unit, gradient, waits in seen:
         if gradient is not None:
-            dtype = costs.state_dtype(unit.dtype)
-            when_zero = Gradient.FIRST if waits and not is_batched(unit) else Gradient.ZERO
+            dtype = state_dtype(unit.dtype)
+            when_zero = Gradient.FIRST if waits and not unit.reading.of_batch else Gradient.ZERO
             otherwise = Gradient.FIRST if waits else Gradient.PRESENT
             gradients.append(gradient)
             rows.append([number, smallest_scale(dtype), largest_gradient(dtype), when_zero, otherwise])
     if not rows:
         return
-    numbers, tiny, huge, zero, other = torch.tensor(rows, dtype=torch.float64).to(out.device).unbind(1)
+    numbers, tiny, huge, zero, other = (
+        torch.tensor(rows, dtype=torch.float64).to(out.device, non_blocking=True).unbind(1)
+    )
     norms = torch._foreach_norm(gradients, float("inf"))
     largest = torch.stack([norm.double() for norm in norms])
     said = torch.where(largest > tiny, other, zero)
     said = torch.where(largest < huge, said, float(Gradient.NONFINITE))  # NaN compares false
     out[numbers.long()] = said.to(out.dtype)
-
-
-def is_batched(unit: Unit) -> bool:
-    """Whether the unit is one entry of a declared batch (an expert, a head)."""
-    return unit.method != "adamw" and unit.reading.shape[0] > 1
-
-
-def largest_gradient(dtype: torch.dtype) -> float:
-    """A gradient beyond this is treated as not finite: whitened and squared it would overflow."""
-    return 1e100 if dtype == torch.float64 else 1e12

@@ -5,12 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kl_dist import options
 
 ORIGIN = "kl_dist"
 """The entry of a state dict that says which rank of how many it was saved on."""
+
+
+@torch.no_grad()
+def load(
+    saved: Mapping[str, Any],
+    groups: Sequence[dict[str, Any]],
+    state: Mapping[Tensor, Mapping[str, Tensor]],
+    rank: int,
+    world_size: int,
+) -> None:
+    """Copy a saved state into the tensors and options that are there, after all checks.
+
+    Raises:
+        ValueError: it is not of this optimizer, rank or world size; nothing is changed then.
+    """
+    check_origin(saved, rank, world_size)
+    check_groups(groups, saved["param_groups"])
+    for target, source in matching_state(groups, state, saved["state"]):
+        target.copy_(source)
+    for group, other in zip(groups, saved["param_groups"], strict=True):
+        group.update({key: value for key, value in other.items() if key not in ("params", "param_names")})
 
 
 def check_origin(saved: Mapping[str, Any], rank: int, world_size: int) -> None:

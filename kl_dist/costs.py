@@ -18,15 +18,11 @@ import torch
 
 from kl_dist.matrices import Block
 from kl_dist.methods import Side, adamw, rule
+from kl_dist.methods.state import state_dtype
 
 FLOPS_PER_BYTE = 16  # what a processor computes in float32 while it moves one byte
 QR_SLOWNESS = 2  # of a flop in QR against one in a matrix product
 EIGH_SLOWNESS = 4
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """State is float64 for float64 parameters and float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def matrix_cost(method: str, recipe: str, block: Block, dtype: torch.dtype, every: int) -> float:

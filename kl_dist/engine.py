@@ -11,14 +11,14 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kl_dist.agreement import Gradient, Sight, Trouble, describe_gradients
-from kl_dist.exchange import Gathering, Ranks
+from kl_dist.exchange import Gathering, Ranks, Room
 from kl_dist.layouts.replicated import Replicated
 from kl_dist.methods import rule
 from kl_dist.options import describe
@@ -30,14 +30,26 @@ from kl_dist.units import Unit
 class Engine:
     """Runs the plan over the parameters of this rank. Made anew when the plan changes."""
 
-    def __init__(self, plan: Plan, ranks: Ranks, parameters: Sequence[Tensor], groups: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        ranks: Ranks,
+        parameters: Sequence[Tensor],
+        groups: list[dict[str, Any]],
+        previous: Engine | None = None,
+    ) -> None:
         self.plan, self.ranks, self.groups = plan, ranks, groups
-        self.device = parameters[0].device if parameters else torch.device("cpu")
+        self.device = ranks.device
         self.layout = Replicated(plan, parameters)
         self.stacks = build_stacks(plan, ranks.rank, self.device)
+        largest = max((bucket.chunk * bucket.dtype.itemsize for bucket in plan.buckets), default=0)
+        self.rooms = [ranks.room(largest, self.device) for _ in range(min(2, len(plan.buckets)))]
         self.failure: Exception | None = None  # of this rank, not yet raised: see [Note: failures]
         self.refreshes = 0
         self.refresh_seconds = 0.0
+        if previous is not None:
+            self.failure = previous.failure
+            self.refreshes, self.refresh_seconds = previous.refreshes, previous.refresh_seconds
 
     def agree(self, problem: Exception | None, moved: bool) -> list[Gradient] | None:
         """What all ranks know of this step before it changes anything: see [Note: agreement].
@@ -52,6 +64,7 @@ class Engine:
         Raises:
             ValueError, TypeError, RuntimeError: on all ranks, when one has a problem or they have other options.
         """
+        self.layout.forget()
         said = torch.zeros(self.plan.agreement_size, dtype=torch.float32, device=self.device)
         if problem is None and not moved:
             try:
@@ -62,7 +75,7 @@ class Engine:
         together = "\n".join(options)
         fingerprint = zlib.crc32(together.encode()) % 2**24  # a whole number that float32 holds
         trouble = Trouble.ERROR if problem is not None else Trouble.REPLAN if moved else Trouble.NONE
-        said[-3:] = torch.tensor([fingerprint, -fingerprint, trouble], dtype=said.dtype)
+        said[-3:].copy_(torch.tensor([fingerprint, -fingerprint, trouble]), non_blocking=True)
         *values, largest, smallest, trouble_anywhere = self.ranks.largest(said)
         if trouble_anywhere == Trouble.ERROR:
             self.ranks.raise_together(problem)
@@ -76,18 +89,20 @@ class Engine:
         Raises:
             RuntimeError: on all ranks, when one of them failed: see [Note: failures].
         """
-        flags = []
+        failed = False
         under_way: tuple[Bucket, Gathering] | None = None
         with full_precision(self.device):
-            for bucket, stacks in zip(self.plan.buckets, self.stacks, strict=True):
-                launched = (bucket, self.ranks.gather(self._compute(bucket, stacks, said)))
+            for number, (bucket, stacks) in enumerate(zip(self.plan.buckets, self.stacks, strict=True)):
+                room = self.rooms[number % 2]  # the bucket that had it before has been applied
+                launched = (bucket, self.ranks.gather(self._compute(bucket, stacks, said, room), room))
                 self._refresh(stacks, said)
                 if under_way is not None:
-                    flags.append(self._finish(*under_way, said))
+                    failed |= self._finish(*under_way, said)
                 under_way = launched
             if under_way is not None:
-                flags.append(self._finish(*under_way, said))
-        if self.device.type != "cuda" and any(bool(flag.any()) for flag in flags):
+                failed |= self._finish(*under_way, said)
+        self.layout.forget()
+        if failed:
             self.ranks.raise_together(self.failure)
 
     def _sights(self) -> Iterator[Sight]:
@@ -95,9 +110,9 @@ class Engine:
             for row, (index, unit) in enumerate(zip(stack.indices, stack.units, strict=True)):
                 yield Sight(index, unit, self.layout.gradient(unit), stack.waits(row))
 
-    def _compute(self, bucket: Bucket, stacks: Sequence[Stack], said: Sequence[Gradient]) -> Tensor:
+    def _compute(self, bucket: Bucket, stacks: Sequence[Stack], said: Sequence[Gradient], room: Room) -> Tensor:
         """This rank's chunk of a bucket: its updates end to end, padding, and the flag of failure."""
-        chunk = torch.zeros(bucket.chunk + 1, dtype=bucket.dtype, device=self.device)
+        chunk = room.chunk(bucket.chunk, bucket.dtype)
         try:
             for stack in stacks:
                 updates = chunk[stack.offset : stack.offset + stack.numel]
@@ -117,9 +132,16 @@ class Engine:
             self._keep(problem)
         self.refresh_seconds += time.perf_counter() - began
 
-    def _finish(self, bucket: Bucket, gathering: Gathering, said: Sequence[Gradient]) -> Tensor:
-        """Wait for a bucket and apply it; returns the ranks' flags of failure."""
+    def _finish(self, bucket: Bucket, gathering: Gathering, said: Sequence[Gradient]) -> bool:
+        """Wait for a bucket and apply it; returns whether a rank is known to have failed: see [Note: failures]."""
         buffer = gathering.wait()
+        try:
+            self._apply(bucket, buffer, said)
+        except Exception as problem:
+            self._keep(problem)
+        return self.device.type != "cuda" and bool(buffer[:, -1].any())
+
+    def _apply(self, bucket: Bucket, buffer: Tensor, said: Sequence[Gradient]) -> None:
         together: dict[tuple[int, str], list[tuple[Unit, Tensor]]] = {}
         for chunk, indices in zip(buffer, bucket.units, strict=True):
             offset = 0
@@ -131,7 +153,6 @@ class Engine:
                 offset += unit.numel
         for (group, method), updates in together.items():
             self.layout.apply(updates, *step_size(self.groups[group], method))
-        return buffer[:, -1]
 
     def _group(self, stack: Stack) -> Mapping[str, Any]:
         return self.groups[stack.units[0].group]
@@ -160,13 +181,14 @@ def step_size(group: Mapping[str, Any], method: str) -> tuple[float, float]:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32: factor products in lower precision lose the small eigenvalues."""
-    precision = torch.get_float32_matmul_precision()
-    if precision != "highest":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if precision != "highest":
-            torch.set_float32_matmul_precision(precision)
+    """No autocast, TF32 or bfloat16: factor products in lower precision lose the small eigenvalues."""
+    with torch.autocast(device.type, enabled=False), ExitStack() as after:
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later; mixing the two raises there
+            for backend in (torch.backends.cuda, torch.backends.mkldnn):
+                matmul: Any = getattr(backend, "matmul")  # noqa: B009 (its stub lacks it)
+                after.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
+                matmul.fp32_precision = "ieee"
+        else:
+            after.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        yield

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,17 @@ class Gathering(NamedTuple):
         return self.buffer
 
 
+class Room(NamedTuple):
+    """Memory that buckets travel through, allocated once: a step must not find that there is none left."""
+
+    send: Tensor  # bytes
+    receive: Tensor  # bytes of all ranks' chunks; alone, the very bytes sent
+
+    def chunk(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """This rank's chunk, (numel,), all zero."""
+        return self.send[: numel * dtype.itemsize].view(dtype).zero_()
+
+
 class Ranks:
     """The ranks that share the optimizer's state: a process group, or this process alone."""
 
@@ -43,11 +54,22 @@ class Ranks:
                 f"this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE) but torch.distributed is not"
                 " initialised: call torch.distributed.init_process_group before constructing KLShampoo"
             )
+        self.device = torch.device("cpu")  # of the parameters, once they are known
         self.group = process_group if process_group is not None or not initialized else dist.group.WORLD
         self.size = dist.get_world_size(self.group) if self.group is not None else 1
         self.rank = dist.get_rank(self.group) if self.group is not None else 0
         if self.rank < 0:
             raise ValueError("this process does not belong to the process_group it gave to KLShampoo")
+
+    def settle_on(self, device: torch.device) -> None:
+        """Take note of where the parameters are.
+
+        Raises:
+            ValueError: the backend cannot exchange tensors that lie there.
+        """
+        if self.size > 1 and device.type != "cuda" and dist.get_backend(self.group) == "nccl":
+            raise ValueError("the process group's backend is nccl, so the parameters must be on CUDA devices")
+        self.device = device
 
     def largest(self, values: Tensor) -> list[float]:
         """Elementwise maximum over ranks, on the host: the one synchronisation of a step. `values` is mutated."""
@@ -55,11 +77,16 @@ class Ranks:
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
         return values.tolist()
 
-    def gather(self, chunk: Tensor) -> Gathering:
-        """Launch an all-gather of one chunk per rank, (chunk,) -> (world size, chunk), and do not wait."""
+    def room(self, nbytes: int, device: torch.device) -> Room:
+        """Memory for chunks of up to `nbytes`, to send and to receive."""
+        send = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        return Room(send, send if self.size == 1 else send.new_empty(self.size * nbytes))
+
+    def gather(self, chunk: Tensor, room: Room) -> Gathering:
+        """Launch an all-gather of one chunk per rank into the room, and do not wait."""
+        buffer = room.receive[: self.size * chunk.nbytes].view(chunk.dtype).view(self.size, -1)
         if self.size == 1:
-            return Gathering(chunk.unsqueeze(0), None)
-        buffer = chunk.new_empty(self.size, chunk.numel())
+            return Gathering(buffer, None)
         work = _all_gather(buffer.view(-1), chunk, group=self.group, async_op=True)
         return Gathering(buffer, work)
 
@@ -68,7 +95,8 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        with _current(self.device):
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def raise_together(self, problem: Exception | None) -> None:
@@ -108,10 +136,10 @@ class Ranks:
         theirs = self.gather_objects(lines if self.rank in (0, odd) else None)
         raise ValueError(f"{what} differs between ranks: {_first_difference(theirs[0], theirs[odd], odd)}")
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.size > 1:
-            dist.barrier(group=self.group)
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """What torch pickles for NCCL goes through the current device, which a user may not have set."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _first_difference(ours: tuple[str, ...], theirs: tuple[str, ...], rank: int) -> str:
@@ -124,10 +152,3 @@ def _first_difference(ours: tuple[str, ...], theirs: tuple[str, ...], rank: int)
 
 def _public_type(problem: Exception) -> type[Exception]:
     return next((kind for kind in (ValueError, TypeError) if isinstance(problem, kind)), RuntimeError)
-
-
-def communication_device(device: torch.device, ranks: Ranks) -> torch.device:
-    """Where tensors must lie to be exchanged: on CUDA for NCCL, else where the parameters are."""
-    if ranks.size > 1 and dist.get_backend(ranks.group) == "nccl" and device.type != "cuda":
-        raise ValueError("the process group's backend is nccl, so the parameters must be on CUDA devices")
-    return device

@@ -35,6 +35,7 @@ class Reading:
     split: tuple[int, ...]
     order: tuple[int, ...]
     shape: tuple[int, ...]  # (B, d_1..d_K)
+    of_batch: bool = False  # entries are independent (experts): one with a zero gradient sits the step out
 
     def view(self, tensor: Tensor) -> Tensor:
         """`tensor` (stored) as (B, d_1..d_K): a view where its strides allow, else a copy."""
@@ -164,11 +165,11 @@ def _declared(shape: tuple[int, ...], declared: Mapping[str, Any]) -> Reading:
             split.append(parts[axis])
         kept_axis[axis] = len(split)
         split.append(d // parts.get(axis, 1))
-    entries = [*part_axis.values(), *(kept_axis[axis] for axis in batch)]
+    entries = [*(kept_axis[axis] for axis in batch), *part_axis.values()]
     order = [*entries, *(kept_axis[axis] for side in sides for axis in side)]
     lengths = [math.prod(split[kept_axis[axis]] for axis in side) for side in sides]
     read = (math.prod(split[axis] for axis in entries), *lengths)
-    return Reading(shape, tuple(split), tuple(order), read)
+    return Reading(shape, tuple(split), tuple(order), read, of_batch=bool(batch))
 
 
 def _axis(axis: int, shape: tuple[int, ...]) -> int:

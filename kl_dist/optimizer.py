@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kl_dist import checkpoint, linalg, options
-from kl_dist.agreement import Gradient
+from kl_dist.agreement import Gradient, find_problem
 from kl_dist.engine import Engine
-from kl_dist.exchange import Ranks, communication_device
-from kl_dist.partition import Plan, make_plan, structure
+from kl_dist.exchange import Ranks
+from kl_dist.partition import Plan, make_plan
 from kl_dist.routing import named_parameters_of, routing_table
 from kl_dist.stacks import unit_states
 from kl_dist.units import Parameter
@@ -109,7 +109,8 @@ class KLShampoo(torch.optim.Optimizer):
             super().__init__(params, defaults)
             plan = self._make_plan(None)
         self._check_same(plan)
-        self._adopt(plan)
+        with self._ranks.together():
+            self._adopt(plan)
 
     # -- parameters and plan ------------------------------------------------------------------------------------------
 
@@ -134,27 +135,20 @@ class KLShampoo(torch.optim.Optimizer):
         self._adopt(plan)
 
     def _checked_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
-        named = named_parameters_of(param_group, len(self.param_groups))
-        taken = {id(p): name for group in self.param_groups for name, p in self._named(group)}
-        for name, parameter in named:
-            if id(parameter) in taken:
-                first = taken[id(parameter)]
-                also = f" (as {first!r})" if first != name else ""
-                raise ValueError(f"parameter {name!r} is given twice{also}: each belongs to one group, once")
-            taken[id(parameter)] = name
-        names = {name for group in self.param_groups for name in group["param_names"]}
+        taken = [pair for group in self.param_groups for pair in self._named(group)]
+        named = named_parameters_of(param_group, len(self.param_groups), taken)
         group = {key: value for key, value in param_group.items() if key != "param_names"}
-        # two models may use the same names; what the plan and the state go by must not be shared
-        prefix = f"group{len(self.param_groups)}."
-        group["params"] = [(prefix + name if name in names else name, parameter) for name, parameter in named]
+        group["params"] = named
         for key, default in self.defaults.items():
             group.setdefault(key, default)
         options.resolve(group)
+        if named and self._engine is None:
+            self._ranks.settle_on(named[0][1].device)
         return group
 
     @staticmethod
     def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
-        return zip(group["param_names"], group["params"], strict=True)
+        return zip(group.get("param_names", ()), group["params"], strict=True)
 
     def _planned(self) -> list[tuple[str, Tensor, int]]:
         """(name, parameter, group) of what is trained: not what is frozen, unless it was trained before."""
@@ -173,7 +167,7 @@ class KLShampoo(torch.optim.Optimizer):
             places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
             raise ValueError(f"all parameters of a rank must be on one device, but {places}")
         for device in devices:
-            communication_device(device, self._ranks)
+            self._ranks.settle_on(device)
         parameters = [Parameter(name, tuple(p.shape), p.dtype, group) for name, p, group in planned]
         return make_plan(parameters, self.param_groups, self._ranks.size, previous)
 
@@ -186,9 +180,8 @@ class KLShampoo(torch.optim.Optimizer):
         by_name = dict(pair for group in self.param_groups for pair in self._named(group))
         parameters = [by_name[parameter.name] for parameter in plan.parameters]
         old = {} if self._engine is None else dict(self._states())
-        self._engine = Engine(plan, self._ranks, parameters, self.param_groups)
-        self._signature = self._current_signature()
-        self._structure = structure(self.param_groups)
+        self._engine = Engine(plan, self._ranks, parameters, self.param_groups, self._engine)
+        self._signature = _signature(self._planned())
         self.state.clear()
         for unit, tensors in unit_states(self._engine.stacks):
             suffix = unit.name.removeprefix(plan.parameters[unit.parameter].name)
@@ -201,9 +194,6 @@ class KLShampoo(torch.optim.Optimizer):
     def _states(self) -> Iterable[tuple[str, dict[str, Tensor]]]:
         assert self._engine is not None
         return ((unit.name, tensors) for unit, tensors in unit_states(self._engine.stacks))
-
-    def _current_signature(self) -> list[tuple[Any, ...]]:
-        return [(name, tuple(p.shape), p.dtype, p.device) for name, p, _ in self._planned()]
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -239,8 +229,9 @@ class KLShampoo(torch.optim.Optimizer):
         return self._engine
 
     def _agree(self) -> Sequence[Gradient]:
-        problem = self._running.failure or self._find_problem()
-        gradients = self._running.agree(problem, self._current_signature() != self._signature)
+        planned = self._planned()
+        problem = self._running.failure or find_problem(self.plan, planned, self.param_groups)
+        gradients = self._running.agree(problem, _signature(planned) != self._signature)
         if gradients is None:
             with self._ranks.together():
                 plan = self._make_plan(self.plan)
@@ -249,29 +240,6 @@ class KLShampoo(torch.optim.Optimizer):
             gradients = self._running.agree(None, False)
         assert gradients is not None
         return gradients
-
-    def _find_problem(self) -> Exception | None:
-        """What is wrong on this rank, if anything, seen without touching the device."""
-        try:
-            if structure(self.param_groups) != self._structure:
-                raise ValueError(
-                    f"the options {', '.join(options.STRUCTURAL)} shape the state and cannot be changed after"
-                    " construction: construct a new KLShampoo"
-                )
-            for planned, (name, parameter, _) in zip(self.plan.parameters, self._planned(), strict=False):
-                if name == planned.name and tuple(parameter.shape) != planned.shape:
-                    raise ValueError(
-                        f"parameter {name!r} had shape {planned.shape} and now has {tuple(parameter.shape)}:"
-                        " construct a new KLShampoo"
-                    )
-            for group in self.param_groups:
-                options.check_numbers(group)
-                for name, parameter in self._named(group):
-                    if parameter.grad is not None:
-                        _check_gradient(name, parameter.grad)
-        except (ValueError, TypeError) as problem:
-            return problem
-        return None
 
     def _skip(self, name: str, count: int) -> None:
         what = f"the gradient of {name!r} (and of {count - 1} more) is" if count > 1 else f"the gradient of {name!r} is"
@@ -338,12 +306,8 @@ class KLShampoo(torch.optim.Optimizer):
         """
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        checkpoint.check_origin(state_dict, self._ranks.rank, self._ranks.size)
-        checkpoint.check_groups(self.param_groups, state_dict["param_groups"])
-        for target, source in checkpoint.matching_state(self.param_groups, self.state, state_dict["state"]):
-            target.copy_(source)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
+        checkpoint.load(state_dict, self.param_groups, self.state, self._ranks.rank, self._ranks.size)
+        self._running.failure = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -382,11 +346,6 @@ class KLShampoo(torch.optim.Optimizer):
                 self.state[parameter][key].copy_(tensor)
 
 
-def _check_gradient(name: str, grad: Tensor) -> None:
-    if grad.layout is not torch.strided:
-        raise TypeError(
-            f"the gradient of {name!r} is sparse ({grad.layout}), which KLShampoo does not take:"
-            " construct the layer with sparse=False"
-        )
-    if not grad.is_floating_point():
-        raise TypeError(f"the gradient of {name!r} is {grad.dtype}; KLShampoo takes real floating-point gradients")
+def _signature(planned: Sequence[tuple[str, Tensor, int]]) -> list[tuple[Any, ...]]:
+    """What a plan's buckets and state were made for, and what freezing, moving or casting a model changes."""
+    return [(name, tuple(p.shape), p.dtype, p.device) for name, p, _ in planned]

@@ -22,7 +22,8 @@ from kl_dist.options import STRUCTURAL, describe
 from kl_dist.units import Parameter, Unit, adamw_units, matrix_units, recast, route, shape_class
 
 BUCKET_BYTES = 64 << 20
-"""Size of a bucket over all ranks: large enough to fill a link, small enough to overlap with compute."""
+"""Size of a bucket over all ranks: large enough to fill a link, small enough to overlap with compute. It is exceeded
+where one unit per rank is more than that."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Bucket:
 
     dtype: torch.dtype
     units: tuple[tuple[int, ...], ...]  # by rank: indices into Plan.units
-    chunk: int  # elements each rank sends
+    chunk: int  # elements each rank sends: its units, padding, and a flag of failure at the end
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Plan:
     owners: tuple[int, ...]  # by unit
     buckets: tuple[Bucket, ...]
     options: tuple[str, ...]  # one line per parameter group, to compare across ranks
+    structure: tuple[str, ...]  # those options, by group, that must stay as they are
 
     @cached_property
     def owner(self) -> dict[str, int]:
@@ -174,12 +176,20 @@ def make_plan(
         units.append(unit)
         assigned.append(rank)
     buckets = tuple(_buckets(units, assigned, groups, world_size))
-    return Plan(world_size, tuple(parameters), tuple(units), tuple(assigned), buckets, tuple(map(describe, groups)))
+    return Plan(
+        world_size,
+        tuple(parameters),
+        tuple(units),
+        tuple(assigned),
+        buckets,
+        tuple(map(describe, groups)),
+        structure(groups),
+    )
 
 
-def structure(groups: Sequence[Mapping[str, Any]]) -> tuple[tuple[Any, ...], ...]:
-    """The options a plan was made for and that must stay as they are."""
-    return tuple(tuple(group[key] for key in STRUCTURAL) for group in groups)
+def structure(groups: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The options that shape a plan and its state, a line per group."""
+    return tuple(repr([group[key] for key in STRUCTURAL]) for group in groups)
 
 
 def _longest_processing_time(
@@ -212,7 +222,7 @@ def _turn(unit: Unit, groups: Sequence[Mapping[str, Any]]) -> int:
 def _buckets(
     units: Sequence[Unit], owners: Sequence[int], groups: Sequence[Mapping[str, Any]], world_size: int
 ) -> Iterable[Bucket]:
-    """Every rank's units in order of kind and turn, cut into as many parts of near-equal bytes as there are buckets.
+    """Every rank's units in order of kind and turn, in buckets.
 
     Matrices and slices do not share a bucket: slices divide to the element, so theirs need no padding.
     """
@@ -222,22 +232,37 @@ def _buckets(
             for i, unit in enumerate(units):
                 if unit.dtype == dtype and (unit.method == "adamw") == elementwise:
                     queues[owners[i]].append(i)
-            total = sum(units[i].nbytes for queue in queues for i in queue)
-            count = math.ceil(total / BUCKET_BYTES)
             if not elementwise:
                 queues = [sorted(q, key=lambda i: (units[i].kind, _turn(units[i], groups), i)) for q in queues]
-            parts = [_split_by_bytes(queue, units, count) for queue in queues]
-            for k in range(count):
-                members = tuple(tuple(part[k]) for part in parts)
-                if any(members):  # units larger than a bucket leave others without any
-                    yield Bucket(dtype, members, max(sum(units[i].numel for i in member) for member in members))
+            for members in _fill(queues, units, world_size):
+                payload = max(sum(units[i].numel for i in member) for member in members)
+                yield Bucket(dtype, members, _aligned(payload + 1, dtype))
 
 
-def _split_by_bytes(queue: Sequence[int], units: Sequence[Unit], count: int) -> list[list[int]]:
-    parts: list[list[int]] = [[] for _ in range(count)]
-    total, before = sum(units[i].nbytes for i in queue), 0
-    for i in queue:
-        middle = before + units[i].nbytes / 2
-        parts[min(count - 1, int(middle / total * count))].append(i)
-        before += units[i].nbytes
-    return parts
+def _fill(
+    queues: Sequence[Sequence[int]], units: Sequence[Unit], world_size: int
+) -> Iterable[tuple[tuple[int, ...], ...]]:
+    """Walk all ranks' queues together; each bucket takes from each as many units as fit.
+
+    A chunk has room for its share of BUCKET_BYTES, or for the largest unit; evened out over the buckets that needs.
+    """
+    largest = max((units[i].nbytes for queue in queues for i in queue), default=0)
+    longest = max((sum(units[i].nbytes for i in queue) for queue in queues), default=0)
+    count = math.ceil(longest / max(BUCKET_BYTES / world_size, largest, 1))
+    room = max(math.ceil(longest / max(count, 1)) + 16, largest)  # slices differ by one element
+    places = [0] * world_size
+    while any(place < len(queue) for place, queue in zip(places, queues, strict=True)):
+        members = []
+        for rank, queue in enumerate(queues):
+            first, taken = places[rank], 0
+            while places[rank] < len(queue) and taken + units[queue[places[rank]]].nbytes <= room:
+                taken += units[queue[places[rank]]].nbytes
+                places[rank] += 1
+            members.append(tuple(queue[first : places[rank]]))
+        yield tuple(members)
+
+
+def _aligned(numel: int, dtype: torch.dtype) -> int:
+    """Up to a multiple of 16 bytes, so that every rank's chunk begins where vector instructions can."""
+    per_line = 16 // dtype.itemsize
+    return -(-numel // per_line) * per_line

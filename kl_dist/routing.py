@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,8 +14,16 @@ from kl_dist.partition import Plan, make_plan
 from kl_dist.units import Parameter
 
 
-def named_parameters_of(group: Mapping[str, Any], number: int) -> list[tuple[str, Tensor]]:
-    """The parameters of a group with names: those given, or `group0.param3`.
+def named_parameters_of(
+    group: Mapping[str, Any], number: int, taken: Iterable[tuple[str, Tensor]]
+) -> list[tuple[str, Tensor]]:
+    """The parameters of a group with names that no other has: those given, or `group0.param3`.
+
+    Args:
+        group: as the user gave it.
+        number: of the group.
+        taken: names and parameters of the groups before it. Two models may use the same names; the second's become
+            `group1.name`, since plan and state go by name.
 
     Raises:
         TypeError, ValueError: something in it is not a parameter this optimizer can serve, by name.
@@ -30,22 +37,32 @@ def named_parameters_of(group: Mapping[str, Any], number: int) -> list[tuple[str
     named = [
         entry if isinstance(entry, tuple) else (f"group{number}.param{i}", entry) for i, entry in enumerate(entries)
     ]
-    if len({name for name, _ in named}) < len({id(parameter) for _, parameter in named}):
-        counts = Counter(name for name, _ in named)
-        raise ValueError(f"two parameters of one group are called {counts.most_common(1)[0][0]!r}")
+    first_names = {id(parameter): name for name, parameter in taken}
+    names = set(first_names.values())
     for name, parameter in named:
-        if not isinstance(parameter, Tensor):
-            raise TypeError(f"parameter {name!r} is a {type(parameter).__name__}, not a tensor")
-        if not parameter.is_floating_point():
-            raise TypeError(f"parameter {name!r} is {parameter.dtype}; KLShampoo takes real floating-point parameters")
-        if hasattr(parameter, "placements"):
-            raise TypeError(
-                f"parameter {name!r} is a DTensor (FSDP2 or tensor parallel); KLShampoo takes parameters that are"
-                " whole on every rank (one process, DDP)"
-            )
-        if not (parameter.is_leaf or parameter.retains_grad):
-            raise ValueError(f"parameter {name!r} is not a leaf: only what has a .grad can be optimized")
-    return named
+        _check_parameter(name, parameter)
+        if id(parameter) in first_names:
+            first = first_names[id(parameter)]
+            also = f" (as {first!r})" if first != name else ""
+            raise ValueError(f"parameter {name!r} is given twice{also}: each belongs to one group, once")
+        if name in first_names.values() and name not in names:
+            raise ValueError(f"two parameters of one group are called {name!r}")
+        first_names[id(parameter)] = name
+    return [(f"group{number}.{name}" if name in names else name, parameter) for name, parameter in named]
+
+
+def _check_parameter(name: str, parameter: Any) -> None:
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f"parameter {name!r} is a {type(parameter).__name__}, not a tensor")
+    if not parameter.is_floating_point():
+        raise TypeError(f"parameter {name!r} is {parameter.dtype}; KLShampoo takes real floating-point parameters")
+    if hasattr(parameter, "placements"):
+        raise TypeError(
+            f"parameter {name!r} is a DTensor (FSDP2 or tensor parallel); KLShampoo takes parameters that are"
+            " whole on every rank (one process, DDP)"
+        )
+    if not (parameter.is_leaf or parameter.retains_grad):
+        raise ValueError(f"parameter {name!r} is not a leaf: only what has a .grad can be optimized")
 
 
 def param_groups(

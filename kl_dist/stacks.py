@@ -14,10 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kl_dist import costs
 from kl_dist.agreement import Gradient
 from kl_dist.methods import Hyper, MatrixState, Rule, State, adamw, rule
-from kl_dist.methods.state import AdamWState
+from kl_dist.methods.state import AdamWState, span, state_dtype
 from kl_dist.partition import Plan
 from kl_dist.units import Unit
 
@@ -80,7 +79,7 @@ class MatrixStack(Stack):
         if running:
             part = self.state.rows(running)
             updates = self.rule.update(part, _select(grads, active, running), hyper)
-            out.view(len(self.units), *self.units[0].block.shape)[running] = updates.to(out.dtype)
+            out.view(len(self.units), *self.units[0].block.shape)[span(running)] = updates.to(out.dtype)
             self.state.put(running, part)
 
     def refresh(self, said: Sequence[Gradient], group: Mapping[str, Any]) -> int:
@@ -147,7 +146,7 @@ def _stacks_of(plan: Plan, queue: Sequence[int], device: torch.device) -> Iterat
         indices = tuple(members)
         units = tuple(plan.units[i] for i in indices)
         first = units[0]
-        like = torch.empty((), dtype=costs.state_dtype(first.dtype), device=device)
+        like = torch.empty((), dtype=state_dtype(first.dtype), device=device)
         stack: Stack
         if first.method == "adamw":
             stack = SliceStack(indices, units, offset, adamw.allocate([unit.numel for unit in units], like))
@@ -172,4 +171,4 @@ def _read(layout: Layout, units: Sequence[Unit], join: Any, dtype: torch.dtype) 
 
 
 def _select(grads: Tensor, rows: Sequence[int], chosen: Sequence[int]) -> Tensor:
-    return grads if list(rows) == list(chosen) else grads[[rows.index(row) for row in chosen]]
+    return grads if list(rows) == list(chosen) else grads[span([rows.index(row) for row in chosen])]

@@ -7,7 +7,10 @@ import copy
 import io
 import logging
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -691,3 +694,36 @@ def test_gradients_of_any_finite_size_keep_everything_finite(method, size):
         opt.step()
     assert all(p.isfinite().all() for p in params.values())
     assert all(x.isfinite().all() for state in opt.state.values() for x in state.values())
+
+
+@pytest.mark.parametrize("switch", ["legacy", "new", "of one backend"])
+def test_a_lower_matmul_precision_of_the_user_is_set_aside_for_the_step_and_kept_after(switch):
+    """bfloat16 products would move the weights by 1e-3; in a process of its own, since torch refuses to mix switches."""
+    if switch != "legacy" and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has the older switches alone")
+    turn_down = {
+        "legacy": "torch.set_float32_matmul_precision('medium')",
+        "new": "torch.backends.fp32_precision = 'tf32'",
+        "of one backend": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    }[switch]
+    code = f"""
+import torch
+from kl_dist import KLShampoo
+def weights():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(64, 64))
+    opt = KLShampoo([("p", p)], lr=0.1)
+    for _ in range(3):
+        p.grad = torch.randn(64, 64)
+        opt.step()
+    return p.detach()
+plain = weights()
+{turn_down}
+def product():
+    torch.manual_seed(1)
+    return torch.randn(64, 64) @ torch.randn(64, 64)
+before = product()
+assert torch.equal(weights(), plain)
+assert torch.equal(product(), before)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent, timeout=60)

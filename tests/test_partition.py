@@ -217,12 +217,14 @@ def test_state_is_all_there_before_the_first_step_and_stays_where_it_is():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_comm_bytes_count_padding(dtype):
-    """Three equal matrices on two ranks: both send two, one of them padding. The agreement is an all-reduce beside."""
+    """Three equal matrices on two ranks: both send room for two and a flag. The agreement is an all-reduce beside."""
     found = plan({"a": (8, 8), "b": (8, 8), "c": (8, 8)}, 2, dtype=dtype)
-    assert found.padding_bytes == 64 * dtype.itemsize
-    assert found.comm_bytes == (2 * 64 * dtype.itemsize + 4 * found.agreement_size,) * 2
+    chunk = 2 * 64 * dtype.itemsize + 16  # a flag, up to the next 16 bytes
+    assert [bucket.chunk * dtype.itemsize for bucket in found.buckets] == [chunk]
+    assert found.padding_bytes == 64 * dtype.itemsize + 2 * 16
+    assert found.comm_bytes == (chunk + 4 * found.agreement_size,) * 2
     assert len(found.units) < found.agreement_size < len(found.units) + 10
-    assert plan({"a": (8, 8), "b": (8, 8)}, 2).padding_bytes == 0
+    assert plan({"a": (8, 8), "b": (8, 8)}, 2).padding_bytes == 2 * 16
     assert plan(SMALL, 1).comm_bytes == (0,)
 
 

@@ -21,13 +21,23 @@ class Replicated:
     def __init__(self, plan: Plan, parameters: Sequence[Tensor]) -> None:
         self.plan = plan
         self.parameters = parameters
+        self._copies: dict[int, Tensor] = {}
 
     def gradient(self, unit: Unit) -> Tensor | None:
         """The unit's part of its parameter's gradient, shaped as the unit; None without one or where it is frozen."""
         parameter = self.parameters[unit.parameter]
         if parameter.grad is None or not parameter.requires_grad:
             return None
-        return unit.block.of(unit.reading.view(parameter.grad))
+        read = self._copies.get(unit.parameter)
+        if read is None:
+            read = unit.reading.view(parameter.grad)
+            if not _shares_memory(read, parameter.grad):
+                self._copies[unit.parameter] = read
+        return unit.block.of(read)
+
+    def forget(self) -> None:
+        """Let go of what was copied out of gradients that cannot be viewed as matrices; ends a step."""
+        self._copies.clear()
 
     def apply(self, updates: Sequence[tuple[Unit, Tensor]], keep: float, lr: float) -> None:
         """W <- keep W - lr U for every unit given, with U flat in the parameter's dtype.
@@ -41,7 +51,7 @@ class Replicated:
             read = copies.get(unit.parameter)
             if read is None:
                 read = unit.reading.view(parameter)
-                if read.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
+                if not _shares_memory(read, parameter):
                     copies[unit.parameter] = read
             targets.append(unit.block.of(read))
             steps.append(update.view(unit.block.shape))
@@ -51,3 +61,7 @@ class Replicated:
         for index, read in copies.items():
             unit = next(unit for unit, _ in updates if unit.parameter == index)
             self.parameters[index].detach().copy_(unit.reading.restore(read))
+
+
+def _shares_memory(view: Tensor, tensor: Tensor) -> bool:
+    return view.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()

@@ -63,7 +63,7 @@ def start_bases(state: InEigenbasis, grad: Tensor, refreshes: int) -> None:
         refresh_bases(state, DAMPING)
 
 
-def refresh_bases(state: InEigenbasis, damping: float, reorthogonalize: bool = False) -> None:
+def refresh_bases(state: InEigenbasis, damping: float, drifted: Tensor | None = None) -> None:
     """One step of orthogonal iteration on every full side; factors and momentum move with the basis.
 
     With O from `linalg.orthogonal_iteration`: Q <- Q O, S~ <- O^T S~ O, M~ <- M~ x_k O_k^T. The eigenvalues keep their
@@ -74,8 +74,7 @@ def refresh_bases(state: InEigenbasis, damping: float, reorthogonalize: bool = F
             continue
         rotation, rotated = linalg.orthogonal_iteration(factor, damping)
         factor.copy_(rotated)
-        moved = basis @ rotation
-        basis.copy_(linalg.reorthogonalize(moved) if reorthogonalize else moved)
+        basis.copy_(without_drift(basis @ rotation, drifted))
         state.exp_avg.copy_(kronecker.multiply_side(state.exp_avg, rotation, side))
 
 
@@ -89,10 +88,18 @@ def refresh_as_released(state: KLShampooState, hyper: Hyper) -> None:
     refresh_bases(state, 0.0, drift_is_due(state, hyper))
 
 
-def drift_is_due(state: InEigenbasis, hyper: Hyper) -> bool:
-    """Whether this refresh must also undo what rounding did to the orthogonality of Q."""
+def drift_is_due(state: InEigenbasis, hyper: Hyper) -> Tensor | None:
+    """Of which matrices (B,) this refresh must also undo what rounding did to the orthogonality of Q; None of none."""
     refreshes = state.step // hyper.precondition_frequency
-    return bool((refreshes % REFRESHES_PER_REORTHOGONALIZATION == 0).any())
+    due = refreshes % REFRESHES_PER_REORTHOGONALIZATION == REFRESHES_PER_REORTHOGONALIZATION - 1
+    return due if bool(due.any()) else None
+
+
+def without_drift(basis: Tensor, drifted: Tensor | None) -> Tensor:
+    """Q (B, d, d), orthogonal again where `drifted` says so."""
+    if drifted is None:
+        return basis
+    return torch.where(drifted.to(basis.device)[:, None, None], linalg.reorthogonalize(basis), basis)
 
 
 def learn(state: KLShampooState, projected: Tensor, hyper: Hyper) -> Tensor:
@@ -118,9 +125,9 @@ def learn(state: KLShampooState, projected: Tensor, hyper: Hyper) -> Tensor:
         if factor is None:
             added = kronecker.square_sums(whitened, side) * root.square()
         else:
-            outer = kronecker.gram(whitened, side).mul_(root[:, :, None]).mul_(root[:, None, :])
-            added = outer.diagonal(dim1=-2, dim2=-1)
-            factor.mul_(kronecker.of_step(keep, state.step, factor)).add_(outer)
+            rows = kronecker.gram(whitened, side).mul_(root[:, :, None])
+            added = rows.diagonal(dim1=-2, dim2=-1) * root
+            factor.mul_(kronecker.of_step(keep, state.step, factor)).addcmul_(rows, root[:, None, :])
         eigenvalues.mul_(old).add_(added)
         mean = eigenvalues.mean(-1, keepdim=True)
         eigenvalues.div_(mean).clamp_min_(EIGENVALUE_FLOOR)

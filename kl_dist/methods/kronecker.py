@@ -91,7 +91,7 @@ def numel(x: Tensor) -> int:
 
 def mean_square(x: Tensor) -> Tensor:
     """mean(x^2) of each matrix, (B,)."""
-    return x.flatten(1).square().mean(1)
+    return torch.linalg.vector_norm(x.flatten(1), dim=1).square() / numel(x)
 
 
 def at_unit_scale(x: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def momentum(exp_avg: Tensor, grad: Tensor, step: Tensor, hyper: Hyper) -> Tenso
     beta1 = hyper.betas[0]
     exp_avg.lerp_(grad, 1 - beta1)
     if hyper.nesterov:
-        return exp_avg.lerp(grad, 1 - beta1) * of_step(lambda t: 1 / (1 - beta1 ** (t + 1)), step, grad)
+        return exp_avg.lerp(grad, 1 - beta1).mul_(of_step(lambda t: 1 / (1 - beta1 ** (t + 1)), step, grad))
     return exp_avg * of_step(lambda t: 1 / (1 - beta1**t), step, grad)
 
 
@@ -165,3 +165,8 @@ def tracked_scale(scale: Tensor, mean_squares: Tensor, step: Tensor, beta: float
 def smallest_scale(dtype: torch.dtype) -> float:
     """The smallest gradient worth dividing by: its square is still a normal number."""
     return 1e-100 if dtype == torch.float64 else 1e-15
+
+
+def largest_gradient(dtype: torch.dtype) -> float:
+    """A gradient beyond this is treated as not finite: whitened and squared it would overflow."""
+    return 1e100 if dtype == torch.float64 else 1e12

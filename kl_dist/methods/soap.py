@@ -106,8 +106,6 @@ def refresh_as_released(state: SOAPState, hyper: Hyper) -> None:
         rotation = torch.linalg.qr(factor.take_along_dim(order[:, None, :], -1)).Q
         moved = rotation.mT @ factor @ rotation
         factor.copy_((moved + moved.mT) / 2)
-        basis.copy_(basis @ rotation)
+        basis.copy_(kl_factors.without_drift(basis @ rotation, kl_factors.drift_is_due(state, hyper)))
         state.exp_avg.copy_(kronecker.multiply_side(state.exp_avg, rotation, side))
         state.exp_avg_sq.copy_(state.exp_avg_sq.take_along_dim(kronecker.along(order, side, state.exp_avg), side + 1))
-        if kl_factors.drift_is_due(state, hyper):
-            basis.copy_(linalg.reorthogonalize(basis))

@@ -19,6 +19,18 @@ Side = Literal["full", "diagonal", "identity"]
 S = TypeVar("S", bound="State")
 
 
+def span(indices: Sequence[int]) -> slice | list[int]:
+    """Indices as a slice where they are an unbroken range: it gives views, and costs no transfer to a device."""
+    first, count = indices[0], len(indices)
+    unbroken = list(indices) == list(range(first, first + count))
+    return slice(first, first + count) if unbroken else list(indices)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """State is float64 for float64 parameters and float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def no_steps(batch: int) -> Tensor:
     """The step counts of what has not been updated yet."""
     return torch.zeros(batch, dtype=torch.int64)
@@ -64,16 +76,15 @@ class State:
 
     def rows(self: S, indices: Sequence[int]) -> S:
         """Some of the matrices: views where `indices` is an unbroken range, copies otherwise."""
-        first, count = indices[0], len(indices)
-        if list(indices) == list(range(first, first + count)):
-            return self.map(lambda x: x[first : first + count])
-        return self.map(lambda x: x[torch.tensor(indices, device=x.device)])
+        chosen = span(indices)
+        return self.map(lambda x: x[chosen])
 
     def put(self: S, indices: Sequence[int], part: S) -> None:
         """Write back what `rows(indices)` gave; nothing to do where it gave views."""
-        for mine, theirs in zip(self.tensors().values(), part.tensors().values(), strict=True):
-            if mine.untyped_storage().data_ptr() != theirs.untyped_storage().data_ptr():
-                mine[torch.tensor(indices, device=mine.device)] = theirs
+        chosen = span(indices)
+        if not isinstance(chosen, slice):
+            for mine, theirs in zip(self.tensors().values(), part.tensors().values(), strict=True):
+                mine[chosen] = theirs
 
 
 @dataclass

@@ -698,7 +698,7 @@ def test_gradients_of_any_finite_size_keep_everything_finite(method, size):
 
 @pytest.mark.parametrize("switch", ["legacy", "new", "of one backend"])
 def test_a_lower_matmul_precision_of_the_user_is_set_aside_for_the_step_and_kept_after(switch):
-    """bfloat16 products would move the weights by 1e-3; in a process of its own, since torch refuses to mix switches."""
+    """bfloat16 products would move the weights by 1e-3. In a process of its own: torch refuses to mix the switches."""
     if switch != "legacy" and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("this torch has the older switches alone")
     turn_down = {

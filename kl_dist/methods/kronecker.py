@@ -77,11 +77,12 @@ def along(vector: Tensor, side: int, x: Tensor) -> Tensor:
 
 def scale_sides(x: Tensor, vectors: Sequence[Tensor | None], power: float) -> Tensor:
     """x times the product over sides of vector_k^power, broadcast along side k; a new tensor."""
-    scaled = x.clone()
+    scaled = x
     for side, vector in enumerate(vectors):
         if vector is not None:
-            scaled.mul_(along(vector.pow(power), side, x))
-    return scaled
+            by = along(vector.pow(power), side, x)
+            scaled = x * by if scaled is x else scaled.mul_(by)
+    return x.clone() if scaled is x else scaled
 
 
 def numel(x: Tensor) -> int:

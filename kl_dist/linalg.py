@@ -38,11 +38,16 @@ def orthogonal_iteration(factor: Tensor, damping: float) -> tuple[Tensor, Tensor
     Returns:
         O, the rotation from the current basis to the refreshed one, and S' in the refreshed basis, symmetric.
     """
-    shift = damping * mean_diagonal(factor)
-    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    rotation, triangle = torch.linalg.qr(factor + shift * identity)
-    rotated = triangle @ rotation - shift * identity
-    return rotation, (rotated + rotated.mT) / 2
+    shift = damping * factor.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    damped = factor.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(shift)
+    # torch.linalg.qr in its two steps. LAPACK wants columns: a symmetric matrix transposed is one, at no copy.
+    reflectors, scales = torch.geqrf(damped.mT)
+    rotation = torch.linalg.householder_product(reflectors, scales)
+    reflectors.mT.tril_()  # what is left is P
+    rotated = reflectors @ rotation
+    rotated.diagonal(dim1=-2, dim2=-1).sub_(shift)
+    return rotation, (rotated + rotated.mT).mul_(0.5)
 
 
 def reorthogonalize(basis: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from launch.model import GPT
+from launch.model import Model
 from launch.optimizers import Trainer
 from launch.options import Options, UsageError
 from launch.ranks import Ranks
@@ -23,7 +23,7 @@ MUST_AGREE = ("optimizer", "layers", "width", "heads", "context")
 """Options without which the saved tensors have no place to go."""
 
 
-def save(folder: Path, step: int, options: Options, ranks: Ranks, model: GPT, trainer: Trainer) -> Path:
+def save(folder: Path, step: int, options: Options, ranks: Ranks, model: Model, trainer: Trainer) -> Path:
     """Write the checkpoint of `step`; every rank calls this. Returns its folder."""
     final = folder / f"step-{step:06d}"
     partial = folder / f"{final.name}.partial"
@@ -41,7 +41,7 @@ def save(folder: Path, step: int, options: Options, ranks: Ranks, model: GPT, tr
     return final
 
 
-def load(checkpoint: Path, options: Options, ranks: Ranks, model: GPT, trainer: Trainer) -> int:
+def load(checkpoint: Path, options: Options, ranks: Ranks, model: Model, trainer: Trainer) -> int:
     """Continue from `checkpoint`: fills model and optimizer in place and returns the step it was saved after."""
     saved = _read(checkpoint / "model.pt", ranks)
     if saved["world_size"] != ranks.size:

@@ -2,6 +2,9 @@
 
 The output head is a Linear of its own, not tied to the embedding. All matrices inside the blocks are plain 2-D weights,
 which is what a matrix optimizer is made for; embeddings, head and norms are what it leaves to AdamW.
+
+A multilayer perceptron of the same make stands beside it for tasks that have no text. What the optimizers ask of a
+model is the same for both: matrices in `blocks`, and an output layer `head`.
 """
 
 import math
@@ -33,6 +36,23 @@ class GPT(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         hidden = self.tokens(tokens) + self.positions(positions)
         return self.head(self.norm(self.blocks(hidden)))
+
+
+class Perceptron(nn.Module):
+    """Layers of a matrix and a GELU, then a linear head: `forward` takes rows x inputs to rows x outputs."""
+
+    def __init__(self, layers: int, inputs: int, width: int, outputs: int) -> None:
+        super().__init__()
+        sizes = [inputs, *[width] * layers]
+        pairs = zip(sizes[:-1], sizes[1:], strict=True)
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(*pair, bias=False), nn.GELU()) for pair in pairs))
+        self.head = nn.Linear(width, outputs, bias=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.head(self.blocks(rows))
+
+
+Model = GPT | Perceptron
 
 
 class Block(nn.Module):

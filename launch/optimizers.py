@@ -5,14 +5,16 @@ blocks and has AdamW beside it; a Kronecker method brings its own AdamW route.
 """
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from launch.model import GPT
-from launch.options import KRONECKER_METHODS, Options
+from launch.model import Model
+from launch.options import KRONECKER_METHODS, Options, UsageError
 
 ADAMW_BETAS = (0.9, 0.95)
 
@@ -64,18 +66,23 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps + 1 - warmup))
 
 
-def make_trainer(options: Options, model: GPT) -> Trainer:
+def make_trainer(options: Options, model: Model) -> Trainer:
     """The optimizer that `options` name, over the parameters of the bare model (not its DDP wrapper)."""
-    if options.optimizer in KRONECKER_METHODS:
-        optimizers = [kronecker(options, model)]
-    elif options.optimizer == "muon":
-        optimizers = muon(options, model)
-    else:
-        optimizers = [adamw(model.parameters(), options)]
+    try:
+        if options.optimizer in KRONECKER_METHODS:
+            optimizers = [kronecker(options, model)]
+        elif options.optimizer == "muon":
+            optimizers = muon(options, model)
+        else:
+            optimizers = [adamw(model.parameters(), options, options.optimizer_options)]
+    except (TypeError, ValueError) as error:
+        if not options.set:
+            raise
+        raise UsageError(f"--set {' '.join(options.set)}: {options.optimizer} says: {error}") from error
     return Trainer(optimizers, options.steps, options.warmup_steps)
 
 
-def kronecker(options: Options, model: GPT) -> Optimizer:
+def kronecker(options: Options, model: Model) -> Optimizer:
     """KL-Shampoo or one of its relatives, its state and its work divided over the ranks."""
     # Only here: AdamW and Muon stay what they are, and start, without the engine.
     from kl_dist import KLShampoo, param_groups
@@ -89,22 +96,23 @@ def kronecker(options: Options, model: GPT) -> Optimizer:
         method=options.optimizer,
         recipe=options.recipe or "fresh",
         precondition_frequency=options.precondition_frequency,
+        **options.optimizer_options,
     )
 
 
-def muon(options: Options, model: GPT) -> list[Optimizer]:
+def muon(options: Options, model: Model) -> list[Optimizer]:
     """Muon on the blocks' matrices, AdamW on the rest."""
     matrices = [parameter for parameter in model.blocks.parameters() if parameter.ndim == 2]
     chosen = {id(parameter) for parameter in matrices}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
     return [
-        Muon(matrices, lr=options.rates.lr, weight_decay=options.weight_decay),
+        Muon(matrices, lr=options.rates.lr, weight_decay=options.weight_decay, **options.optimizer_options),
         adamw(rest, options),
     ]
 
 
-def adamw(parameters: Any, options: Options) -> Optimizer:
-    """AdamW that decays what has two dimensions."""
+def adamw(parameters: Any, options: Options, asked: Mapping[str, Any] = MappingProxyType({})) -> Optimizer:
+    """AdamW that decays what has two dimensions; `asked` are options of its own."""
     decayed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter in parameters:
         decayed[parameter.ndim >= 2].append(parameter)
@@ -114,6 +122,5 @@ def adamw(parameters: Any, options: Options) -> Optimizer:
             {"params": decayed[False], "weight_decay": 0.0},
         ],
         lr=options.rates.adamw_lr,
-        betas=ADAMW_BETAS,
-        fused=torch.cuda.is_available(),
+        **{"betas": ADAMW_BETAS, "fused": torch.cuda.is_available(), **asked},
     )

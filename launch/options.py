@@ -5,6 +5,7 @@ can be refused before the first tensor is made is refused in `__post_init__`, in
 """
 
 import argparse
+import ast
 import difflib
 import math
 import os
@@ -39,6 +40,13 @@ DEFAULT_RATES = {
 }
 
 
+HOW_READ: dict[Any, dict[str, Any]] = {
+    bool: {"action": "store_true"},
+    tuple[str, ...]: {"type": str, "nargs": "+", "action": "extend"},
+}
+"""How the command line reads what is not one word."""
+
+
 def option(default: Any, text: str) -> Any:
     """A dataclass field with the text that `--help` shows for it."""
     return field(default=default, metadata={"help": text})
@@ -54,6 +62,7 @@ class Options:
     weight_decay: float = option(0.01, "decoupled weight decay of everything but norms")
     recipe: Literal["fresh", "paper"] | None = option(None, "which defaults a Kronecker method starts from")
     precondition_frequency: int | None = option(None, "steps between refreshes of a Kronecker method's eigenbases")
+    set: tuple[str, ...] = option((), "any other option of the optimizer, as key=value: --set nesterov=False momentum=0.9")
 
     steps: int = option(400, "how many optimizer steps to train")
     warmup: int | None = option(None, "steps of linear warm-up before the cosine; by default a twentieth of all steps")
@@ -90,6 +99,10 @@ class Options:
                     raise UsageError(f"{_flag(name)} means nothing to --optimizer {self.optimizer}; leave it out")
         if self.optimizer == "adamw" and self.adamw_lr is not None:
             raise UsageError("--adamw-lr is for what stands beside a matrix optimizer; with --optimizer adamw use --lr")
+        for name in self.optimizer_options:
+            if name in {"method", *(option_field.name for option_field in fields(self))}:
+                flag = "--optimizer" if name == "method" else _flag(name)
+                raise UsageError(f"--set {name} would contradict a flag of the job; use {flag}")
 
     def _check_numbers(self) -> None:
         """Refuse what no number may be: a count below its least value, a rate that is negative, infinite or NaN."""
@@ -109,6 +122,11 @@ class Options:
         if self.optimizer == "adamw":
             return Rates(lr, lr)
         return Rates(lr, default.adamw_lr if self.adamw_lr is None else self.adamw_lr)
+
+    @property
+    def optimizer_options(self) -> dict[str, Any]:
+        """What `--set` asks for, by key; the optimizer, which knows its options, checks them."""
+        return dict(_assignment(text) for text in self.set)
 
     @property
     def warmup_steps(self) -> int:
@@ -149,12 +167,13 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
             # Without a default of its own, an option that is not given is left to the dataclass.
             default=argparse.SUPPRESS if option_field.default is None else option_field.default,
             help=option_field.metadata["help"],
-            **({"action": "store_true"} if kind is bool else {"type": kind}),
+            **HOW_READ.get(kind, {"type": kind}),
         )
     given = list(sys.argv[1:] if arguments is None else arguments)
     _refuse_unknown_flags(given)
     try:
-        options = Options(**vars(parser.parse_args(given)))
+        values = vars(parser.parse_args(given))
+        options = Options(**values | {"set": tuple(values["set"])})
     except ArgumentError as error:
         raise UsageError(_plain(str(error))) from error
     options.windows_per_rank(int(os.environ.get("WORLD_SIZE", "1")))
@@ -165,6 +184,17 @@ def _kinds() -> dict[str, Any]:
     """The type of each option, without the None that stands for "not given"."""
     hints = get_type_hints(Options).items()
     return {name: next((kind for kind in get_args(hint) if type(None) in get_args(hint)), hint) for name, hint in hints}
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """`betas=(0.9,0.95)` as a name and a Python value; what is no Python literal is a word."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise UsageError(f"--set takes key=value, not {text}")
+    try:
+        return name, ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value, value))
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def _plain(message: str) -> str:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from launch import checkpoint, report
 from launch.data import Corpus, load_corpus, training_starts, validation_starts, windows
 from launch.metrics import Log, Record, set_aside
-from launch.model import GPT
+from launch.model import GPT, Model
 from launch.optimizers import Trainer, make_trainer
 from launch.options import Options, UsageError, parse
 from launch.ranks import Ranks, joined_ranks
@@ -36,15 +36,25 @@ class Job:
     def __init__(self, options: Options, ranks: Ranks) -> None:
         self.options = options
         self.ranks = ranks
-        self.corpus: Corpus = load_corpus(options.data, options.context)
+        self.corpus = self.read(options)
         torch.manual_seed(options.seed)
-        self.model = GPT(options.layers, options.width, options.heads, options.context).to(ranks.device)
+        self.model = self.build(options).to(ranks.device)
         self.replica = ranks.replicate(self.model)
         # After DDP has given every rank the same weights, and on the bare model, whose modules have plain names.
         self.trainer: Trainer = make_trainer(options, self.model)
         # DDP lays out its buckets anew after its first backward, and with them the order in which ranks are summed. Let
         # that backward be this one, so that every step, also the first of a job that continues, sums in the same order.
         self.loss(self.replica, self.corpus.train, self.rows(step=0)).backward()
+
+    @staticmethod
+    def read(options: Options) -> Corpus:
+        """What is learned; with `build` and `loss`, all that another task needs to say of itself."""
+        return load_corpus(options.data, options.context)
+
+    @staticmethod
+    def build(options: Options) -> Model:
+        """The model, freshly initialised."""
+        return GPT(options.layers, options.width, options.heads, options.context)
 
     def start(self) -> int:
         """Begin afresh or continue; returns how many steps are already done."""

@@ -11,4 +11,12 @@ The files are the parts of a training job, each readable on its own:
     checkpoint.py   saving and continuing, one optimizer file a rank
     metrics.py      the progress bar, JSON lines and TensorBoard
     report.py       the loss curve and the closing words
+
+and of a comparison of many such jobs:
+
+    compare.py      the runs of a command line, trained one after another or two at once, and ranked
+    runs.py         one of them: what identifies it, how it is measured
+    regression.py   a second task: ill-conditioned regression
+    results.py      the file of finished runs
+    standings.py    the table and the picture
 """

@@ -7,6 +7,7 @@ A multilayer perceptron of the same make stands beside it for tasks that have no
 model is the same for both: matrices in `blocks`, and an output layer `head`.
 """
 
+import itertools
 import math
 
 import torch
@@ -43,8 +44,7 @@ class Perceptron(nn.Module):
 
     def __init__(self, layers: int, inputs: int, width: int, outputs: int) -> None:
         super().__init__()
-        sizes = [inputs, *[width] * layers]
-        pairs = zip(sizes[:-1], sizes[1:], strict=True)
+        pairs = itertools.pairwise([inputs, *[width] * layers])
         self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(*pair, bias=False), nn.GELU()) for pair in pairs))
         self.head = nn.Linear(width, outputs, bias=False)
 

@@ -62,7 +62,9 @@ class Options:
     weight_decay: float = option(0.01, "decoupled weight decay of everything but norms")
     recipe: Literal["fresh", "paper"] | None = option(None, "which defaults a Kronecker method starts from")
     precondition_frequency: int | None = option(None, "steps between refreshes of a Kronecker method's eigenbases")
-    set: tuple[str, ...] = option((), "any other option of the optimizer, as key=value: --set nesterov=False momentum=0.9")
+    set: tuple[str, ...] = option(
+        (), "any other option of the optimizer, as key=value: --set nesterov=False momentum=0.9"
+    )
 
     steps: int = option(400, "how many optimizer steps to train")
     warmup: int | None = option(None, "steps of linear warm-up before the cosine; by default a twentieth of all steps")
@@ -165,7 +167,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         parser.add_argument(
             _flag(option_field.name),
             # Without a default of its own, an option that is not given is left to the dataclass.
-            default=argparse.SUPPRESS if option_field.default is None else option_field.default,
+            default=argparse.SUPPRESS if option_field.default in (None, ()) else option_field.default,
             help=option_field.metadata["help"],
             **HOW_READ.get(kind, {"type": kind}),
         )
@@ -173,7 +175,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     _refuse_unknown_flags(given)
     try:
         values = vars(parser.parse_args(given))
-        options = Options(**values | {"set": tuple(values["set"])})
+        options = Options(**values | {"set": tuple(values.get("set", ()))})
     except ArgumentError as error:
         raise UsageError(_plain(str(error))) from error
     options.windows_per_rank(int(os.environ.get("WORLD_SIZE", "1")))
@@ -192,7 +194,7 @@ def _assignment(text: str) -> tuple[str, Any]:
     if not (name and equals and value):
         raise UsageError(f"--set takes key=value, not {text}")
     try:
-        return name, ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value, value))
+        return name, ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
     except (ValueError, SyntaxError):
         return name, value
 

@@ -1,0 +1,1 @@
+"""Benchmarks a stranger can run; each is a module: `python -m benchmarks.step`."""

@@ -38,7 +38,7 @@ def orthogonal_iteration(factor: Tensor, damping: float) -> tuple[Tensor, Tensor
     Returns:
         O, the rotation from the current basis to the refreshed one, and S' in the refreshed basis, symmetric.
     """
-    shift = damping * factor.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    shift = damping * mean_diagonal(factor)
     damped = factor.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(shift)
     # torch.linalg.qr in its two steps. LAPACK wants columns: a symmetric matrix transposed is one, at no copy.
@@ -95,14 +95,14 @@ def eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
         eigenvalues, basis = _finite(torch.linalg.eigh(exact))
     except torch.linalg.LinAlgError:
         fallbacks["eigh with jitter"] += 1
-        jitter = 1e-12 * mean_diagonal(exact) * torch.eye(exact.shape[-1], dtype=exact.dtype)
+        jitter = 1e-12 * mean_diagonal(exact)[..., None] * torch.eye(exact.shape[-1], dtype=exact.dtype)
         eigenvalues, basis = _finite(torch.linalg.eigh(exact + jitter))
     return eigenvalues.to(factor), basis.to(factor)
 
 
 def mean_diagonal(factor: Tensor) -> Tensor:
-    """mean(diag S) of each matrix, shaped (B, 1, 1)."""
-    return factor.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    """mean(diag S) of each matrix, shaped (B, 1)."""
+    return factor.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
 
 
 def _finite(decomposition: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

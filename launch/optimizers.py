@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from launch.model import Model
+from launch.muon import Float32Muon
 from launch.options import KRONECKER_METHODS, Options, UsageError
 
 ADAMW_BETAS = (0.9, 0.95)
@@ -105,8 +106,9 @@ def muon(options: Options, model: Model) -> list[Optimizer]:
     matrices = [parameter for parameter in model.blocks.parameters() if parameter.ndim == 2]
     chosen = {id(parameter) for parameter in matrices}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    kind = Float32Muon if matrices[0].device.type == "cpu" else Muon
     return [
-        Muon(matrices, lr=options.rates.lr, weight_decay=options.weight_decay, **options.optimizer_options),
+        kind(matrices, lr=options.rates.lr, weight_decay=options.weight_decay, **options.optimizer_options),
         adamw(rest, options),
     ]
 

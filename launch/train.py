@@ -67,17 +67,17 @@ class Job:
 
     def train_step(self, step: int) -> Record:
         """One step: this rank's rows, their gradients averaged over the ranks, one update."""
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         self.trainer.zero_grad()
         loss = self.loss(self.replica, self.corpus.train, self.rows(step))
         loss.backward()
         if self.options.grad_clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip)
         self.ranks.synchronize()
-        stepped = time.perf_counter()
+        stepped, cpu_stepped = time.perf_counter(), time.process_time()
         lr = self.trainer.step(step)
         self.ranks.synchronize()
-        ended = time.perf_counter()
+        ended, cpu_ended = time.perf_counter(), time.process_time()
         return {
             "step": step,
             "loss": self.ranks.sum(loss.detach()).item() / self.ranks.size,
@@ -85,6 +85,8 @@ class Job:
             "tokens": step * self.options.tokens_per_step,
             "seconds": ended - began,
             "optimizer_seconds": ended - stepped,
+            "cpu_seconds": cpu_ended - cpu_began,
+            "optimizer_cpu_seconds": cpu_ended - cpu_stepped,
         }
 
     def rows(self, step: int) -> Tensor:

@@ -119,19 +119,15 @@ def learn(state: KLShampooState, projected: Tensor, hyper: Hyper) -> Tensor:
         if eigenvalues is None:
             continue
         old = kronecker.of_step(keep, state.step, eigenvalues)
-        # w w^T o gram(Z) = (1-b) D_k: the sides' own eigenvalues, 1 - b, d_k / N and 1 / s^2 in one vector
+        # R = diag(root) Z has R R^T = (1-b) D_k: lambda_k, 1 - b, d_k / N and 1 / s^2 in one vector
         share = (1 - old) * (eigenvalues.shape[-1] / kronecker.numel(projected))
         root = (eigenvalues * share).sqrt() / scale[:, None]
-        if factor is None:
-            added = kronecker.square_sums(whitened, side) * root.square()
-        else:
-            rows = kronecker.gram(whitened, side).mul_(root[:, :, None])
-            added = rows.diagonal(dim1=-2, dim2=-1) * root
-            factor.mul_(kronecker.of_step(keep, state.step, factor)).addcmul_(rows, root[:, None, :])
-        eigenvalues.mul_(old).add_(added)
+        rooted = whitened * kronecker.along(root, side, whitened)
+        eigenvalues.mul_(old).add_(kronecker.square_sums(rooted, side))
         mean = eigenvalues.mean(-1, keepdim=True)
         eigenvalues.div_(mean).clamp_min_(EIGENVALUE_FLOOR)
         if factor is not None:
+            kronecker.add_gram(factor, rooted, side, kronecker.of_step(keep, state.step, factor))
             factor.div_(mean[..., None])
     return scale
 

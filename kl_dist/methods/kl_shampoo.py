@@ -59,7 +59,7 @@ def update(state: KLShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
     projected = kronecker.project(grad, state.bases)
     direction = kronecker.momentum(state.exp_avg, projected, state.step, hyper)
     scale = kl_factors.learn(state, projected, hyper)
-    preconditioned = kronecker.scale_sides(direction, state.eigenvalues, -0.5)
+    preconditioned = kronecker.scale_sides_(direction, state.eigenvalues, -0.5)
     preconditioned.div_(kronecker.column(scale * (1 + hyper.eps), grad))
     return kronecker.project_back(preconditioned, state.bases)
 

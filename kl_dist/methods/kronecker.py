@@ -54,12 +54,25 @@ def multiply_side(x: Tensor, matrix: Tensor, side: int) -> Tensor:
 
 def gram(x: Tensor, side: int) -> Tensor:
     """X_k X_k^T (B, d_k, d_k), X_k the unfolding of x with side k as rows."""
+    rows = unfolded(x, side)
+    return rows @ rows.mT
+
+
+def add_gram(total: Tensor, x: Tensor, side: int, keep: float | Tensor) -> None:
+    """total <- keep total + X_k X_k^T, in place; keep is a number or (B, 1, 1)."""
+    rows = unfolded(x, side)
+    if isinstance(keep, Tensor):
+        total.mul_(keep)
+        keep = 1.0
+    torch.baddbmm(total, rows, rows.mT, beta=keep, out=total)
+
+
+def unfolded(x: Tensor, side: int) -> Tensor:
+    """X_k (B, d_k, N / d_k), x with side k as rows and its other sides, in order, as columns."""
     batch, d = x.shape[0], x.shape[side + 1]
     if side == 0:
-        rows = x.reshape(batch, d, -1)
-        return rows @ rows.mT
-    columns = x.movedim(side + 1, -1).reshape(batch, -1, d)
-    return columns.mT @ columns
+        return x.reshape(batch, d, -1)
+    return x.movedim(side + 1, -1).reshape(batch, -1, d).mT
 
 
 def square_sums(x: Tensor, side: int) -> Tensor:
@@ -83,6 +96,14 @@ def scale_sides(x: Tensor, vectors: Sequence[Tensor | None], power: float) -> Te
             by = along(vector.pow(power), side, x)
             scaled = x * by if scaled is x else scaled.mul_(by)
     return x.clone() if scaled is x else scaled
+
+
+def scale_sides_(x: Tensor, vectors: Sequence[Tensor | None], power: float) -> Tensor:
+    """`scale_sides` in place: memory that a step asks for anew costs more than the multiplication does."""
+    for side, vector in enumerate(vectors):
+        if vector is not None:
+            x.mul_(along(vector.pow(power), side, x))
+    return x
 
 
 def numel(x: Tensor) -> int:

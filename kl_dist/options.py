@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kl_dist.methods import METHODS, RECIPES
+from kl_dist.methods import METHODS
 
 LONG_SIDES = ("cut", "diagonal", "identity")
 BLOCKINGS = ("square", "none")
@@ -95,7 +95,7 @@ def resolve(group: dict[str, Any]) -> None:
         if key not in _GROUP_KEYS:
             raise unknown_option(key, DEFAULTS, "key in a parameter group:")
     _check_choice(group, "method", METHODS)
-    _check_choice(group, "recipe", RECIPES)
+    _check_choice(group, "recipe", tuple(RECIPE_DEFAULTS))
     if group["adamw_betas"] is None:
         group["adamw_betas"] = ADAMW_BETAS if group["betas"] is None else group["betas"]
     for key, value in RECIPE_DEFAULTS[group["recipe"]].items():

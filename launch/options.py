@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -30,6 +30,7 @@ class Rates(NamedTuple):
     adamw_lr: float
 
 
+RECIPES = ["fresh", "paper"]
 KRONECKER_METHODS = ("kl_shampoo", "kl_soap", "soap", "shampoo")
 
 # The best of a coarse grid for the demo's model and text; another model wants its own search.
@@ -60,7 +61,7 @@ class Options:
     lr: float | None = option(None, "peak learning rate; by default one that suits the optimizer and the demo")
     adamw_lr: float | None = option(None, "the same for embeddings, head and 1-D parameters beside a matrix optimizer")
     weight_decay: float = option(0.01, "decoupled weight decay of everything but norms")
-    recipe: Literal["fresh", "paper"] | None = option(None, "which defaults a Kronecker method starts from")
+    recipe: str | None = option(None, "form of a Kronecker method: fresh, the default, or paper")
     precondition_frequency: int | None = option(None, "steps between refreshes of a Kronecker method's eigenbases")
     set: tuple[str, ...] = option(
         (), "any other option of the optimizer, as key=value: --set nesterov=False momentum=0.9"
@@ -86,6 +87,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.optimizer not in DEFAULT_RATES:
             raise UsageError(f"--optimizer {self.optimizer} is unknown{_nearest(self.optimizer, DEFAULT_RATES)}")
+        if self.recipe not in (None, *RECIPES):
+            raise UsageError(f"--recipe takes {' or '.join(RECIPES)}, not {self.recipe}")
         self._check_numbers()
         if self.width % self.heads:
             raise UsageError(f"--width {self.width} does not divide into --heads {self.heads}")
@@ -206,7 +209,7 @@ def _plain(message: str) -> str:
         return message
     name, value = complaint.groups()
     kind = _kinds()[name]
-    expected = {int: "a whole number", float: "a number"}.get(kind) or " or ".join(map(str, get_args(kind)))
+    expected = {int: "a whole number", float: "a number"}.get(kind, "a word")
     return f"{_flag(name)} takes {expected}, not {value}"
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
 
 from kl_dist import KLShampoo
-from kl_dist.methods import MATRIX_METHODS, RECIPES
+from kl_dist.methods import MATRIX_METHODS
+from kl_dist.options import RECIPE_DEFAULTS
 
 SHAPES = {
     "wide": (4, 7),
@@ -355,7 +356,7 @@ def test_state_is_in_float32_or_float64(method, dtype, kept):
     assert furthest(values(params), values(exact)) < 8 * torch.finfo(dtype).eps + 1e-6 * (dtype != torch.float64)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", RECIPE_DEFAULTS)
 @pytest.mark.parametrize("method", METHODS)
 def test_odd_shapes_work(method, recipe):
     shapes = {"0-D": (), "one": (1,), "1x1": (1, 1), "1xN": (1, 7), "Nx1": (7, 1), "1-D of 5": (1, 1, 1, 1, 3)}
@@ -410,7 +411,7 @@ def test_a_parameter_without_gradient_is_left_alone_for_the_step():
 
 
 @pytest.mark.parametrize("method", MATRIX_METHODS)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", RECIPE_DEFAULTS)
 def test_an_expert_without_tokens_keeps_weights_and_state(method, recipe):
     """The gradient of a stack is one tensor; the entry of an expert that saw nothing is exactly zero."""
     params = parameters(shapes={"experts": (3, 4, 5)})
@@ -547,7 +548,7 @@ def test_two_parameters_of_one_name_in_one_group_are_refused_or_kept_apart():
 
 
 @pytest.mark.parametrize("stop", range(6))
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", RECIPE_DEFAULTS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_saved_run_goes_on_to_the_last_bit(method, recipe, stop):
     """Whenever it was stopped: before the first step, and at every phase of the refreshes."""
@@ -650,7 +651,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(whose):
 
 @pytest.mark.parametrize("where", SHAPES)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", RECIPE_DEFAULTS)
 def test_a_gradient_that_is_not_finite_skips_the_whole_step(recipe, value, where, caplog):
     params = parameters(torch.float32)
     opt = KLShampoo(params.items(), recipe=recipe)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from kl_dist import KLShampoo, Plan, param_groups, partition, plan
-from kl_dist.methods import MATRIX_METHODS, RECIPES
+from kl_dist.methods import MATRIX_METHODS
+from kl_dist.options import RECIPE_DEFAULTS
 from kl_dist.partition import make_plan
 
 WORLD_SIZES = [1, 2, 3, 4, 8, 16]
@@ -186,7 +187,7 @@ DEFAULT_GROUP = KLShampoo([nn.Parameter(torch.zeros(1))]).param_groups[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", RECIPE_DEFAULTS)
 @pytest.mark.parametrize("method", MATRIX_METHODS)
 @pytest.mark.parametrize("long_side", ["cut", "diagonal", "identity"])
 def test_state_bytes_are_the_bytes_allocated(method, recipe, dtype, long_side):

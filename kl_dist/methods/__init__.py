@@ -14,7 +14,7 @@ from kl_dist.methods import kl_factors, kl_shampoo, kl_soap, shampoo, soap
 from kl_dist.methods.kronecker import Hyper
 from kl_dist.methods.state import MatrixState, Side, State
 
-__all__ = ["MATRIX_METHODS", "METHODS", "RECIPES", "Hyper", "MatrixState", "Rule", "Side", "State", "rule"]
+__all__ = ["MATRIX_METHODS", "METHODS", "Hyper", "MatrixState", "Rule", "Side", "State", "add_rule", "rule"]
 
 
 class Rule(NamedTuple):
@@ -56,7 +56,11 @@ _RULES = {
 
 MATRIX_METHODS = tuple(dict.fromkeys(method for method, _ in _RULES))
 METHODS = (*MATRIX_METHODS, "adamw")
-RECIPES = tuple(dict.fromkeys(recipe for _, recipe in _RULES))
+
+
+def add_rule(method: str, recipe: str, added: Rule) -> None:
+    """Make a rule known under a method and a recipe; a new recipe also needs `kl_dist.options.RECIPE_DEFAULTS`."""
+    _RULES[method, recipe] = added
 
 
 def rule(method: str, recipe: str) -> Rule:

@@ -1,0 +1,75 @@
+"""KL-Shampoo with one of its choices made otherwise, to see what the choice is worth.
+
+    python -m benchmarks.variants --run "--optimizer kl_shampoo" --grid recipe=fresh,stale_eigenvalues,one_refresh
+
+is launch/compare.py with more recipes to choose from. Each is "fresh" but for one thing; none is part of the engine,
+for what the study found to be worse, or no better and dearer, is no option a user should have to think about.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from kl_dist import linalg
+from kl_dist.methods import Hyper, add_rule, kl_factors, kl_shampoo, kronecker, rule
+from kl_dist.methods.state import KLShampooState
+from kl_dist.options import RECIPE_DEFAULTS
+from launch import compare
+from launch.options import RECIPES
+
+
+def stale_eigenvalues(state: KLShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
+    """The momentum is divided by the eigenvalues and the scale of the step before, as in the released code."""
+    before = [None if x is None else x.clone() for x in state.eigenvalues]
+    scale = state.scale.clone()
+    state.step.add_(1)
+    projected = kronecker.project(grad, state.bases)
+    direction = kronecker.momentum(state.exp_avg, projected, state.step, hyper)
+    now = kl_factors.learn(state, projected, hyper)
+    steps = state.step - 1
+    old = (scale / (1 - hyper.betas[1] ** steps.double()).to(scale)).sqrt()
+    scale = torch.where(steps == 0, now, old)
+    preconditioned = kronecker.scale_sides(direction, before, -0.5).div_(kronecker.column(scale, grad))
+    return kronecker.project_back(preconditioned, state.bases)
+
+
+def unit_rms(state: KLShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
+    """Every update has the same size, an RMS of 0.2 as Adam's in a steady run has, as Muon's updates do."""
+    update = kl_shampoo.update(state, grad, hyper)
+    return 0.2 * update / kronecker.column(kronecker.mean_square(update).sqrt().clamp_min(1e-15), update)
+
+
+def one_refresh(state: KLShampooState, grad: Tensor, hyper: Hyper) -> None:
+    """The start makes one refresh from the generic basis where "fresh" makes four."""
+    kl_factors.start_bases(state, grad, 1)
+
+
+def eigh_start(state: KLShampooState, grad: Tensor, hyper: Hyper) -> None:
+    """The start takes the eigenvectors of the first gradient's factors, as the released code does."""
+    kl_factors.start_bases(state, grad, 0)
+    for factor, basis in zip(state.factors, state.bases, strict=True):
+        if factor is not None and basis is not None:
+            rotation = linalg.descending_eigenbasis(factor)
+            factor.copy_(rotation.mT @ factor @ rotation)
+            basis.copy_(basis @ rotation)
+
+
+FRESH = rule("kl_shampoo", "fresh")
+VARIANTS = {
+    "stale_eigenvalues": FRESH._replace(update=stale_eigenvalues),
+    "unit_rms": FRESH._replace(update=unit_rms),
+    "one_refresh": FRESH._replace(start=one_refresh),
+    "eigh_start": FRESH._replace(start=eigh_start),
+}
+
+# At import, so that the processes which make the runs know them too.
+for name, variant in VARIANTS.items():
+    add_rule("kl_shampoo", name, variant)
+    RECIPE_DEFAULTS[name] = RECIPE_DEFAULTS["fresh"]
+    RECIPES.append(name)
+
+if __name__ == "__main__":
+    sys.exit(compare.main())

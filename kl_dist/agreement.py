@@ -1,10 +1,10 @@
 """What ranks must know of each other before a step changes anything.
 
-[Note: agreement] A step opens with one small all-reduce (MAX) of a number per unit, written by the unit's owner, a
-fingerprint of the options (and its negative, so that the maximum tells whether all are equal), and one number for
-trouble. It is the only synchronisation with the host, and it comes before any state changes: what is
-wrong on one rank is raised on all, a gradient that is missing or not finite is treated alike everywhere, and the
-owner's view decides when only some ranks lack a gradient.
+[Note: agreement] A step opens with one small all-reduce (MAX) of a number per unit, written by the unit's owner (where
+its parameter is sharded: by all that hold a piece of it), a fingerprint of the options (and its negative, so that the
+maximum tells whether all are equal), and one number for trouble. It is the only synchronisation with the host, and it
+comes before any state changes: what is wrong on one rank is raised on all, a gradient that is missing or not finite is
+treated alike everywhere, and the owner's view decides when only some ranks lack a gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kl_dist.units import Unit
 
 
 class Gradient(IntEnum):
-    """What an owner says of a unit's gradient; the others say MISSING, and the largest number wins."""
+    """What is said of a unit's gradient; who has no say says MISSING, and the largest number wins."""
 
     MISSING = 0
     ZERO = 1
@@ -92,35 +92,40 @@ def _check_gradient(name: str, grad: Tensor) -> None:
 
 
 class Sight(NamedTuple):
-    """A unit this rank owns, its gradient where it has one, and whether its start would take up the whole step."""
+    """What a rank sees of a unit's gradient: all of it or a piece, on the unit's owner or where a shard of it lies."""
 
     number: int  # into Plan.units
     unit: Unit
     gradient: Tensor | None
-    waits: bool
 
 
 def describe_gradients(seen: Sequence[Sight], out: Tensor) -> None:
-    """Write a `Gradient` for every unit seen into `out` (units + 1,), on its device and without a synchronisation.
+    """Write a `Gradient` for every unit seen into `out`, on its device and without a synchronisation.
 
     By the largest magnitude: up to `smallest_scale` is zero, beyond `largest_gradient` or NaN is not finite.
     """
     gradients: list[Tensor] = []
     rows: list[list[float]] = []
-    for number, unit, gradient, waits in seen:
+    for number, unit, gradient in seen:
         if gradient is not None:
             dtype = state_dtype(unit.dtype)
-            when_zero = Gradient.FIRST if waits and not unit.reading.of_batch else Gradient.ZERO
-            otherwise = Gradient.FIRST if waits else Gradient.PRESENT
             gradients.append(gradient)
-            rows.append([number, smallest_scale(dtype), largest_gradient(dtype), when_zero, otherwise])
+            rows.append([number, smallest_scale(dtype), largest_gradient(dtype)])
     if not rows:
         return
-    numbers, tiny, huge, zero, other = (
-        torch.tensor(rows, dtype=torch.float64).to(out.device, non_blocking=True).unbind(1)
-    )
+    numbers, tiny, huge = torch.tensor(rows, dtype=torch.float64).to(out.device, non_blocking=True).unbind(1)
     norms = torch._foreach_norm(gradients, float("inf"))
     largest = torch.stack([norm.double() for norm in norms])
-    said = torch.where(largest > tiny, other, zero)
+    said = torch.where(largest > tiny, float(Gradient.PRESENT), float(Gradient.ZERO))
     said = torch.where(largest < huge, said, float(Gradient.NONFINITE))  # NaN compares false
-    out[numbers.long()] = said.to(out.dtype)
+    out.scatter_reduce_(0, numbers.long(), said.to(out.dtype), "amax")  # several pieces of one unit may lie here
+
+
+def agreed(plan: Plan, values: Sequence[float]) -> list[Gradient]:
+    """The units' gradients from the largest that any rank said: a number a unit, then one for each that may wait."""
+    said = [Gradient(int(value)) for value in values[: len(plan.units)]]
+    for index, waits in zip(plan.waiting, values[len(plan.units) :], strict=True):
+        rests = said[index] is Gradient.ZERO and plan.units[index].reading.of_batch
+        if waits and not rests and said[index] in (Gradient.ZERO, Gradient.PRESENT):
+            said[index] = Gradient.FIRST
+    return said

@@ -1,30 +1,36 @@
-"""One step: agree, then bucket by bucket compute, launch, refresh while it travels, wait, apply.
+"""One step: agree, then send every bucket on its way; several are under way at a time.
+
+A bucket makes up to three trips (see `kl_dist.traffic`): gradients to the owners, updates back to the shards, updates
+to the other replicas. Where a parameter is whole on every rank there is only the last; alone there is none, and the
+path is the same. While one bucket travels the others compute.
 
 [Note: failures] An owner that raises between two collectives would leave the others waiting. So what goes wrong after
-the agreement is kept, and all ranks raise together: at the end of the step, told by a flag at the end of each chunk;
-or, where reading the flags would cost a synchronisation (CUDA) or the chunks have left (a refresh), in the next step's
-agreement.
+the agreement is kept, and all ranks raise together: at the end of the step, told by a flag at the end of each segment;
+or, where reading the flags would cost a synchronisation (CUDA) or the segments have left (a refresh), in the next
+step's agreement.
 """
 
 from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kl_dist.agreement import Gradient, Sight, Trouble, describe_gradients
-from kl_dist.exchange import Gathering, Ranks, Room
-from kl_dist.layouts.replicated import Replicated
+from kl_dist.agreement import Gradient, Sight, Trouble, agreed, describe_gradients
+from kl_dist.exchange import Ranks
+from kl_dist.layouts.shards import Shards
 from kl_dist.methods import rule
 from kl_dist.options import describe
-from kl_dist.partition import Bucket, Plan
-from kl_dist.stacks import Stack, build_stacks
-from kl_dist.units import Unit
+from kl_dist.partition import Plan
+from kl_dist.route import Route, make_room
+from kl_dist.shards import Piece
+from kl_dist.stacks import Gradients, Stack, build_stacks
 
 
 class Engine:
@@ -40,11 +46,12 @@ class Engine:
     ) -> None:
         self.plan, self.ranks, self.groups = plan, ranks, groups
         self.device = ranks.device
-        self.layout = Replicated(plan, parameters)
+        self.shards = Shards(parameters)
         self.stacks = build_stacks(plan, ranks.rank, self.device)
-        largest = max((bucket.chunk * bucket.dtype.itemsize for bucket in plan.buckets), default=0)
-        self.rooms = [ranks.room(largest, self.device) for _ in range(min(2, len(plan.buckets)))]
+        self.routes = [Route(plan, number, ranks) for number in range(len(plan.buckets))]
+        self.rooms = make_room(self.routes, self.device)
         self.failure: Exception | None = None  # of this rank, not yet raised: see [Note: failures]
+        self.failed = False  # in this step, on some rank
         self.refreshes = 0
         self.refresh_seconds = 0.0
         if previous is not None:
@@ -64,11 +71,12 @@ class Engine:
         Raises:
             ValueError, TypeError, RuntimeError: on all ranks, when one has a problem or they have other options.
         """
-        self.layout.forget()
         said = torch.zeros(self.plan.agreement_size, dtype=torch.float32, device=self.device)
         if problem is None and not moved:
             try:
+                self.shards.look()
                 describe_gradients(list(self._sights()), said)
+                self._say_who_waits(said)
             except Exception as error:
                 problem = error
         options = tuple(map(describe, self.groups))
@@ -81,7 +89,7 @@ class Engine:
             self.ranks.raise_together(problem)
         if largest != -smallest:
             self.ranks.check_same(together, options, "the options of a parameter group")
-        return None if trouble_anywhere == Trouble.REPLAN else [Gradient(int(value)) for value in values]
+        return None if trouble_anywhere == Trouble.REPLAN else agreed(self.plan, values)
 
     def run(self, said: Sequence[Gradient]) -> None:
         """Compute, exchange and apply all updates.
@@ -89,81 +97,109 @@ class Engine:
         Raises:
             RuntimeError: on all ranks, when one of them failed: see [Note: failures].
         """
-        failed = False
-        under_way: tuple[Bucket, Gathering] | None = None
+        self.failed = False
+        under_way: list[Iterator[None]] = []
         with full_precision(self.device):
-            for number, (bucket, stacks) in enumerate(zip(self.plan.buckets, self.stacks, strict=True)):
-                room = self.rooms[number % 2]  # the bucket that had it before has been applied
-                launched = (bucket, self.ranks.gather(self._compute(bucket, stacks, said, room), room))
-                self._refresh(stacks, said)
-                if under_way is not None:
-                    failed |= self._finish(*under_way, said)
-                under_way = launched
-            if under_way is not None:
-                failed |= self._finish(*under_way, said)
-        self.layout.forget()
-        if failed:
+            for number in range(len(self.routes)):
+                # the newest first: its trip begins before an older one is waited for
+                under_way = _moved_on([self._journey(number, said), *under_way])
+            while under_way:
+                under_way = _moved_on(under_way)
+        self.shards.forget()
+        if self.failed:
             self.ranks.raise_together(self.failure)
 
-    def _sights(self) -> Iterator[Sight]:
-        for stack in (stack for bucket in self.stacks for stack in bucket):
-            for row, (index, unit) in enumerate(zip(stack.indices, stack.units, strict=True)):
-                yield Sight(index, unit, self.layout.gradient(unit), stack.waits(row))
+    def pass_over(self) -> None:
+        """Leave the step out that was agreed on."""
+        self.shards.forget()
 
-    def _compute(self, bucket: Bucket, stacks: Sequence[Stack], said: Sequence[Gradient], room: Room) -> Tensor:
-        """This rank's chunk of a bucket: its updates end to end, padding, and the flag of failure."""
-        chunk = room.chunk(bucket.chunk, bucket.dtype)
-        try:
-            for stack in stacks:
-                updates = chunk[stack.offset : stack.offset + stack.numel]
-                stack.update([said[i] for i in stack.indices], self.layout, self._group(stack), updates)
-        except Exception as problem:
-            self._keep(problem)
-            chunk.zero_()
-            chunk[-1] = 1
-        return chunk
+    def _journey(self, number: int, said: Sequence[Gradient]) -> Iterator[None]:
+        """One bucket from gradients to weights; yields while something of it is on its way."""
+        route, stacks, room = self.routes[number], self.stacks[number], self.rooms[number % len(self.rooms)]
+        packed = True
+        if route.sharded:
+            packed = self._attempt(route.pack_gradients, self.shards, room)
+            trip = route.send_gradients(room)
+            yield
+            trip.wait()
+        gradients = partial(route.gradient, shards=self.shards, room=room)
+        computed = self._attempt(self._compute, stacks, said, gradients, route.updates(room))
+        self._attempt(route.pack_updates, room, not (packed and computed))
+        trip = route.send_updates(room)
+        self._attempt(self._refresh, stacks, said)
+        if route.sharded:
+            yield
+            trip.wait()
+            trip = route.spread_updates(room)
+        if route.replicated:
+            yield
+        buffer = trip.wait()
+        self._attempt(self._apply, route, buffer, said)
+        if self.device.type != "cuda":
+            self.failed |= route.failed(buffer)
+
+    def _sights(self) -> Iterator[Sight]:
+        for route in self.routes:
+            for parcel in route.traffic.outgoing.parcels:
+                unit = self.plan.units[parcel.unit]
+                yield Sight(parcel.unit, unit, self.shards.gradient(unit.parameter, parcel.piece))
+
+    def _say_who_waits(self, said: Tensor) -> None:
+        """After the units' numbers, one for each that may spend its next gradient on its start alone."""
+        places = {index: len(self.plan.units) + place for place, index in enumerate(self.plan.waiting)}
+        waits = [
+            places[index]
+            for stack in (stack for bucket in self.stacks for stack in bucket)
+            for row, index in enumerate(stack.indices)
+            if stack.waits(row)
+        ]
+        if waits:
+            said[waits] = 1.0
+
+    def _compute(
+        self, stacks: Sequence[Stack], said: Sequence[Gradient], gradients: Gradients, updates: Tensor
+    ) -> None:
+        for stack in stacks:
+            out = updates[stack.offset : stack.offset + stack.numel]
+            stack.update([said[i] for i in stack.indices], gradients, self._group(stack), out)
 
     def _refresh(self, stacks: Sequence[Stack], said: Sequence[Gradient]) -> None:
         began = time.perf_counter()
-        try:
-            for stack in stacks:
-                self.refreshes += stack.refresh([said[i] for i in stack.indices], self._group(stack))
-        except Exception as problem:
-            self._keep(problem)
+        for stack in stacks:
+            self.refreshes += stack.refresh([said[i] for i in stack.indices], self._group(stack))
         self.refresh_seconds += time.perf_counter() - began
 
-    def _finish(self, bucket: Bucket, gathering: Gathering, said: Sequence[Gradient]) -> bool:
-        """Wait for a bucket and apply it; returns whether a rank is known to have failed: see [Note: failures]."""
-        buffer = gathering.wait()
-        try:
-            self._apply(bucket, buffer, said)
-        except Exception as problem:
-            self._keep(problem)
-        return self.device.type != "cuda" and bool(buffer[:, -1].any())
-
-    def _apply(self, bucket: Bucket, buffer: Tensor, said: Sequence[Gradient]) -> None:
-        together: dict[tuple[int, str], list[tuple[Unit, Tensor]]] = {}
-        for chunk, indices in zip(buffer, bucket.units, strict=True):
-            offset = 0
-            for index in indices:
-                unit = self.plan.units[index]
-                if said[index].moves(unit):
-                    update = chunk[offset : offset + unit.numel]
-                    together.setdefault((unit.group, unit.method), []).append((unit, update))
-                offset += unit.numel
+    def _apply(self, route: Route, buffer: Tensor, said: Sequence[Gradient]) -> None:
+        together: dict[tuple[int, str], list[tuple[int, Piece, Tensor]]] = {}
+        for parcel, update in route.arrived(buffer):
+            unit = self.plan.units[parcel.unit]
+            if said[parcel.unit].moves(unit):
+                together.setdefault((unit.group, unit.method), []).append((unit.parameter, parcel.piece, update))
         for (group, method), updates in together.items():
-            self.layout.apply(updates, *step_size(self.groups[group], method))
+            self.shards.apply(updates, *step_size(self.groups[group], method))
 
     def _group(self, stack: Stack) -> Mapping[str, Any]:
         return self.groups[stack.units[0].group]
 
-    def _keep(self, problem: Exception) -> None:
-        if self.failure is None:
-            self.failure = RuntimeError(
-                f"a step failed half-way ({type(problem).__name__}: {problem}); weights and state are no longer to be"
-                " trusted: resume from a checkpoint"
-            )
-            self.failure.__cause__ = problem
+    def _attempt(self, part: Callable[..., None], *arguments: Any) -> bool:
+        """Do a part of the step, and say whether it went well; what it raises is kept: see [Note: failures]."""
+        try:
+            part(*arguments)
+            return True
+        except Exception as problem:
+            if self.failure is None:
+                self.failure = RuntimeError(
+                    f"a step failed half-way ({type(problem).__name__}: {problem}); weights and state are no longer to"
+                    " be trusted: resume from a checkpoint"
+                )
+                self.failure.__cause__ = problem
+            return False
+
+
+def _moved_on(journeys: Sequence[Iterator[None]]) -> list[Iterator[None]]:
+    """Each journey one leg further; without those that have ended."""
+    ended = object()
+    return [journey for journey in journeys if next(journey, ended) is not ended]
 
 
 def step_size(group: Mapping[str, Any], method: str) -> tuple[float, float]:

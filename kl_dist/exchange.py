@@ -7,7 +7,7 @@ callers have one path.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -19,30 +19,69 @@ from torch import Tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Gathering(NamedTuple):
-    """An all-gather under way."""
+class Exchange(NamedTuple):
+    """A collective under way."""
 
-    buffer: Tensor  # (world size, chunk); row r is what rank r sent
-    work: Any  # torch.distributed.Work, or None when there is nothing to wait for
+    buffer: Tensor  # what this rank receives
+    works: tuple[Any, ...]  # torch.distributed.Work: what to wait for
 
     def wait(self) -> Tensor:
-        if self.work is not None:
-            self.work.wait()
+        for work in self.works:
+            work.wait()
         return self.buffer
 
 
-class Room(NamedTuple):
-    """Memory that buckets travel through, allocated once: a step must not find that there is none left."""
+class Team:
+    """Some of the ranks, and the exchanges that buckets travel by. Alone, each is the identity.
 
-    send: Tensor  # bytes
-    receive: Tensor  # bytes of all ranks' chunks; alone, the very bytes sent
+    Without a process group of their own they talk within a larger one, point to point, or all of its teams in the same
+    all-to-all at once, past each other. Making a group would be safe only where all ranks of the job make it, and they
+    may not all be here.
+    """
 
-    def chunk(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """This rank's chunk, (numel,), all zero."""
-        return self.send[: numel * dtype.itemsize].view(dtype).zero_()
+    def __init__(self, group: dist.ProcessGroup | None, members: Sequence[int], whole: bool) -> None:
+        self.group = group
+        self.members = members  # as ranks of `group`, ascending
+        self.size = len(members)
+        self._whole = whole  # all of `group`
+
+    def gather(self, chunk: Tensor, room: Tensor) -> Exchange:
+        """Launch an all-gather of equal chunks into a room, and do not wait: (size, chunk), a row a rank."""
+        if self.size == 1:
+            return Exchange(chunk[None], ())
+        buffer = room[: self.size * chunk.nbytes].view(chunk.dtype)
+        if self._whole:
+            works = (_all_gather(buffer, chunk, group=self.group, async_op=True),)
+        else:
+            works = self._gather_point_to_point(buffer.view(self.size, -1), chunk)
+        return Exchange(buffer.view(self.size, -1), works)
+
+    def swap(self, out: Tensor, sent: Sequence[int], into: Tensor, received: Sequence[int]) -> Exchange:
+        """Launch an all-to-all of segments of any length, one for each member, and do not wait."""
+        coming, going = self._spread(received), self._spread(sent)
+        work = dist.all_to_all_single(into, out, coming, going, group=self.group, async_op=True)
+        return Exchange(into, (work,))
+
+    def _spread(self, lengths: Sequence[int]) -> list[int]:
+        """Lengths by member as lengths by rank of the group, with nothing for those who do not belong."""
+        found = [0] * dist.get_world_size(self.group)
+        for rank, length in zip(self.members, lengths, strict=True):
+            found[rank] = length
+        return found
+
+    def _gather_point_to_point(self, buffer: Tensor, chunk: Tensor) -> tuple[Any, ...]:
+        me = dist.get_rank(self.group)
+        operations = []
+        for row, rank in zip(buffer, self.members, strict=True):
+            if rank == me:
+                row.copy_(chunk)
+            else:
+                operations.append(dist.P2POp(dist.isend, chunk, group=self.group, group_peer=rank))
+                operations.append(dist.P2POp(dist.irecv, row, group=self.group, group_peer=rank))
+        return tuple(dist.batch_isend_irecv(operations))
 
 
-class Ranks:
+class Ranks(Team):
     """The ranks that share the optimizer's state: a process group, or this process alone."""
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -54,10 +93,11 @@ class Ranks:
                 f"this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE) but torch.distributed is not"
                 " initialised: call torch.distributed.init_process_group before constructing KLShampoo"
             )
+        group = process_group if process_group is not None or not initialized else dist.group.WORLD
+        super().__init__(group, range(dist.get_world_size(group) if group is not None else 1), whole=True)
         self.device = torch.device("cpu")  # of the parameters, once they are known
-        self.group = process_group if process_group is not None or not initialized else dist.group.WORLD
-        self.size = dist.get_world_size(self.group) if self.group is not None else 1
         self.rank = dist.get_rank(self.group) if self.group is not None else 0
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         if self.rank < 0:
             raise ValueError("this process does not belong to the process_group it gave to KLShampoo")
 
@@ -77,18 +117,37 @@ class Ranks:
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
         return values.tolist()
 
-    def room(self, nbytes: int, device: torch.device) -> Room:
-        """Memory for chunks of up to `nbytes`, to send and to receive."""
-        send = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-        return Room(send, send if self.size == 1 else send.new_empty(self.size * nbytes))
+    def get_to_know(self, group: dist.ProcessGroup) -> None:
+        """Take note of a process group that some of these ranks have among them: one dimension of a device mesh.
 
-    def gather(self, chunk: Tensor, room: Room) -> Gathering:
-        """Launch an all-gather of one chunk per rank into the room, and do not wait."""
-        buffer = room.receive[: self.size * chunk.nbytes].view(chunk.dtype).view(self.size, -1)
-        if self.size == 1:
-            return Gathering(buffer, None)
-        work = _all_gather(buffer.view(-1), chunk, group=self.group, async_op=True)
-        return Gathering(buffer, work)
+        Raises:
+            ValueError: it goes beyond these ranks.
+        """
+        self._groups[tuple(map(self.group_rank, dist.get_process_group_ranks(group)))] = group
+
+    def group_rank(self, global_rank: int) -> int:
+        """What a rank of the whole job is called here.
+
+        Raises:
+            ValueError: it does not belong.
+        """
+        if self.group is None:
+            return 0
+        try:
+            return dist.get_group_rank(self.group, global_rank)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"its device mesh goes beyond the process group of KLShampoo ({error})") from None
+
+    def team(self, members: Sequence[int]) -> Team:
+        """Some of these ranks, this one among them; in a process group of their own where one is known."""
+        if len(members) == 1:
+            return Team(None, members, whole=True)
+        if tuple(members) == tuple(range(self.size)):
+            return self
+        group = self._groups.get(tuple(members))
+        if group is not None:
+            return Team(group, range(len(members)), whole=True)
+        return Team(self.group, members, whole=False)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """What every rank has to say, in rank order; pickled, so for set-up and errors alone."""

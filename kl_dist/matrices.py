@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -32,10 +33,20 @@ class Reading:
     """A stored tensor as a batch of logical tensors: reshape to `split`, permute by `order`, reshape to `shape`."""
 
     stored: tuple[int, ...]
-    split: tuple[int, ...]
-    order: tuple[int, ...]
-    shape: tuple[int, ...]  # (B, d_1..d_K)
+    split: tuple[int, ...]  # the stored axes, some of them as (parts, rest)
+    origin: tuple[int, ...]  # the stored axis that each axis of the split came from
+    batch: tuple[int, ...]  # axes of the split that count entries
+    sides: tuple[tuple[int, ...], ...]  # axes of the split that make each side, the last running fastest
     of_batch: bool = False  # entries are independent (experts): one with a zero gradient sits the step out
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        return (*self.batch, *(axis for side in self.sides for axis in side))
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """(B, d_1..d_K)."""
+        return tuple(math.prod(self.split[axis] for axis in axes) for axes in (self.batch, *self.sides))
 
     def view(self, tensor: Tensor) -> Tensor:
         """`tensor` (stored) as (B, d_1..d_K): a view where its strides allow, else a copy."""
@@ -78,8 +89,14 @@ class Block:
 
 def flat_reading(shape: Sequence[int]) -> Reading:
     """A tensor as one vector, (1, numel), for methods that work elementwise."""
-    numel = math.prod(shape)
-    return Reading(tuple(shape), (numel,), (0,), (1, numel))
+    axes = tuple(range(len(shape)))
+    return Reading(tuple(shape), tuple(shape), axes, (), (axes,))
+
+
+def plain_reading(shape: Sequence[int]) -> Reading:
+    """A tensor as it is, every axis a side, for methods that work elementwise on a shard of it."""
+    axes = tuple(range(len(shape)))
+    return Reading(tuple(shape), tuple(shape), axes, (), tuple((axis,) for axis in axes))
 
 
 def read_matrices(shape: Sequence[int], group: Mapping[str, Any]) -> Reading:
@@ -90,14 +107,16 @@ def read_matrices(shape: Sequence[int], group: Mapping[str, Any]) -> Reading:
     """
     if group["matrices"] is not None:
         return _declared(tuple(shape), group["matrices"])
-    rows, *others = shape
-    if group["merge_dims"]:
-        kept = next((i for i in range(len(others) - 1, 0, -1) if others[i] > SMALL_DIM), 0)
-        others[kept:] = [math.prod(others[kept:])]
-    sides = [d for d in (rows, *others) if d > 1] if len(others) > 1 else [rows, *others]
-    sides += [1] * (2 - len(sides))
     axes = tuple(range(len(shape)))
-    return Reading(tuple(shape), tuple(shape), axes, (1, *sides))
+    sides: list[tuple[int, ...]] = [(axis,) for axis in axes]
+    if group["merge_dims"]:
+        kept = next((axis for axis in range(len(shape) - 1, 1, -1) if shape[axis] > SMALL_DIM), 1)
+        sides[kept:] = [axes[kept:]]
+    if len(sides) > 2:
+        sides = [side for side in sides if math.prod(shape[axis] for axis in side) > 1]
+    sides += [()] * (2 - len(sides))
+    of_length_one = tuple(axis for axis in axes if not any(axis in side for side in sides))
+    return Reading(tuple(shape), tuple(shape), axes, of_length_one, tuple(sides))
 
 
 def cut(reading: Reading, group: Mapping[str, Any]) -> Iterator[Block]:
@@ -157,19 +176,20 @@ def _declared(shape: tuple[int, ...], declared: Mapping[str, Any]) -> Reading:
             f" 'columns' (or name none of the last two), not {dict(declared)!r}"
         )
     split: list[int] = []
+    origin: list[int] = []
     part_axis: dict[int, int] = {}
     kept_axis: dict[int, int] = {}
     for axis, d in enumerate(shape):
         if axis in parts:
             part_axis[axis] = len(split)
             split.append(parts[axis])
+            origin.append(axis)
         kept_axis[axis] = len(split)
         split.append(d // parts.get(axis, 1))
-    entries = [*(kept_axis[axis] for axis in batch), *part_axis.values()]
-    order = [*entries, *(kept_axis[axis] for side in sides for axis in side)]
-    lengths = [math.prod(split[kept_axis[axis]] for axis in side) for side in sides]
-    read = (math.prod(split[axis] for axis in entries), *lengths)
-    return Reading(shape, tuple(split), tuple(order), read, of_batch=bool(batch))
+        origin.append(axis)
+    entries = (*(kept_axis[axis] for axis in batch), *part_axis.values())
+    made_of = tuple(tuple(kept_axis[axis] for axis in side) for side in sides)
+    return Reading(shape, tuple(split), tuple(origin), entries, made_of, of_batch=bool(batch))
 
 
 def _axis(axis: int, shape: tuple[int, ...]) -> int:

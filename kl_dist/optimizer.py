@@ -15,6 +15,7 @@ from kl_dist import checkpoint, linalg, options
 from kl_dist.agreement import Gradient, find_problem
 from kl_dist.engine import Engine
 from kl_dist.exchange import Ranks
+from kl_dist.layouts.dtensor import place_of, sharding_of
 from kl_dist.partition import Plan, make_plan
 from kl_dist.routing import named_parameters_of, routing_table
 from kl_dist.stacks import unit_states
@@ -107,8 +108,7 @@ class KLShampoo(torch.optim.Optimizer):
             if isinstance(params, (set, frozenset)):
                 raise TypeError("parameters in a set have no fixed order, and ranks would disagree: give a list")
             super().__init__(params, defaults)
-            plan = self._make_plan(None)
-        self._check_same(plan)
+        plan = self._new_plan(None)
         with self._ranks.together():
             self._adopt(plan)
 
@@ -127,8 +127,7 @@ class KLShampoo(torch.optim.Optimizer):
         try:
             with self._ranks.together():
                 super().add_param_group(self._checked_group(param_group))
-                plan = self._make_plan(self.plan)
-            self._check_same(plan)
+            plan = self._new_plan(self.plan)
         except Exception:
             del self.param_groups[before:]
             raise
@@ -160,20 +159,33 @@ class KLShampoo(torch.optim.Optimizer):
             if parameter.requires_grad or name in before
         ]
 
-    def _make_plan(self, previous: Plan | None) -> Plan:
-        planned = self._planned()
+    def _new_plan(self, previous: Plan | None) -> Plan:
+        """A plan for the parameters as they are now; a collective, which raises on all ranks alike."""
+        with self._ranks.together():
+            planned = self._planned()
+            self._check_devices(planned)
+            seen = [(name, tuple(p.shape), _named(name, place_of, p, self._ranks)) for name, p, _ in planned]
+        everywhere = self._ranks.gather_objects(seen)
+        with self._ranks.together():
+            alike = all([one[:2] for one in seen] == [one[:2] for one in other] for other in everywhere)
+            parameters = []
+            for i, (name, p, group) in enumerate(planned):
+                # where the ranks have other parameters the comparison of their plans says which
+                places = [other[i][2] for other in everywhere] if alike else [None]
+                sharding = _named(name, sharding_of, places, p.shape)
+                parameters.append(Parameter(name, tuple(p.shape), p.dtype, group, sharding))
+            plan = make_plan(parameters, self.param_groups, self._ranks.size, previous)
+        own = f"on_nonfinite={self._on_nonfinite!r}"
+        self._ranks.check_same(own + plan.digest(), (own, *plan.lines), "the plan of KLShampoo")
+        return plan
+
+    def _check_devices(self, planned: Sequence[tuple[str, Tensor, int]]) -> None:
         devices = {parameter.device: name for name, parameter, _ in planned}
         if len(devices) > 1:
             places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
             raise ValueError(f"all parameters of a rank must be on one device, but {places}")
         for device in devices:
             self._ranks.settle_on(device)
-        parameters = [Parameter(name, tuple(p.shape), p.dtype, group) for name, p, group in planned]
-        return make_plan(parameters, self.param_groups, self._ranks.size, previous)
-
-    def _check_same(self, plan: Plan) -> None:
-        own = f"on_nonfinite={self._on_nonfinite!r}"
-        self._ranks.check_same(own + plan.digest(), (own, *plan.lines), "the plan of KLShampoo")
 
     def _adopt(self, plan: Plan) -> None:
         """Build the state a plan asks for, with what was there copied into it."""
@@ -218,6 +230,7 @@ class KLShampoo(torch.optim.Optimizer):
         gradients = self._agree()
         bad = [i for i, gradient in enumerate(gradients) if gradient is Gradient.NONFINITE]
         if bad:
+            self._running.pass_over()
             self._skip(self.plan.units[bad[0]].name, len(bad))
         else:
             self._running.run(gradients)
@@ -233,10 +246,7 @@ class KLShampoo(torch.optim.Optimizer):
         problem = self._running.failure or find_problem(self.plan, planned, self.param_groups)
         gradients = self._running.agree(problem, _signature(planned) != self._signature)
         if gradients is None:
-            with self._ranks.together():
-                plan = self._make_plan(self.plan)
-            self._check_same(plan)
-            self._adopt(plan)
+            self._adopt(self._new_plan(self.plan))
             gradients = self._running.agree(None, False)
         assert gradients is not None
         return gradients
@@ -344,6 +354,14 @@ class KLShampoo(torch.optim.Optimizer):
         for parameter, tensors in held.items():
             for key, tensor in tensors.items():
                 self.state[parameter][key].copy_(tensor)
+
+
+def _named(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function makes of a parameter; what it does not like about it, with the parameter's name."""
+    try:
+        return function(*arguments)
+    except ValueError as problem:
+        raise ValueError(f"parameter {name!r}: {problem}") from None
 
 
 def _signature(planned: Sequence[tuple[str, Tensor, int]]) -> list[tuple[Any, ...]]:

@@ -9,30 +9,31 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-
+from kl_dist.buckets import Bucket, fill_buckets, turn
+from kl_dist.methods import rule
 from kl_dist.options import STRUCTURAL, describe
-from kl_dist.units import Parameter, Unit, adamw_units, matrix_units, recast, route, shape_class
+from kl_dist.traffic import Bytes, bytes_by_rank
+from kl_dist.units import (
+    Parameter,
+    Unit,
+    adamw_units,
+    keepers_of,
+    matrix_units,
+    recast,
+    route,
+    shape_class,
+    sharded_adamw_units,
+)
 
 BUCKET_BYTES = 64 << 20
 """Size of a bucket over all ranks: large enough to fill a link, small enough to overlap with compute. It is exceeded
 where one unit per rank is more than that."""
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """What one all-gather carries: from each rank its units, in order, padded to equal chunks."""
-
-    dtype: torch.dtype
-    units: tuple[tuple[int, ...], ...]  # by rank: indices into Plan.units
-    chunk: int  # elements each rank sends: its units, padding, and a flag of failure at the end
 
 
 @dataclass(frozen=True)
@@ -62,23 +63,41 @@ class Plan:
         """Flops per step of each rank, refreshes amortised, with bytes of memory traffic counted as flops."""
         return tuple(self._per_rank(unit.cost for unit in self.units))
 
+    @cached_property
+    def keepers(self) -> tuple[tuple[int, ...], ...]:
+        """By unit, the ranks that hold its state and update it: its owner, or each replica of a shard under AdamW."""
+        pairs = zip(self.units, self.owners, strict=True)
+        return tuple(keepers_of(unit, self.parameters[unit.parameter], owner) for unit, owner in pairs)
+
+    @cached_property
+    def traffic_bytes(self) -> tuple[Bytes, ...]:
+        """Bytes each rank sends and receives in the buckets of a step, by the trip."""
+        return bytes_by_rank(self.units, self.parameters, self.buckets, self.world_size)
+
     @property
     def comm_bytes(self) -> tuple[int, ...]:
-        """Bytes each rank sends per step: ring all-gathers of the updates, padding included, and the agreement."""
-        gathered = sum(bucket.chunk * bucket.dtype.itemsize for bucket in self.buckets)
-        agreement = 2 * 4 * self.agreement_size / self.world_size
-        return (round((self.world_size - 1) * (gathered + agreement)),) * self.world_size
+        """Bytes each rank sends per step, padding and the agreement included; all-gathers counted as rings."""
+        agreement = round((self.world_size - 1) * 2 * 4 * self.agreement_size / self.world_size)
+        return tuple(one.gradients_sent + one.updates_sent + agreement for one in self.traffic_bytes)
 
     @property
     def padding_bytes(self) -> int:
         """Bytes in the buckets of one step, over all ranks, that carry nothing."""
-        sent = sum(b.chunk * b.dtype.itemsize for b in self.buckets) * self.world_size
-        return sent - sum(unit.nbytes for unit in self.units)
+        return sum(one.padding for one in self.traffic_bytes)
+
+    @cached_property
+    def waiting(self) -> tuple[int, ...]:
+        """Indices of the units whose owner must say whether the next gradient is spent on their start alone."""
+        return tuple(
+            i
+            for i, unit in enumerate(self.units)
+            if unit.method != "adamw" and rule(unit.method, unit.recipe).starts_without_update
+        )
 
     @property
     def agreement_size(self) -> int:
-        """Numbers in the all-reduce that opens a step: one per unit, two to compare options, one for trouble."""
-        return len(self.units) + 3
+        """Numbers in the all-reduce that opens a step: for every unit, two to compare options, one for trouble."""
+        return len(self.units) + len(self.waiting) + 3
 
     @property
     def balance(self) -> float:
@@ -87,15 +106,15 @@ class Plan:
         return max(self.cost) / mean if mean else 1.0
 
     def owned(self, rank: int) -> tuple[int, ...]:
-        """Indices of the units that `rank` owns."""
-        return tuple(i for i, owner in enumerate(self.owners) if owner == rank)
+        """Indices of the units that `rank` holds the state of."""
+        return tuple(i for i, keepers in enumerate(self.keepers) if rank in keepers)
 
     @cached_property
     def lines(self) -> tuple[str, ...]:
         """The plan in words, a line per fact, so that two ranks can name their first difference."""
         groups = (f"options of parameter group {i}: {line}" for i, line in enumerate(self.options))
         parameters = (
-            f"parameter {i}: {p.name!r}, shape {p.shape}, {p.dtype}, group {p.group}"
+            f"parameter {i}: {p.name!r}, shape {p.shape}, {p.dtype}, group {p.group}, {p.sharding or 'not sharded'}"
             for i, p in enumerate(self.parameters)
         )
         units = (f"{unit.name!r} ({unit.method}) is owned by rank {self.owner[unit.name]}" for unit in self.units)
@@ -124,8 +143,9 @@ class Plan:
 
     def _per_rank(self, values: Iterable[float]) -> list[float]:
         totals = [0.0] * self.world_size
-        for rank, value in zip(self.owners, values, strict=True):
-            totals[rank] += value
+        for keepers, value in zip(self.keepers, values, strict=True):
+            for rank in keepers:
+                totals[rank] += value
         return totals
 
 
@@ -172,10 +192,16 @@ def make_plan(
             units += matrix_units(i, parameter, group, seen)
     owners += [None] * (len(units) - len(owners))
     assigned = _longest_processing_time(units, owners, groups, world_size)
-    for unit, rank in adamw_units(elementwise, parameters, world_size, BUCKET_BYTES):
+    flat = [i for i in elementwise if parameters[i].sharding is None]
+    sharded = [i for i in elementwise if parameters[i].sharding is not None]
+    for unit, rank in (
+        *adamw_units(flat, parameters, world_size, BUCKET_BYTES),
+        *sharded_adamw_units(sharded, parameters),
+    ):
         units.append(unit)
         assigned.append(rank)
-    buckets = tuple(_buckets(units, assigned, groups, world_size))
+    keepers = [keepers_of(unit, parameters[unit.parameter], rank) for unit, rank in zip(units, assigned, strict=True)]
+    buckets = tuple(fill_buckets(units, keepers, parameters, groups, world_size, BUCKET_BYTES))
     return Plan(
         world_size,
         tuple(parameters),
@@ -207,62 +233,8 @@ def _longest_processing_time(
     heapq.heapify(heap)
     owners = [0 if rank is None else rank for rank in fixed]
     free = [i for i, rank in enumerate(fixed) if rank is None]
-    for i in sorted(free, key=lambda i: (-units[i].cost, _turn(units[i], groups), i)):
+    for i in sorted(free, key=lambda i: (-units[i].cost, turn(units[i], groups), i)):
         load, rank = heapq.heappop(heap)
         owners[i] = rank
         heapq.heappush(heap, (load + units[i].cost, rank))
     return owners
-
-
-def _turn(unit: Unit, groups: Sequence[Mapping[str, Any]]) -> int:
-    group = groups[unit.group]
-    return unit.phase % group["precondition_frequency"] if group["stagger"] else 0
-
-
-def _buckets(
-    units: Sequence[Unit], owners: Sequence[int], groups: Sequence[Mapping[str, Any]], world_size: int
-) -> Iterable[Bucket]:
-    """Every rank's units in order of kind and turn, in buckets.
-
-    Matrices and slices do not share a bucket: slices divide to the element, so theirs need no padding.
-    """
-    for elementwise in (False, True):
-        for dtype in dict.fromkeys(unit.dtype for unit in units):
-            queues: list[list[int]] = [[] for _ in range(world_size)]
-            for i, unit in enumerate(units):
-                if unit.dtype == dtype and (unit.method == "adamw") == elementwise:
-                    queues[owners[i]].append(i)
-            if not elementwise:
-                queues = [sorted(q, key=lambda i: (units[i].kind, _turn(units[i], groups), i)) for q in queues]
-            for members in _fill(queues, units, world_size):
-                payload = max(sum(units[i].numel for i in member) for member in members)
-                yield Bucket(dtype, members, _aligned(payload + 1, dtype))
-
-
-def _fill(
-    queues: Sequence[Sequence[int]], units: Sequence[Unit], world_size: int
-) -> Iterable[tuple[tuple[int, ...], ...]]:
-    """Walk all ranks' queues together; each bucket takes from each as many units as fit.
-
-    A chunk has room for its share of BUCKET_BYTES, or for the largest unit; evened out over the buckets that needs.
-    """
-    largest = max((units[i].nbytes for queue in queues for i in queue), default=0)
-    longest = max((sum(units[i].nbytes for i in queue) for queue in queues), default=0)
-    count = math.ceil(longest / max(BUCKET_BYTES / world_size, largest, 1))
-    room = max(math.ceil(longest / max(count, 1)) + 16, largest)  # slices differ by one element
-    places = [0] * world_size
-    while any(place < len(queue) for place, queue in zip(places, queues, strict=True)):
-        members = []
-        for rank, queue in enumerate(queues):
-            first, taken = places[rank], 0
-            while places[rank] < len(queue) and taken + units[queue[places[rank]]].nbytes <= room:
-                taken += units[queue[places[rank]]].nbytes
-                places[rank] += 1
-            members.append(tuple(queue[first : places[rank]]))
-        yield tuple(members)
-
-
-def _aligned(numel: int, dtype: torch.dtype) -> int:
-    """Up to a multiple of 16 bytes, so that every rank's chunk begins where vector instructions can."""
-    per_line = 16 // dtype.itemsize
-    return -(-numel // per_line) * per_line

@@ -56,11 +56,6 @@ def _check_parameter(name: str, parameter: Any) -> None:
         raise TypeError(f"parameter {name!r} is a {type(parameter).__name__}, not a tensor")
     if not parameter.is_floating_point():
         raise TypeError(f"parameter {name!r} is {parameter.dtype}; KLShampoo takes real floating-point parameters")
-    if hasattr(parameter, "placements"):
-        raise TypeError(
-            f"parameter {name!r} is a DTensor (FSDP2 or tensor parallel); KLShampoo takes parameters that are"
-            " whole on every rank (one process, DDP)"
-        )
     if not (parameter.is_leaf or parameter.retains_grad):
         raise ValueError(f"parameter {name!r} is not a leaf: only what has a .grad can be optimized")
 

@@ -6,10 +6,10 @@ neighbours: the plan orders a stack by turn, so that those due lie together and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,8 @@ from kl_dist.methods.state import AdamWState, span, state_dtype
 from kl_dist.partition import Plan
 from kl_dist.units import Unit
 
-
-class Layout(Protocol):
-    """Where the gradients of this rank's units are read from."""
-
-    def gradient(self, unit: Unit) -> Tensor | None: ...
+Gradients = Callable[[int], Tensor]
+"""The gradient of one of this rank's units, by its index in the plan, shaped as the unit."""
 
 
 @dataclass
@@ -44,7 +41,7 @@ class Stack:
         """Whether the next gradient of this unit is spent on its start alone."""
         return False
 
-    def update(self, said: Sequence[Gradient], layout: Layout, group: Mapping[str, Any], out: Tensor) -> None:
+    def update(self, said: Sequence[Gradient], gradients: Gradients, group: Mapping[str, Any], out: Tensor) -> None:
         """Step the units that take part; their updates go to `out` (numel,), zero elsewhere. `said` is by row."""
         raise NotImplementedError
 
@@ -63,12 +60,12 @@ class MatrixStack(Stack):
     def waits(self, row: int) -> bool:
         return self.rule.starts_without_update and not self.state.started[row]
 
-    def update(self, said: Sequence[Gradient], layout: Layout, group: Mapping[str, Any], out: Tensor) -> None:
+    def update(self, said: Sequence[Gradient], gradients: Gradients, group: Mapping[str, Any], out: Tensor) -> None:
         active = [row for row, unit in enumerate(self.units) if said[row].steps(unit)]
         if not active:
             return
         hyper = matrix_hyper(group)
-        grads = _read(layout, [self.units[row] for row in active], torch.stack, self.state.exp_avg.dtype)
+        grads = _read(gradients, [self.indices[row] for row in active], torch.stack, self.state.exp_avg.dtype)
         starting = [row for row in active if not self.state.started[row] and said[row] is not Gradient.ZERO]
         if starting:
             part = self.state.rows(starting)
@@ -102,12 +99,12 @@ class SliceStack(Stack):
 
     state: AdamWState
 
-    def update(self, said: Sequence[Gradient], layout: Layout, group: Mapping[str, Any], out: Tensor) -> None:
+    def update(self, said: Sequence[Gradient], gradients: Gradients, group: Mapping[str, Any], out: Tensor) -> None:
         active = [row for row, unit in enumerate(self.units) if said[row].steps(unit)]
         if not active:
             return
         part = self.state.rows(active)
-        grads = _read(layout, [self.units[row] for row in active], torch.cat, self.state.exp_avg.dtype)
+        grads = _read(gradients, [self.indices[row] for row in active], _end_to_end, self.state.exp_avg.dtype)
         hyper = Hyper(betas=tuple(group["adamw_betas"]), eps=group["eps"])
         updates = adamw.update(part, grads, hyper).to(out.dtype)
         self.state.put(active, part)
@@ -163,10 +160,13 @@ def _batch_key(unit: Unit) -> tuple[object, ...]:
     return (unit.method, unit.group) if unit.method == "adamw" else unit.kind
 
 
-def _read(layout: Layout, units: Sequence[Unit], join: Any, dtype: torch.dtype) -> Tensor:
-    """The units' gradients joined into one tensor; their owner, this rank, has said that it has them."""
-    found = [layout.gradient(unit) for unit in units]
-    joined: Tensor = join([gradient for gradient in found if gradient is not None])
+def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _read(gradients: Gradients, indices: Sequence[int], join: Any, dtype: torch.dtype) -> Tensor:
+    """The units' gradients joined into one tensor."""
+    joined: Tensor = join([gradients(index) for index in indices])
     return joined.to(dtype)
 
 

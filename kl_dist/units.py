@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from kl_dist import costs
-from kl_dist.matrices import Block, Reading, cut, flat_reading, near_equal, read_matrices
+from kl_dist.matrices import Block, Reading, cut, flat_reading, near_equal, plain_reading, read_matrices
+from kl_dist.shards import Sharding
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Parameter:
     shape: tuple[int, ...]
     dtype: torch.dtype
     group: int
+    sharding: Sharding | None = None  # None: whole on every rank
 
     @property
     def numel(self) -> int:
@@ -129,21 +131,49 @@ def adamw_units(
             for i, offset, length in zip(stream, starts, lengths, strict=False):
                 first, last = max(start - offset, 0), min(stop - offset, length)
                 if first < last:
-                    yield _adamw_unit(i, parameters[i], first, last), place % world_size
+                    yield _adamw_slice(i, parameters[i], first, last), place % world_size
 
 
-def _adamw_unit(index: int, parameter: Parameter, start: int, stop: int) -> Unit:
-    whole = stop - start == parameter.numel
-    name = parameter.name if whole else f"{parameter.name}[flat {start}:{stop}]"
-    numel = stop - start
+def sharded_adamw_units(indices: Sequence[int], parameters: Sequence[Parameter]) -> Iterator[tuple[Unit, int]]:
+    """Flat parameters that are sharded already: what each rank holds is a unit of its own, and never travels.
+
+    Yields:
+        A unit and the first of the ranks that hold it.
+    """
+    for i in indices:
+        parameter = parameters[i]
+        sharding = parameter.sharding
+        assert sharding is not None
+        reading = plain_reading(parameter.shape)
+        for box, rank in zip(sharding.boxes, sharding.grid[0], strict=True):
+            block = Block(0, box, tuple("identity" for _ in box))
+            if math.prod(block.shape):
+                yield _adamw_unit(i, parameter, reading, block, block.suffix(reading)), rank
+
+
+def keepers_of(unit: Unit, parameter: Parameter, owner: int) -> tuple[int, ...]:
+    """The ranks that hold a unit's state: all that have the shard where AdamW updates it in place, else its owner."""
+    if unit.method != "adamw" or parameter.sharding is None:
+        return (owner,)
+    return parameter.sharding.column(owner)
+
+
+def _adamw_slice(index: int, parameter: Parameter, start: int, stop: int) -> Unit:
+    suffix = "" if stop - start == parameter.numel else f"[flat {start}:{stop}]"
+    block = Block(0, ((start, stop),), ("identity",))
+    return _adamw_unit(index, parameter, flat_reading(parameter.shape), block, suffix)
+
+
+def _adamw_unit(index: int, parameter: Parameter, reading: Reading, block: Block, suffix: str) -> Unit:
+    numel = math.prod(block.shape)
     return Unit(
-        name,
+        parameter.name + suffix,
         index,
         parameter.group,
         "adamw",
         "",
-        flat_reading(parameter.shape),
-        Block(0, ((start, stop),), ("identity",)),
+        reading,
+        block,
         parameter.dtype,
         0,
         costs.adamw_cost(numel, parameter.dtype),

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from kl_dist import KLShampoo
+from kl_dist.traffic import traffic_of
 from tests.models import (
     METHODS,
     backward,
@@ -120,7 +121,7 @@ def one_counted_step(group, bucket_bytes: int | None) -> tuple[Sent, Any]:
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_a_step_sends_what_the_plan_says(world, world_size, bucket_bytes):
     for rank, (sent, plan) in enumerate(world.run(one_counted_step, world_size, bucket_bytes)):
-        assert sent.gathers == [bucket.chunk for bucket in plan.buckets]
+        assert sent.gathers == [traffic_of(plan.units, plan.parameters, bucket, 0).chunk for bucket in plan.buckets]
         assert sent.reduces == [plan.agreement_size]
         assert sent.bytes == pytest.approx(plan.comm_bytes[rank], abs=1)
 

@@ -1,0 +1,39 @@
+"""Sharded parameters (FSDP2, HSDP, tensor parallel and both) get the update that one process computes."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from tests.models import METHODS, deviation, same_bits
+from tests.sharded import LAYOUTS, train_alone, train_sharded
+
+STEPS = 30
+NOISE = 1e-7
+PLACES = [(layout, world_size) for layout, sizes in LAYOUTS.items() for world_size in sizes]
+
+
+@cache
+def one_process(method: str, dtype: torch.dtype, noise: float = 0.0, seed: int = 0):
+    return train_alone(dtype, STEPS, {"lr": 1e-2, "method": method}, noise, seed)
+
+
+def on_ranks(world, layout: str, world_size: int, method: str, dtype: torch.dtype):
+    found = world.run(train_sharded, world_size, layout, dtype, STEPS, {"lr": 1e-2, "method": method})
+    assert all(same_bits(other, found[0]) for other in found)
+    return found[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("layout", "world_size"), PLACES)
+def test_float64_weights_do_not_depend_on_the_layout(world, layout, world_size, method):
+    weights = on_ranks(world, layout, world_size, method, torch.float64)
+    assert deviation(weights, one_process(method, torch.float64)) <= 1e-9
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("layout", "world_size"), PLACES)
+def test_float32_weights_differ_no_more_than_noise_of_1e_7_makes_them(world, layout, world_size, method):
+    expected = one_process(method, torch.float32)
+    yardstick = max(deviation(one_process(method, torch.float32, NOISE, seed), expected) for seed in range(1, 8))
+    assert deviation(on_ranks(world, layout, world_size, method, torch.float32), expected) <= 3 * yardstick

@@ -17,9 +17,10 @@ import torch
 from launch.model import Model
 from launch.optimizers import Trainer
 from launch.options import Options, UsageError
+from launch.parallel import whole
 from launch.ranks import Ranks
 
-MUST_AGREE = ("optimizer", "layers", "width", "heads", "context")
+MUST_AGREE = ("optimizer", "parallel", "inner", "layers", "width", "heads", "context")
 """Options without which the saved tensors have no place to go."""
 
 
@@ -27,11 +28,12 @@ def save(folder: Path, step: int, options: Options, ranks: Ranks, model: Model, 
     """Write the checkpoint of `step`; every rank calls this. Returns its folder."""
     final = folder / f"step-{step:06d}"
     partial = folder / f"{final.name}.partial"
+    weights = whole_weights(model)
     if ranks.first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         run = {"step": step, "world_size": ranks.size, "options": asdict(options)}
-        torch.save({"model": model.state_dict(), **run}, partial / "model.pt")
+        torch.save({"model": weights, **run}, partial / "model.pt")
     ranks.barrier()
     torch.save(trainer.state_dict(), partial / optimizer_file(ranks))
     ranks.barrier()
@@ -53,9 +55,25 @@ def load(checkpoint: Path, options: Options, ranks: Ranks, model: Model, trainer
         before, now = saved["options"][name], getattr(options, name)
         if before != now:
             raise UsageError(f"{checkpoint} was saved with {name} {before}, this job asks for {now}")
-    model.load_state_dict(saved["model"])
+    load_whole_weights(model, saved["model"])
     trainer.load_state_dict(_read(checkpoint / optimizer_file(ranks), ranks))
     return saved["step"]
+
+
+def whole_weights(model: Model) -> dict[str, Any]:
+    """The model's state dict with whole tensors, however they are sharded; a collective where they are."""
+    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
+
+
+def load_whole_weights(model: Model, weights: dict[str, Any]) -> None:
+    """The inverse: each rank keeps what belongs to it."""
+    if not any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        model.load_state_dict(weights)
+        return
+    # only here: it takes seconds to import
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
 
 
 def newest(folder: Path) -> Path:

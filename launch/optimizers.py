@@ -115,13 +115,14 @@ def muon(options: Options, model: Model) -> list[Optimizer]:
 
 def adamw(parameters: Any, options: Options, asked: Mapping[str, Any] = MappingProxyType({})) -> Optimizer:
     """AdamW that decays what has two dimensions; `asked` are options of its own."""
-    decayed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in parameters:
-        decayed[parameter.ndim >= 2].append(parameter)
+    # Those of one device mesh by themselves: torch's batched kernels do not take several at once.
+    kinds: dict[tuple[bool, Any], list[nn.Parameter]] = {}
+    for parameter in sorted(parameters, key=lambda parameter: parameter.ndim < 2):
+        kinds.setdefault((parameter.ndim >= 2, getattr(parameter, "device_mesh", None)), []).append(parameter)
     return AdamW(
         [
-            {"params": decayed[True], "weight_decay": options.weight_decay},
-            {"params": decayed[False], "weight_decay": 0.0},
+            {"params": kind, "weight_decay": options.weight_decay if decayed else 0.0}
+            for (decayed, _), kind in kinds.items()
         ],
         lr=options.rates.adamw_lr,
         **{"betas": ADAMW_BETAS, "fused": torch.cuda.is_available(), **asked},

@@ -31,6 +31,7 @@ class Rates(NamedTuple):
 
 
 RECIPES = ["fresh", "paper"]
+PARALLEL = ("ddp", "fsdp", "hsdp", "tp", "fsdp+tp")
 KRONECKER_METHODS = ("kl_shampoo", "kl_soap", "soap", "shampoo")
 
 # The best of a coarse grid for the demo's model and text; another model wants its own search.
@@ -73,6 +74,9 @@ class Options:
     tokens_per_step: int = option(2048, "tokens of one step over all processes together")
     seed: int = option(0, "of the initial weights and of the order of the text")
 
+    parallel: str = option("ddp", "how the model lies over the processes: ddp, fsdp, hsdp, tp or fsdp+tp")
+    inner: int = option(2, "processes that share a replica under hsdp, or divide a layer under fsdp+tp")
+
     layers: int = option(4, "transformer blocks")
     width: int = option(128, "size of a token's vector")
     heads: int = option(4, "attention heads of a block")
@@ -89,6 +93,10 @@ class Options:
             raise UsageError(f"--optimizer {self.optimizer} is unknown{_nearest(self.optimizer, DEFAULT_RATES)}")
         if self.recipe not in (None, *RECIPES):
             raise UsageError(f"--recipe takes {' or '.join(RECIPES)}, not {self.recipe}")
+        if self.parallel not in PARALLEL:
+            raise UsageError(f"--parallel takes {', '.join(PARALLEL)}, not {self.parallel}")
+        if self.optimizer == "muon" and self.parallel != "ddp":
+            raise UsageError("--optimizer muon needs matrices that are whole on every process; use --parallel ddp")
         self._check_numbers()
         if self.width % self.heads:
             raise UsageError(f"--width {self.width} does not divide into --heads {self.heads}")
@@ -147,14 +155,20 @@ class Options:
         """How many windows of text one step sees, over all ranks."""
         return self.tokens_per_step // self.context
 
+    def parts(self, world_size: int) -> int:
+        """Into how many parts a batch is divided; processes that divide the layers among them share a part."""
+        divide = {"tp": world_size, "fsdp+tp": self.inner}.get(self.parallel, 1)
+        return max(world_size // divide, 1)
+
     def windows_per_rank(self, world_size: int) -> int:
         """This rank's share of them; the batch must divide, so that the mean over ranks is the mean over windows."""
-        if self.windows_per_step % world_size:
+        parts = self.parts(world_size)
+        if self.windows_per_step % parts:
             raise UsageError(
                 f"{self.windows_per_step} windows a step (--tokens-per-step {self.tokens_per_step} of --context "
                 f"{self.context}) do not divide over {world_size} processes"
             )
-        return self.windows_per_step // world_size
+        return self.windows_per_step // parts
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from launch.options import UsageError
 
@@ -29,13 +28,6 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is the rank that writes files and speaks to the user."""
         return self.rank == 0
-
-    def replicate(self, model: nn.Module) -> nn.Module:
-        """Wrap `model` so that `backward` averages its gradients over the ranks."""
-        if not dist.is_initialized():
-            return model
-        # Views: gradients live in the communication buckets, which saves a copy of the model.
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def sum(self, values: Tensor) -> Tensor:
         """Add `values` up over the ranks, in place."""

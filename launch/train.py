@@ -7,6 +7,7 @@ The global batch of a step depends on the seed and the step alone, so any number
 each takes its rows of the batch, DDP averages the gradients, and the optimizer divides its own work over the processes.
 """
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ from launch.metrics import Log, Record, set_aside
 from launch.model import GPT, Model
 from launch.optimizers import Trainer, make_trainer
 from launch.options import Options, UsageError, parse
+from launch.parallel import clip_gradients, lay_out
 from launch.ranks import Ranks, joined_ranks
 
 VALIDATION_WINDOWS = 128
@@ -39,12 +41,12 @@ class Job:
         self.corpus = self.read(options)
         torch.manual_seed(options.seed)
         self.model = self.build(options).to(ranks.device)
-        self.replica = ranks.replicate(self.model)
-        # After DDP has given every rank the same weights, and on the bare model, whose modules have plain names.
+        self.laid = lay_out(self.model, options.parallel, options.inner, ranks)
+        # After every rank has its weights, and on the bare model, whose modules have plain names.
         self.trainer: Trainer = make_trainer(options, self.model)
         # DDP lays out its buckets anew after its first backward, and with them the order in which ranks are summed. Let
         # that backward be this one, so that every step, also the first of a job that continues, sums in the same order.
-        self.loss(self.replica, self.corpus.train, self.rows(step=0)).backward()
+        self.loss(self.laid.module, self.corpus.train, self.rows(step=0)).backward()
 
     @staticmethod
     def read(options: Options) -> Corpus:
@@ -69,10 +71,10 @@ class Job:
         """One step: this rank's rows, their gradients averaged over the ranks, one update."""
         began, cpu_began = time.perf_counter(), time.process_time()
         self.trainer.zero_grad()
-        loss = self.loss(self.replica, self.corpus.train, self.rows(step))
+        loss = self.loss(self.laid.module, self.corpus.train, self.rows(step))
         loss.backward()
         if self.options.grad_clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip)
+            clip_gradients(self.model.parameters(), self.options.grad_clip)
         self.ranks.synchronize()
         stepped, cpu_stepped = time.perf_counter(), time.process_time()
         lr = self.trainer.step(step)
@@ -93,17 +95,23 @@ class Job:
         """Where this rank's windows of a step's batch begin."""
         options = self.options
         starts = training_starts(self.corpus.train, options.seed, step, options.windows_per_step, options.context)
-        return starts[self.ranks.rank :: self.ranks.size]
+        return starts[self.laid.part :: self.laid.parts]
 
     @torch.no_grad()
     def validate(self) -> float:
-        """The mean loss over the fixed validation windows; the ranks share them out."""
+        """The mean loss over the fixed validation windows; the ranks share them out, all in as many rounds."""
         options = self.options
+        part, parts = self.laid.part, self.laid.parts
         starts = validation_starts(self.corpus.validation, VALIDATION_WINDOWS, options.context)
+        size = options.windows_per_rank(self.ranks.size)
+        shares = starts[part::parts].split(size)
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for part in starts[self.ranks.rank :: self.ranks.size].split(options.windows_per_rank(self.ranks.size)):
-            total += self.loss(self.model, self.corpus.validation, part).double() * len(part)
-        return self.ranks.sum(total).item() / len(starts)
+        for number in range(math.ceil(len(starts) / parts / size)):
+            # a rank that has no more looks at any window, for sharded layers need all ranks, and does not count it
+            some = shares[number] if number < len(shares) else starts[:1]
+            loss = self.loss(self.model, self.corpus.validation, some)
+            total += loss.double() * (len(some) if number < len(shares) else 0)
+        return self.ranks.sum(total).item() / len(starts) * parts / self.ranks.size
 
     def loss(self, model: nn.Module, text: Tensor, starts: Tensor) -> Tensor:
         """Mean cross-entropy, in nats per byte, of the windows that begin at `starts`."""

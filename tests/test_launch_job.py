@@ -31,7 +31,7 @@ def launch(processes: int, arguments: str) -> subprocess.CompletedProcess[str]:
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         try:
-            stdout, stderr = process.communicate(timeout=60)
+            stdout, stderr = process.communicate(timeout=120)
         except subprocess.TimeoutExpired:
             # Asked to end, torchrun ends its workers too; killed, it would leave them behind.
             process.terminate()
@@ -109,6 +109,27 @@ def test_one_and_two_processes_train_alike(trained: Runner, optimizer: str) -> N
     alone, together = losses(trained(optimizer, 1)), losses(trained(optimizer, 2))
     assert together == pytest.approx(alone, rel=TOLERANCE[optimizer])
     assert alone[-1] < alone[0] - 0.05
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "kl_shampoo"])
+@pytest.mark.parametrize(
+    ("parallel", "processes"), [("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("tp", 2), ("tp", 4), ("fsdp+tp", 4)]
+)
+def test_a_sharded_job_trains_as_one_process_does_and_continues(
+    trained: Runner, optimizer: str, parallel: str, processes: int, text: Path, tmp_path: Path
+) -> None:
+    """Stopped after step 3 and continued, with the whole gradient clipped."""
+    flags = f"--optimizer {optimizer} {RUN} --data {text} --grad-clip 0.5"
+    alone = launch(1, f"{flags} --out {tmp_path / 'alone'}")
+    flags += f" --parallel {parallel} --out {tmp_path / 'sharded'}"
+    started = launch(processes, flags)
+    assert alone.returncode == started.returncode == 0, alone.stderr + started.stderr
+    first = losses(tmp_path / "sharded")
+    assert first == pytest.approx(losses(tmp_path / "alone"), rel=TOLERANCE[optimizer])
+    shutil.rmtree(tmp_path / "sharded" / "checkpoint" / f"step-{STEPS:06d}")
+    continued = launch(processes, f"{flags} --resume")
+    assert continued.returncode == 0, continued.stderr
+    assert losses(tmp_path / "sharded") == pytest.approx(first, rel=1e-6)
 
 
 def test_a_run_leaves_metrics_board_picture_and_checkpoint(trained: Runner) -> None:

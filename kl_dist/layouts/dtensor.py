@@ -1,14 +1,17 @@
-"""What torch's DTensor says of where a parameter lies: FSDP2, HSDP, tensor parallelism and their combinations."""
+"""What torch's DTensor says of where a parameter lies: FSDP2, HSDP, tensor parallelism and their combinations.
+
+torch.distributed.tensor takes seconds to import, so it is looked at only where someone else has imported it already:
+before that no parameter can be a DTensor.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from kl_dist.exchange import Ranks
 from kl_dist.shards import Box, Grid, Sharding
@@ -21,14 +24,21 @@ class Place(NamedTuple):
     box: Box
 
 
-def place_of(parameter: Tensor, ranks: Ranks) -> Place | None:
+def is_dtensor(tensor: Any) -> bool:
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
+
+
+def place_of(parameter: Any, ranks: Ranks) -> Place | None:
     """Where this rank stands; None for a tensor that is whole here.
 
     Raises:
         ValueError: it is laid out over ranks that do not share this optimizer, or in a way that gives no boxes.
     """
-    if not isinstance(parameter, DTensor):
+    if not is_dtensor(parameter):
         return None
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     mesh, placements = parameter.device_mesh, parameter.placements
     if any(placement.is_partial() for placement in placements):
         raise ValueError("it is a DTensor of partial sums; redistribute it to shards or replicas first")
@@ -74,12 +84,12 @@ def sharding_of(places: Sequence[Place | None], shape: Sequence[int]) -> Shardin
     return Sharding(grid, boxes[0])
 
 
-def local_shard(parameter: Tensor) -> Tensor:
+def local_shard(parameter: Any) -> Tensor:
     """What this rank holds of a parameter, detached, sharing its memory."""
-    return parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter.detach()
+    return parameter.to_local().detach() if is_dtensor(parameter) else parameter.detach()
 
 
-def local_gradient(parameter: Tensor) -> Tensor | None:
+def local_gradient(parameter: Any) -> Tensor | None:
     """The gradient of what this rank holds; None without one or where it is frozen.
 
     A gradient that lies otherwise than its parameter (partial sums of a norm under sequence parallelism, say) is
@@ -88,7 +98,7 @@ def local_gradient(parameter: Tensor) -> Tensor | None:
     gradient = parameter.grad
     if gradient is None or not parameter.requires_grad:
         return None
-    if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
+    if not is_dtensor(gradient):
         return gradient
     if gradient.placements != parameter.placements:
         gradient = gradient.redistribute(placements=parameter.placements)

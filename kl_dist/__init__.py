@@ -6,10 +6,11 @@ Where to look: `optimizer` is the shell, `engine` one step, `partition` the plan
 collectives. docs/algorithm.md and docs/partition.md tell the story.
 """
 
+from kl_dist.clipping import clip_grad_norm_
 from kl_dist.optimizer import KLShampoo
 from kl_dist.partition import Plan
 from kl_dist.routing import param_groups, plan
 
 __version__ = "0.1.0"
 
-__all__ = ["KLShampoo", "Plan", "__version__", "param_groups", "plan"]
+__all__ = ["KLShampoo", "Plan", "__version__", "clip_grad_norm_", "param_groups", "plan"]

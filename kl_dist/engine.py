@@ -113,6 +113,21 @@ class Engine:
         """Leave the step out that was agreed on."""
         self.shards.forget()
 
+    def gradient_norm(self) -> Tensor:
+        """|G| over all parameters and ranks (0-D, float64), each element counted once; a collective."""
+        self.shards.look()
+        mine = [
+            sight.gradient
+            for sight in self._sights()
+            # of what several replicas keep alike (AdamW's shards) only the first counts
+            if sight.gradient is not None and self.ranks.rank not in self.plan.keepers[sight.number][1:]
+        ]
+        self.shards.forget()
+        square = torch.zeros((), dtype=torch.float64, device=self.device)
+        if mine:
+            square += torch.stack([norm.double() for norm in torch._foreach_norm(mine)]).square().sum()
+        return self.ranks.total(square).sqrt()
+
     def _journey(self, number: int, said: Sequence[Gradient]) -> Iterator[None]:
         """One bucket from gradients to weights; yields while something of it is on its way."""
         route, stacks, room = self.routes[number], self.stacks[number], self.rooms[number % len(self.rooms)]

@@ -117,6 +117,12 @@ class Ranks(Team):
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
         return values.tolist()
 
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over ranks; `value` is mutated."""
+        if self.size > 1:
+            dist.all_reduce(value, group=self.group)
+        return value
+
     def get_to_know(self, group: dist.ProcessGroup) -> None:
         """Take note of a process group that some of these ranks have among them: one dimension of a device mesh.
 

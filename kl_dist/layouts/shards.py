@@ -30,6 +30,12 @@ class Shards:
         gradient = self._gradients[parameter]
         return None if gradient is None else piece.of_shard(gradient)
 
+    def scale_gradients(self, factor: Tensor) -> None:
+        """G <- factor G (0-D), in place."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if gradients:
+            torch._foreach_mul_([local_shard(gradient) for gradient in gradients], factor)
+
     def apply(self, updates: Sequence[tuple[int, Piece, Tensor]], keep: float, lr: float) -> None:
         """W <- keep W - lr U for pieces of parameters, with U flat in the parameter's dtype."""
         targets, steps, copies = [], [], []

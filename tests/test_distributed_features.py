@@ -1,0 +1,94 @@
+"""What FSDP2 and torch offer around sharded training leaves the update as it is.
+
+Each run keeps the whole gradient of every step, as it was when the optimizer saw it; one process that is given the
+same gradients must end with the same weights. So what is compared is the optimizer, also where a feature rounds.
+"""
+
+import itertools
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.utils.checkpoint import checkpoint
+
+from kl_dist import KLShampoo, clip_grad_norm_
+from tests.models import METHODS, Weights, deviation, same_bits
+from tests.sharded import groups_of, lay_out, layers, loss_of, tokens_of, weights_of, whole
+
+STEPS = 12
+FSDP: dict[str, dict[str, Any]] = {
+    "bf16 compute": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
+    "cpu offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+    "kept unsharded": {"reshard_after_forward": False},
+}
+FEATURES = (*FSDP, "accumulation", "torch's clipping", "our clipping", "activation checkpointing", "compile")
+PAIRS = [pair for pair in itertools.combinations(FEATURES, 2) if set(pair) != {"torch's clipping", "our clipping"}]
+
+
+def train(group, layout: str, features: tuple[str, ...], method: str) -> tuple[Weights, list[Weights]]:
+    """The weights at the end, and the gradients of every step, whole."""
+    dtype = torch.float32 if "bf16 compute" in features else torch.float64
+    model = layers(dtype)
+    if "activation checkpointing" in features:
+        for module in (model.up, model.down):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    fsdp = {key: value for name in features for key, value in FSDP.get(name, {}).items()}
+    part, parts = lay_out(model, layout, group, **fsdp)
+    optimizer = KLShampoo(groups_of(model), lr=1e-2, method=method, process_group=group)
+    called: nn.Module = torch.compile(model, backend="aot_eager") if "compile" in features else model
+    gradients = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        if "accumulation" in features:
+            model.set_requires_gradient_sync(False)
+            loss_of(called, tokens_of(step + 100).chunk(parts)[part]).backward()
+            model.set_requires_gradient_sync(True)
+        loss_of(called, tokens_of(step).chunk(parts)[part]).backward()
+        if "torch's clipping" in features:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        if "our clipping" in features:
+            clip_grad_norm_(optimizer, 0.1)
+        gradients.append({name: whole(p.grad).clone() for name, p in model.named_parameters()})
+        optimizer.step()
+    return weights_of(model), gradients
+
+
+def replay(gradients: list[Weights], method: str) -> Weights:
+    """One process on the same gradients."""
+    model = layers(gradients[0]["odd.weight"].dtype)
+    optimizer = KLShampoo(groups_of(model), lr=1e-2, method=method)
+    for of_step in gradients:
+        for name, parameter in model.named_parameters():
+            parameter.grad = of_step[name].clone()
+        optimizer.step()
+    return weights_of(model)
+
+
+def check(world, world_size: int, layout: str, features: tuple[str, ...], method: str) -> None:
+    found = world.run(train, world_size, layout, features, method, timeout=120)
+    weights, gradients = found[0]
+    assert all(same_bits(other, weights) for other, _ in found)
+    assert deviation(weights, replay(gradients, method)) <= (1e-5 if "bf16 compute" in features else 1e-9)
+    if "clipping" in " ".join(features):
+        norms = [torch.stack([x.norm() for x in of_step.values()]).norm() for of_step in gradients]
+        assert max(norms) <= 0.1001 and norms[0] >= 0.0999
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_feature_alone_leaves_the_update_the_same(world, feature, method):
+    check(world, 2, "fsdp", (feature,), method)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
+def test_two_features_together_leave_the_update_the_same(world, pair):
+    layout = ("fsdp", "hsdp")[PAIRS.index(pair) % 2]
+    check(world, 4, layout, pair, "kl_shampoo")
+
+
+@pytest.mark.parametrize("feature", ["our clipping", "accumulation", "activation checkpointing"])
+def test_a_feature_leaves_the_update_the_same_where_layers_are_divided_too(world, feature):
+    check(world, 4, "fsdp+tp", (feature,), "kl_shampoo")

@@ -12,6 +12,7 @@ QR and eigh run slower than products do, hence the factors below. Memory traffic
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -21,6 +22,9 @@ from kl_dist.methods import Side, adamw, rule
 from kl_dist.methods.state import state_dtype
 
 FLOPS_PER_BYTE = 16  # what a processor computes in float32 while it moves one byte
+WORKING_COPIES = {"kl_shampoo": 6, "kl_soap": 6, "soap": 7, "shampoo": 7, "adamw": 4}
+"""Tensors as large as the gradients of a stack that an update holds at its peak, those gradients included."""
+REFRESH_COPIES = 4.5  # as large as the Kronecker factors of one side of a stack, in a refresh
 QR_SLOWNESS = 2  # of a flop in QR against one in a matrix product
 EIGH_SLOWNESS = 4
 
@@ -40,6 +44,15 @@ def matrix_cost(method: str, recipe: str, block: Block, dtype: torch.dtype, ever
             refresh += (8 / 3 * QR_SLOWNESS + 4) * d**3 + 2 * numel * d
     moved = 2 * state_bytes(method, recipe, block.shape, block.sides, dtype) + 2 * numel * dtype.itemsize
     return products + refresh / every + FLOPS_PER_BYTE * moved
+
+
+def working_bytes(method: str, blocks: Sequence[Block], dtype: torch.dtype) -> int:
+    """Bytes that a step of equal blocks (or of slices) in one stack allocates at its peak and gives back."""
+    size = state_dtype(dtype).itemsize
+    update = WORKING_COPIES[method] * sum(math.prod(block.shape) for block in blocks)
+    full = [d for d, side in zip(blocks[0].shape, blocks[0].sides, strict=True) if side == "full"]
+    refresh = REFRESH_COPIES * len(blocks) * max((d * d for d in full), default=0)
+    return round(size * max(update, refresh))
 
 
 def adamw_cost(numel: int, dtype: torch.dtype) -> float:

@@ -28,7 +28,7 @@ from kl_dist.layouts.shards import Shards
 from kl_dist.methods import rule
 from kl_dist.options import describe
 from kl_dist.partition import Plan
-from kl_dist.route import Route, make_room
+from kl_dist.route import Route, make_rooms
 from kl_dist.shards import Piece
 from kl_dist.stacks import Gradients, Stack, build_stacks
 
@@ -49,7 +49,7 @@ class Engine:
         self.shards = Shards(parameters)
         self.stacks = build_stacks(plan, ranks.rank, self.device)
         self.routes = [Route(plan, number, ranks) for number in range(len(plan.buckets))]
-        self.rooms = make_room(self.routes, self.device)
+        self.rooms = make_rooms(self.routes, self.device)
         self.failure: Exception | None = None  # of this rank, not yet raised: see [Note: failures]
         self.failed = False  # in this step, on some rank
         self.refreshes = 0

@@ -13,12 +13,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from kl_dist.buckets import Bucket, fill_buckets, turn
+from kl_dist.costs import working_bytes
 from kl_dist.methods import rule
 from kl_dist.options import STRUCTURAL, describe
-from kl_dist.traffic import Bytes, bytes_by_rank
+from kl_dist.traffic import Bytes, bytes_by_rank, rooms_of, traffic_of
 from kl_dist.units import (
     Parameter,
     Unit,
@@ -29,6 +31,7 @@ from kl_dist.units import (
     route,
     shape_class,
     sharded_adamw_units,
+    stack_key,
 )
 
 BUCKET_BYTES = 64 << 20
@@ -73,6 +76,29 @@ class Plan:
     def traffic_bytes(self) -> tuple[Bytes, ...]:
         """Bytes each rank sends and receives in the buckets of a step, by the trip."""
         return bytes_by_rank(self.units, self.parameters, self.buckets, self.world_size)
+
+    @cached_property
+    def temporary_bytes(self) -> tuple[int, ...]:
+        """Bytes each rank needs beside parameters, gradients and state: room for buckets, and a step's working set.
+
+        The room is allocated once, at construction; the working set is what the largest stack of equal matrices needs
+        while it is updated or refreshed, the larger of the two.
+        """
+        return tuple(self.room_bytes(rank) + self.working_bytes(rank) for rank in range(self.world_size))
+
+    def room_bytes(self, rank: int) -> int:
+        """Bytes of the buffers that buckets travel through on a rank."""
+        traffics = [traffic_of(self.units, self.parameters, bucket, rank) for bucket in self.buckets]
+        return sum(map(sum, rooms_of(traffics, [bucket.dtype for bucket in self.buckets])))
+
+    def working_bytes(self, rank: int) -> int:
+        """Bytes that a step allocates at its peak on a rank, and gives back."""
+        needed = [0]
+        for bucket in self.buckets:
+            for _, members in groupby((self.units[i] for i in bucket.units[rank]), key=stack_key):
+                units = list(members)
+                needed.append(working_bytes(units[0].method, [unit.block for unit in units], units[0].dtype))
+        return max(needed)
 
     @property
     def comm_bytes(self) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ row is this rank alone, near and own are one.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from kl_dist.exchange import Exchange, Ranks
 from kl_dist.layouts.shards import Shards
 from kl_dist.partition import Plan
-from kl_dist.traffic import Parcel, traffic_of
+from kl_dist.traffic import Parcel, rooms_of, traffic_of
 
 
 class Room(NamedTuple):
@@ -46,20 +46,6 @@ class Route:
         self._parcels: dict[int, list[Parcel]] = defaultdict(list)
         for parcel in self.traffic.incoming.parcels:
             self._parcels[parcel.unit].append(parcel)
-
-    @property
-    def trips(self) -> int:
-        """How often something of it is on its way."""
-        return 2 * self.sharded + self.replicated
-
-    @property
-    def nbytes(self) -> tuple[int, int, int]:
-        """Bytes it needs of the parts of a room."""
-        far = self.traffic.incoming.numel if self.sharded else 0
-        spread = self.column.size * self.traffic.chunk if self.replicated else 0
-        own = self.numel if self.sharded else 0
-        size = self.dtype.itemsize
-        return size * self.traffic.chunk, size * max(far, spread), size * own
 
     # -- gradients to the owners --------------------------------------------------------------------------------------
 
@@ -142,13 +128,7 @@ class Route:
         return room[: numel * self.dtype.itemsize].view(self.dtype)
 
 
-def make_room(routes: list[Route], device: torch.device) -> list[Room]:
-    """As many rooms as there are buckets under way at a time, each large enough for any."""
-    if not routes:
-        return []
-    under_way = 1 + max(route.trips for route in routes)
-    sizes = [max(column) for column in zip(*(route.nbytes for route in routes), strict=True)]
-    return [
-        Room(*(torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes))
-        for _ in range(min(under_way, len(routes)))
-    ]
+def make_rooms(routes: Sequence[Route], device: torch.device) -> list[Room]:
+    """The rooms of a rank's routes, allocated."""
+    sizes = rooms_of([route.traffic for route in routes], [route.dtype for route in routes])
+    return [Room(*(torch.zeros(nbytes, dtype=torch.uint8, device=device) for nbytes in room)) for room in sizes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from kl_dist import options
 from kl_dist.partition import Plan, make_plan
+from kl_dist.shards import fully_sharded
 from kl_dist.units import Parameter
 
 
@@ -126,6 +128,7 @@ def plan(
     model_or_named_shapes: nn.Module | Mapping[str, Iterable[int]],
     world_size: int,
     *,
+    shard_size: int = 1,
     dtype: torch.dtype = torch.float32,
     **group_options: Any,
 ) -> Plan:
@@ -135,6 +138,7 @@ def plan(
         model_or_named_shapes: a model, on the meta device if it does not fit (routed as `param_groups` does), or a
             mapping of names to shapes (routed by dimension alone).
         world_size: number of ranks.
+        shard_size: how many of them share a replica of the parameters: 1 for DDP, world_size for FSDP2, else HSDP.
         dtype: of the parameters, where only shapes are given.
         group_options: options of KLShampoo, `output_head` included for a model.
 
@@ -143,6 +147,8 @@ def plan(
     """
     if not isinstance(world_size, int) or world_size < 1:
         raise ValueError(f"world_size must be a whole number, at least 1, not {world_size!r}")
+    if not isinstance(shard_size, int) or shard_size < 1 or world_size % shard_size:
+        raise ValueError(f"shard_size must divide world_size {world_size}, not {shard_size!r}")
     if isinstance(model_or_named_shapes, nn.Module):
         groups = param_groups(model_or_named_shapes, **group_options)
         found = [
@@ -157,6 +163,8 @@ def plan(
     resolved = [{**options.DEFAULTS, **group} for group in groups]
     for group in resolved:
         options.resolve(group)
+    if shard_size > 1:
+        found = [replace(one, sharding=fully_sharded(one.shape, world_size, shard_size)) for one in found]
     return make_plan(found, resolved, world_size)
 
 

@@ -46,6 +46,22 @@ class Sharding:
         return self.boxes[self.row(rank).index(rank)]
 
 
+def fully_sharded(shape: Sequence[int], world_size: int, shard_size: int) -> Sharding | None:
+    """As FSDP2 lays a parameter out over replicas of `shard_size` ranks each; None for what it does not shard.
+
+    The first dimension in `shard_size` parts of ceil(d / shard_size), the last ones shorter or empty.
+    """
+    if not shape:
+        return None
+    ranks = range(world_size)
+    part = -(-shape[0] // shard_size)
+    rows = [(min(i * part, shape[0]), min((i + 1) * part, shape[0])) for i in range(shard_size)]
+    return Sharding(
+        tuple(tuple(ranks[start : start + shard_size]) for start in range(0, world_size, shard_size)),
+        tuple((row, *whole(shape[1:])) for row in rows),
+    )
+
+
 class Run(NamedTuple):
     """Consecutive indices of a side: `start` to `stop`, which lie at `local` and after it in what a rank holds."""
 

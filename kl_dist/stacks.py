@@ -18,7 +18,7 @@ from kl_dist.agreement import Gradient
 from kl_dist.methods import Hyper, MatrixState, Rule, State, adamw, rule
 from kl_dist.methods.state import AdamWState, span, state_dtype
 from kl_dist.partition import Plan
-from kl_dist.units import Unit
+from kl_dist.units import Unit, stack_key
 
 Gradients = Callable[[int], Tensor]
 """The gradient of one of this rank's units, by its index in the plan, shaped as the unit."""
@@ -139,7 +139,7 @@ def matrix_hyper(group: Mapping[str, Any]) -> Hyper:
 
 def _stacks_of(plan: Plan, queue: Sequence[int], device: torch.device) -> Iterator[Stack]:
     offset = 0
-    for _, members in groupby(queue, key=lambda i: _batch_key(plan.units[i])):
+    for _, members in groupby(queue, key=lambda i: stack_key(plan.units[i])):
         indices = tuple(members)
         units = tuple(plan.units[i] for i in indices)
         first = units[0]
@@ -153,11 +153,6 @@ def _stacks_of(plan: Plan, queue: Sequence[int], device: torch.device) -> Iterat
             stack = MatrixStack(indices, units, offset, state, update_rule)
         yield stack
         offset += stack.numel
-
-
-def _batch_key(unit: Unit) -> tuple[object, ...]:
-    # slices of any length run together: AdamW is elementwise
-    return (unit.method, unit.group) if unit.method == "adamw" else unit.kind
 
 
 def _end_to_end(parts: Sequence[Tensor]) -> Tensor:

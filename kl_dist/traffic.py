@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
+
 from kl_dist.buckets import Bucket, aligned
 from kl_dist.shards import Piece, pieces, whole
 from kl_dist.units import Parameter, Unit
@@ -110,6 +112,36 @@ def pieces_in(unit: Unit, parameters: Sequence[Parameter], rank: int) -> tuple[P
     parameter = parameters[unit.parameter]
     box = whole(parameter.shape) if parameter.sharding is None else parameter.sharding.box(rank)
     return pieces(unit.reading, unit.block, box)
+
+
+class RoomBytes(NamedTuple):
+    """Bytes that a bucket needs of the three buffers it travels through (see `kl_dist.route`)."""
+
+    near: int
+    far: int
+    own: int
+
+
+def room_bytes(traffic: Traffic, dtype: torch.dtype) -> RoomBytes:
+    sharded, replicas = len(traffic.outgoing.segments) > 1, len(traffic.replicas)
+    far = traffic.incoming.numel if sharded else 0
+    spread = replicas * traffic.chunk if replicas > 1 else 0
+    own = traffic.incoming.numel - len(traffic.incoming.segments) if sharded else 0
+    return RoomBytes(*(n * dtype.itemsize for n in (traffic.chunk, max(far, spread), own)))
+
+
+def trips(traffic: Traffic) -> int:
+    """How often something of a bucket is on its way."""
+    return 2 * (len(traffic.outgoing.segments) > 1) + (len(traffic.replicas) > 1)
+
+
+def rooms_of(traffics: Sequence[Traffic], dtypes: Sequence[torch.dtype]) -> list[RoomBytes]:
+    """As many rooms as there are buckets under way at a time, each large enough for any."""
+    if not traffics:
+        return []
+    under_way = 1 + max(map(trips, traffics))
+    sizes = zip(*(room_bytes(traffic, dtype) for traffic, dtype in zip(traffics, dtypes, strict=True)), strict=True)
+    return [RoomBytes(*map(max, sizes))] * min(under_way, len(traffics))
 
 
 class Bytes(NamedTuple):

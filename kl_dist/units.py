@@ -62,6 +62,11 @@ class Unit:
         return (self.method != "adamw", self.group, self.method, self.block.shape, self.block.sides, str(self.dtype))
 
 
+def stack_key(unit: Unit) -> tuple[Any, ...]:
+    """Neighbours of one key in a bucket run as one stack: slices of any length too, for AdamW is elementwise."""
+    return (unit.method, unit.group) if unit.method == "adamw" else unit.kind
+
+
 def recast(unit: Unit, parameter: int, dtype: torch.dtype, group: Mapping[str, Any]) -> Unit:
     """The unit at another place among the parameters, and in another dtype."""
     if unit.method == "adamw":

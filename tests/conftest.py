@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.gpt2 import GPT2, gpt2_on_meta
 from tests.world import World
 
 
@@ -13,3 +14,8 @@ def world() -> Iterator[World]:
     ranks = World()
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> GPT2:
+    return gpt2_on_meta()

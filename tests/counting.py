@@ -12,7 +12,7 @@ import torch.distributed as dist
 # torch has renamed some; the later name second
 GATHERS = ("_allgather_base", "all_gather_single")
 SWAPS = ("alltoall_base", "all_to_all_single")
-OTHERS = ("allgather", "broadcast", "barrier", "reduce", "gather", "scatter", "alltoall", "send", "recv")
+OTHERS = ("allgather", "broadcast", "barrier", "reduce", "gather", "scatter", "alltoall")
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Counter:
 
     gathers: list[int] = field(default_factory=list)  # elements this rank gave to each all-gather
     reduces: list[int] = field(default_factory=list)  # to each all-reduce
-    gathered: int = 0  # bytes sent
+    gathered: int = 0  # bytes sent, point to point included
     reduced: float = 0.0  # bytes sent
     swapped_out: list[int] = field(default_factory=list)  # bytes of each all-to-all
     swapped_in: list[int] = field(default_factory=list)
@@ -31,7 +31,7 @@ class Counter:
         """Any other collective within is an error."""
         counts: dict[str, Callable] = dict.fromkeys(GATHERS, self._gather) | dict.fromkeys(SWAPS, self._swap)
         with contextlib.ExitStack() as patches:
-            for name, count in (counts | {"allreduce": self._reduce}).items():
+            for name, count in (counts | {"allreduce": self._reduce, "send": self._send}).items():
                 if real := getattr(dist.ProcessGroup, name, None):
                     patches.enter_context(mock.patch.object(dist.ProcessGroup, name, _counted(real, count)))
             for name in OTHERS:
@@ -42,6 +42,9 @@ class Counter:
     def _gather(self, group: Any, output: torch.Tensor, given: torch.Tensor, *options: Any) -> None:
         self.gathers.append(given.numel())
         self.gathered += (group.size() - 1) * given.nbytes
+
+    def _send(self, group: Any, given: list[torch.Tensor], *options: Any) -> None:
+        self.gathered += sum(x.nbytes for x in given)
 
     def _swap(
         self, group: Any, into: torch.Tensor, out: torch.Tensor, coming: list, going: list, *options: Any

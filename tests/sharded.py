@@ -75,37 +75,29 @@ def groups_of(model: Layers) -> list[dict[str, Any]]:
 
 
 @cache
-def mesh_of(world_size: int, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
-    """Made once a process: a mesh makes process groups. Two ranks of four have a group already."""
-    if world_size < dist.get_world_size():
-        return DeviceMesh.from_group(_first(world_size), "cpu", mesh_dim_names=names)
-    return DeviceMesh("cpu", torch.arange(world_size).reshape(shape), mesh_dim_names=names)
-
-
-_groups: dict[int, dist.ProcessGroup] = {}
-
-
-def _first(world_size: int) -> dist.ProcessGroup:
-    return _groups[world_size]
+def mesh_of(group: dist.ProcessGroup, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """Made once a process: a mesh makes process groups, where a group of some of the ranks does not do."""
+    if group.size() < dist.get_world_size():
+        return DeviceMesh.from_group(group, "cpu", mesh_dim_names=names)
+    return DeviceMesh("cpu", torch.arange(group.size()).reshape(shape), mesh_dim_names=names)
 
 
 def lay_out(model: Layers, layout: str, group: dist.ProcessGroup, **fsdp: Any) -> tuple[int, int]:
     """Shard the model over the group; returns which part of the samples is this rank's, of how many."""
     world_size, rank = group.size(), group.rank()
-    _groups[world_size] = group
     half = world_size // 2
     if layout in ("fsdp", "hsdp"):
         shape, names = ((world_size,), ("shard",)) if layout == "fsdp" else ((2, half), ("replicate", "shard"))
-        mesh = mesh_of(world_size, shape, names)
+        mesh = mesh_of(group, shape, names)
         for module in (model.up, model.down):
             fully_shard(module, mesh=mesh, **fsdp)
         fully_shard(model, mesh=mesh, **fsdp)
         return rank, world_size
     plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
     if layout == "tp":
-        parallelize_module(model, mesh_of(world_size, (world_size,), ("tp",)), plan)
+        parallelize_module(model, mesh_of(group, (world_size,), ("tp",)), plan)
         return 0, 1
-    mesh = mesh_of(world_size, (2, half), ("dp", "tp"))
+    mesh = mesh_of(group, (2, half), ("dp", "tp"))
     parallelize_module(model, mesh["tp"], plan)
     if layout == "fsdp+tp":
         for module in (model.up, model.down, model):
@@ -139,7 +131,7 @@ def train_sharded(group: dist.ProcessGroup, layout: str, dtype: torch.dtype, ste
         optimizer.zero_grad()
         loss_of(model, tokens_of(step).chunk(parts)[part]).backward()
         if layout == "ddp+tp":
-            average_over(mesh_of(4, (2, 2), ("dp", "tp")), model)
+            average_over(mesh_of(group, (2, 2), ("dp", "tp")), model)
         optimizer.step()
     return weights_of(model)
 

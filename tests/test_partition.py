@@ -27,35 +27,6 @@ SMALL = {
 }
 
 
-class Block(nn.Module):
-    """A transformer block's parameters; nothing here is ever run."""
-
-    def __init__(self, d: int) -> None:
-        super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.qkv, self.proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
-
-
-class GPT2(nn.Module):
-    """GPT-2's shapes, 124M parameters by default, the head tied to the embedding."""
-
-    def __init__(self, d: int = 768, layers: int = 12, vocabulary: int = 50257) -> None:
-        super().__init__()
-        self.wte, self.wpe = nn.Embedding(vocabulary, d), nn.Embedding(1024, d)
-        self.blocks = nn.ModuleList(Block(d) for _ in range(layers))
-        self.ln_f, self.head = nn.LayerNorm(d), nn.Linear(d, vocabulary, bias=False)
-        self.head.weight = self.wte.weight
-
-
-@pytest.fixture(scope="module")
-def gpt2() -> GPT2:
-    with torch.device("meta"):
-        model = GPT2()
-    assert sum(p.numel() for p in model.parameters()) == 124_439_808
-    return model
-
-
 @pytest.mark.parametrize("method", MATRIX_METHODS)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_gpt2_is_balanced(gpt2, world_size, method):

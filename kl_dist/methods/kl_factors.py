@@ -134,16 +134,26 @@ def learn(state: KLShampooState, projected: Tensor, hyper: Hyper) -> Tensor:
 
 def start_as_released(state: KLShampooState, grad: Tensor, hyper: Hyper) -> None:
     """The released code's first call: factors from the gradient as it is, eigh, lambda = 0.1; weights stay."""
-    for side, (factor, basis) in enumerate(zip(state.factors, state.bases, strict=True)):
-        if factor is None or basis is None:
-            continue
-        share = (1 - hyper.factor_beta) * factor.shape[-1] / kronecker.numel(grad)
-        plain = kronecker.gram(grad, side) * share
-        basis.copy_(linalg.descending_eigenbasis(plain))
-        factor.copy_(basis.mT @ plain @ basis)
+    start_in_eigenvectors(state, grad, [(1 - hyper.factor_beta) * d / kronecker.numel(grad) for d in grad.shape[1:]])
     for eigenvalues in state.eigenvalues:
         if eigenvalues is not None:
             eigenvalues.fill_(RELEASED_EIGENVALUE)
+
+
+def start_in_eigenvectors(state: InEigenbasis, grad: Tensor, shares: Sequence[float]) -> None:
+    """S_k = c_k G_k G_k^T and its eigenvectors, with c_k from `shares`; S~_k is in the basis of these.
+
+    Matrix by matrix, each copied out of its batch: where S_k is singular the basis of its null space is rounding noise,
+    and that depends on how many matrices a product takes at once and on where in memory they begin. Which matrices
+    share a batch depends on the number of ranks.
+    """
+    for side, (factor, basis) in enumerate(zip(state.factors, state.bases, strict=True)):
+        if factor is None or basis is None:
+            continue
+        for own_factor, own_basis, own_grad in zip(factor.split(1), basis.split(1), grad.split(1), strict=True):
+            plain = kronecker.gram(own_grad.clone(), side) * shares[side]
+            own_basis.copy_(linalg.descending_eigenbasis(plain))
+            own_factor.copy_(own_basis.mT @ plain @ own_basis)
 
 
 def learn_as_released(state: KLShampooState, projected: Tensor, hyper: Hyper) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kl_dist import linalg
 from kl_dist.methods import kl_factors, kronecker
 from kl_dist.methods.kronecker import Hyper
 from kl_dist.methods.state import Side, SOAPState, unstarted
@@ -69,11 +68,7 @@ def scaled_adam(
 
 def start_as_released(state: SOAPState, grad: Tensor, hyper: Hyper) -> None:
     """The released code's first call: S = (1 - beta) G G^T and its eigenvectors; weights and moments stay."""
-    for side, (factor, basis) in enumerate(zip(state.factors, state.bases, strict=True)):
-        if factor is not None and basis is not None:
-            plain = kronecker.gram(grad, side) * (1 - hyper.factor_beta)
-            basis.copy_(linalg.descending_eigenbasis(plain))
-            factor.copy_(basis.mT @ plain @ basis)
+    kl_factors.start_in_eigenvectors(state, grad, [1 - hyper.factor_beta] * len(state.factors))
 
 
 def update_as_released(state: SOAPState, grad: Tensor, hyper: Hyper) -> Tensor:

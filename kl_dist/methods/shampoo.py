@@ -61,9 +61,16 @@ def refresh(state: ShampooState, hyper: Hyper) -> None:
 
 
 def start_as_released(state: ShampooState, grad: Tensor, hyper: Hyper) -> None:
-    """First call of recipe "paper": factors and inverse roots from the gradient as it is; weights and moments stay."""
-    kronecker.learn_grams(state.factors, grad, state.step, kronecker.steady_beta(hyper.factor_beta), normalize=False)
-    refresh_as_released(state, hyper)
+    """First call of recipe "paper": factors and inverse roots from the gradient as it is; weights and moments stay.
+
+    Matrix by matrix, each copied out of its batch, as in `kl_factors.start_in_eigenvectors`.
+    """
+    for i, own_grad in enumerate(grad.split(1)):
+        own = state.rows([i])
+        kronecker.learn_grams(
+            own.factors, own_grad.clone(), own.step, kronecker.steady_beta(hyper.factor_beta), normalize=False
+        )
+        refresh_as_released(own, hyper)
 
 
 def update_as_released(state: ShampooState, grad: Tensor, hyper: Hyper) -> Tensor:

@@ -98,5 +98,6 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         seen.add(id(parameter))
     visit(dict(optimizer.state))
-    weights = {p.untyped_storage().data_ptr() for group in optimizer.param_groups for p in group["params"]}
+    shards = (getattr(p, "to_local", lambda p=p: p)() for group in optimizer.param_groups for p in group["params"])
+    weights = {shard.untyped_storage().data_ptr() for shard in shards}
     return sum(size for address, size in storages.items() if address not in weights)

@@ -1,8 +1,8 @@
 #!/bin/sh
-# The study behind docs/learning.md, from nothing: about two hours on two cores. Runs that are in benchmarks/results
+# The study behind docs/learning.md, from nothing: about three hours on two cores. Runs that are in benchmarks/results
 # already are not repeated, so it can be stopped and started again; without arguments it makes all parts in turn.
 #
-#   benchmarks/study.sh [grid] [regression] ...
+#   benchmarks/study.sh [grid] [choices] [seeds] [long] [regression]
 set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -16,7 +16,8 @@ compare() {
 grid() {
     text="compare --results $results/text.jsonl"
     $text --run "--optimizer adamw" --grid lr=1e-3,1.5e-3,2e-3,3e-3,4e-3
-    $text --run "--optimizer kl_shampoo" --grid lr=4e-3,6e-3,1e-2,1.5e-2,2.2e-2
+    $text --run "--optimizer kl_shampoo --set betas=(0.95,0.95)" --grid lr=4e-3,6e-3,1e-2,1.5e-2,2.2e-2
+    $text --run "--optimizer kl_shampoo" --grid lr=6e-3,1e-2,1.5e-2
     $text --run "--optimizer muon" --grid lr=1e-2,2e-2,3e-2,4.5e-2,7e-2
     $text --run "--optimizer muon --set adjust_lr_fn=match_rms_adamw" --grid lr=4e-3,6e-3,1e-2,1.5e-2,2.2e-2
     $text --run "--optimizer soap" --grid lr=4e-3,6e-3,1e-2,1.5e-2,2.2e-2
@@ -26,6 +27,62 @@ grid() {
     $text --run "--optimizer soap --recipe paper" --grid lr=2e-3,3e-3,4.5e-3,6e-3,1e-2
 }
 
-for part in "${@:-grid}"; do
+# KL-Shampoo's choices one at a time, and the nearest rivals' own.
+choices() {
+    kl="--optimizer kl_shampoo --lr 1e-2"
+    muon="--optimizer muon --lr 1.5e-2 --set adjust_lr_fn=match_rms_adamw"
+    soap="--optimizer soap --lr 1.5e-2"
+    base="betas=(0.95,0.95)"
+    text="compare --results $results/text.jsonl"
+    $text --run "$kl --set $base" --grid precondition_frequency=1,5,10
+    $text --run "$kl --set $base" --grid adamw_lr=2.5e-3,1e-2
+    $text --run "$kl --set $base" --grid nesterov=False
+    $text --run "$kl --set $base" --grid shampoo_beta=0.9,0.98
+    $text --run "$kl --set $base" --grid blocking=none
+    $text --run "$kl --set $base" --grid max_preconditioner_dim=64
+    $text --run "$kl" --grid "betas=(0.95,0.9),(0.95,0.98),(0.9,0.95),(0.98,0.95),(0.9,0.9),(0.85,0.9)"
+    $text --run "$kl --set betas=(0.9,0.95)" --grid shampoo_beta=0.9,0.8
+    $text --run "--optimizer kl_shampoo --lr 1.5e-2 --set betas=(0.9,0.9)"
+    $text --run "$muon" --grid momentum=0.85,0.9,0.98
+    $text --run "--optimizer muon --lr 2.2e-2 --set adjust_lr_fn=match_rms_adamw momentum=0.9"
+    $text --run "$muon" --run "$soap" --grid adamw_lr=2.5e-3,1e-2
+    $text --run "$soap" --grid "betas=(0.9,0.95),(0.95,0.9),(0.95,0.98)"
+    ${PYTHON:-python} -m benchmarks.variants --jobs 2 --results "$results/text.jsonl" --run "$kl --set $base" \
+        --grid recipe=unit_rms,stale_eigenvalues,one_refresh,eigh_start >/dev/null
+}
+
+# The best of those that matter, on three seeds.
+seeds() {
+    compare --results $results/text.jsonl --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1e-2" \
+        --run "--optimizer muon --lr 1.5e-2 --set adjust_lr_fn=match_rms_adamw momentum=0.85" \
+        --run "--optimizer soap --lr 1.5e-2" --run "--optimizer adamw --lr 2e-3"
+}
+
+# The same over 2,000 steps, of two layers and 1,024 tokens, with the longer memories beside the best.
+long() {
+    long="compare --results $results/text-2000.jsonl --steps 2000 --layers 2 --tokens-per-step 1024 --eval-every 100"
+    $long --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1e-2" \
+        --run "--optimizer kl_shampoo --lr 1e-2 --set betas=(0.95,0.95)" \
+        --run "--optimizer muon --lr 1.5e-2 --set adjust_lr_fn=match_rms_adamw momentum=0.85" \
+        --run "--optimizer soap --lr 1.5e-2"
+    $long --run "--optimizer adamw --lr 2e-3" \
+        --run "--optimizer muon --lr 1.5e-2 --set adjust_lr_fn=match_rms_adamw momentum=0.95"
+}
+
+# Another kind of task, on which nothing was chosen.
+regression() {
+    task="compare --results $results/regression.jsonl --task regression --layers 2 --width 64 --eval-every 25"
+    $task --run "--optimizer adamw" --grid lr=5e-4,1e-3,2e-3,4e-3,8e-3
+    $task --run "--optimizer kl_shampoo" --grid lr=2.5e-3,5e-3,1e-2,2e-2,4e-2
+    $task --run "--optimizer kl_shampoo --set betas=(0.95,0.95)" --grid lr=2.5e-3,5e-3,1e-2,2e-2,4e-2
+    $task --run "--optimizer muon --set adjust_lr_fn=match_rms_adamw momentum=0.85" --grid lr=4e-3,8e-3,1.5e-2,3e-2,6e-2
+    $task --run "--optimizer muon --set adjust_lr_fn=match_rms_adamw" --grid lr=4e-3,8e-3,1.5e-2,3e-2,6e-2
+    $task --run "--optimizer soap" --grid lr=2.5e-3,5e-3,1e-2,2e-2,4e-2
+    $task --run "--optimizer kl_soap" --grid lr=2.5e-3,5e-3,1e-2,2e-2,4e-2
+    $task --run "--optimizer shampoo" --grid lr=1e-3,2e-3,4e-3,8e-3,1.6e-2
+}
+
+parts=${*:-grid choices seeds long regression}
+for part in $parts; do
     "$part"
 done

@@ -18,8 +18,8 @@ grid() {
     $text --run "--optimizer adamw" --grid lr=1e-3,1.5e-3,2e-3,3e-3,4e-3
     $text --run "--optimizer kl_shampoo --set betas=(0.95,0.95)" --grid lr=4e-3,6e-3,1e-2,1.5e-2,2.2e-2
     $text --run "--optimizer kl_shampoo" --grid lr=6e-3,1e-2,1.5e-2
-    $text --run "--optimizer muon" --grid lr=1e-2,2e-2,3e-2,4.5e-2,7e-2
-    $text --run "--optimizer muon --set adjust_lr_fn=match_rms_adamw" --grid lr=4e-3,6e-3,1e-2,1.5e-2,2.2e-2
+    $text --run "--optimizer muon --set adjust_lr_fn=None momentum=0.95" --grid lr=1e-2,2e-2,3e-2,4.5e-2,7e-2
+    $text --run "--optimizer muon --set momentum=0.95" --grid lr=4e-3,6e-3,1e-2,1.5e-2,2.2e-2
     $text --run "--optimizer soap" --grid lr=4e-3,6e-3,1e-2,1.5e-2,2.2e-2
     $text --run "--optimizer kl_soap" --grid lr=4e-3,6e-3,1e-2,1.5e-2,2.2e-2
     $text --run "--optimizer shampoo" --grid lr=1.5e-3,3e-3,4.5e-3,6e-3,1e-2
@@ -30,7 +30,7 @@ grid() {
 # KL-Shampoo's choices one at a time, and the nearest rivals' own.
 choices() {
     kl="--optimizer kl_shampoo --lr 1e-2"
-    muon="--optimizer muon --lr 1.5e-2 --set adjust_lr_fn=match_rms_adamw"
+    muon="--optimizer muon --lr 1.5e-2"
     soap="--optimizer soap --lr 1.5e-2"
     base="betas=(0.95,0.95)"
     text="compare --results $results/text.jsonl"
@@ -44,18 +44,22 @@ choices() {
     $text --run "$kl --set betas=(0.9,0.95)" --grid shampoo_beta=0.9,0.8
     $text --run "--optimizer kl_shampoo --lr 1.5e-2 --set betas=(0.9,0.9)"
     $text --run "$muon" --grid momentum=0.85,0.9,0.98
-    $text --run "--optimizer muon --lr 2.2e-2 --set adjust_lr_fn=match_rms_adamw momentum=0.9"
-    $text --run "$muon" --run "$soap" --grid adamw_lr=2.5e-3,1e-2
+    $text --run "--optimizer muon --lr 2.2e-2 --set momentum=0.9"
+    $text --run "$muon --set momentum=0.95" --run "$soap" --grid adamw_lr=2.5e-3,1e-2
     $text --run "$soap" --grid "betas=(0.9,0.95),(0.95,0.9),(0.95,0.98)"
     ${PYTHON:-python} -m benchmarks.variants --jobs 2 --results "$results/text.jsonl" --run "$kl --set $base" \
         --grid recipe=unit_rms,stale_eigenvalues,one_refresh,eigh_start >/dev/null
 }
 
-# The best of those that matter, on three seeds.
+# The best of each on three seeds.
 seeds() {
-    compare --results $results/text.jsonl --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1e-2" \
-        --run "--optimizer muon --lr 1.5e-2 --set adjust_lr_fn=match_rms_adamw momentum=0.85" \
-        --run "--optimizer soap --lr 1.5e-2" --run "--optimizer adamw --lr 2e-3"
+    text="compare --results $results/text.jsonl --seeds 0 1 2"
+    $text --run "--optimizer kl_shampoo --lr 1e-2" --run "--optimizer muon --lr 1.5e-2" \
+        --run "--optimizer soap --lr 1.5e-2" --run "--optimizer adamw --lr 2e-3" \
+        --run "--optimizer kl_shampoo --lr 1e-2 --set betas=(0.95,0.95)" --run "--optimizer kl_soap --lr 1.5e-2"
+    $text --run "--optimizer muon --lr 3e-2 --set adjust_lr_fn=None momentum=0.95" \
+        --run "--optimizer shampoo --lr 6e-3" --run "--optimizer soap --recipe paper --lr 4.5e-3" \
+        --run "--optimizer kl_shampoo --recipe paper --lr 1e-2"
 }
 
 # The same over 2,000 steps, of two layers and 1,024 tokens, with the longer memories beside the best.
@@ -63,10 +67,10 @@ long() {
     long="compare --results $results/text-2000.jsonl --steps 2000 --layers 2 --tokens-per-step 1024 --eval-every 100"
     $long --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1e-2" \
         --run "--optimizer kl_shampoo --lr 1e-2 --set betas=(0.95,0.95)" \
-        --run "--optimizer muon --lr 1.5e-2 --set adjust_lr_fn=match_rms_adamw momentum=0.85" \
+        --run "--optimizer muon --lr 1.5e-2" \
         --run "--optimizer soap --lr 1.5e-2"
     $long --run "--optimizer adamw --lr 2e-3" \
-        --run "--optimizer muon --lr 1.5e-2 --set adjust_lr_fn=match_rms_adamw momentum=0.95"
+        --run "--optimizer muon --lr 1.5e-2 --set momentum=0.95"
 }
 
 # Another kind of task, on which nothing was chosen.
@@ -75,8 +79,8 @@ regression() {
     $task --run "--optimizer adamw" --grid lr=5e-4,1e-3,2e-3,4e-3,8e-3
     $task --run "--optimizer kl_shampoo" --grid lr=2.5e-3,5e-3,1e-2,2e-2,4e-2
     $task --run "--optimizer kl_shampoo --set betas=(0.95,0.95)" --grid lr=2.5e-3,5e-3,1e-2,2e-2,4e-2
-    $task --run "--optimizer muon --set adjust_lr_fn=match_rms_adamw momentum=0.85" --grid lr=4e-3,8e-3,1.5e-2,3e-2,6e-2
-    $task --run "--optimizer muon --set adjust_lr_fn=match_rms_adamw" --grid lr=4e-3,8e-3,1.5e-2,3e-2,6e-2
+    $task --run "--optimizer muon" --grid lr=4e-3,8e-3,1.5e-2,3e-2,6e-2
+    $task --run "--optimizer muon --set momentum=0.95" --grid lr=4e-3,8e-3,1.5e-2,3e-2,6e-2
     $task --run "--optimizer soap" --grid lr=2.5e-3,5e-3,1e-2,2e-2,4e-2
     $task --run "--optimizer kl_soap" --grid lr=2.5e-3,5e-3,1e-2,2e-2,4e-2
     $task --run "--optimizer shampoo" --grid lr=1e-3,2e-3,4e-3,8e-3,1.6e-2

@@ -41,7 +41,8 @@ class KLShampoo(torch.optim.Optimizer):
         params: parameters, (name, parameter) pairs as `model.named_parameters()` gives them, or parameter groups.
             Two or more dimensions are served by `method`, all others by AdamW.
         lr: learning rate of matrices, and of AdamW unless `adamw_lr` is given.
-        betas: weights of the old momentum and the old second moments. None: the recipe's, (0.95, 0.95) for "fresh".
+        betas: weights of the old momentum and the old second moments. None: (0.9, 0.9), for the other methods
+            (0.95, 0.95), for recipe "paper" (0.9, 0.98).
         eps: added to denominators; relative to the gradients' scale for matrices under "fresh".
         weight_decay: decoupled.
         method: "kl_shampoo", "kl_soap", "soap", "shampoo", or "adamw".

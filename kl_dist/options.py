@@ -32,6 +32,11 @@ RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
         "merge_dims": False,
     },
 }
+METHOD_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("kl_shampoo", "fresh"): {"betas": (0.9, 0.9)},
+}
+"""Where a method has values of its own within a recipe; docs/learning.md has what they were chosen by."""
+
 ADAMW_BETAS = (0.9, 0.95)
 
 DEFAULTS: dict[str, Any] = {
@@ -71,6 +76,11 @@ _GROUP_KEYS = {*DEFAULTS, "params", "param_names", "base_lr", "initial_lr", "max
 _GROUP_KEYS |= {"base_momentum", "swa_lr", "name"}
 
 
+def recipe_defaults(method: str, recipe: str) -> dict[str, Any]:
+    """The values of the options that a method leaves to its recipe."""
+    return RECIPE_DEFAULTS[recipe] | METHOD_DEFAULTS.get((method, recipe), {})
+
+
 def unknown_option(key: str, known: Iterable[str], what: str = "option") -> TypeError:
     """The error for a key nobody knows, naming the nearest that exists, or why torch's own is not here."""
     if key in _NOT_OURS:
@@ -98,7 +108,7 @@ def resolve(group: dict[str, Any]) -> None:
     _check_choice(group, "recipe", tuple(RECIPE_DEFAULTS))
     if group["adamw_betas"] is None:
         group["adamw_betas"] = ADAMW_BETAS if group["betas"] is None else group["betas"]
-    for key, value in RECIPE_DEFAULTS[group["recipe"]].items():
+    for key, value in recipe_defaults(group["method"], group["recipe"]).items():
         if group[key] is None:
             group[key] = value
     _check_choice(group, "blocking", BLOCKINGS)

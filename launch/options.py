@@ -34,10 +34,10 @@ RECIPES = ["fresh", "paper"]
 PARALLEL = ("ddp", "fsdp", "hsdp", "tp", "fsdp+tp")
 KRONECKER_METHODS = ("kl_shampoo", "kl_soap", "soap", "shampoo")
 
-# The best of a coarse grid for the demo's model and text; another model wants its own search.
+# The best that docs/learning.md found for the demo's model and text; another model wants its own search.
 DEFAULT_RATES = {
     **dict.fromkeys(KRONECKER_METHODS, Rates(1e-2, 5e-3)),
-    "muon": Rates(3e-2, 5e-3),
+    "muon": Rates(1.5e-2, 5e-3),
     "adamw": Rates(2e-3, 2e-3),
 }
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from kl_dist import KLShampoo, param_groups
-from kl_dist.options import ADAMW_BETAS, RECIPE_DEFAULTS
+from kl_dist.methods import MATRIX_METHODS
+from kl_dist.options import ADAMW_BETAS, RECIPE_DEFAULTS, recipe_defaults
 
 NAN, INF = float("nan"), float("inf")
 
@@ -115,13 +116,16 @@ def test_a_process_group_that_is_not_initialised_is_an_error(monkeypatch):
         KLShampoo(named())
 
 
+@pytest.mark.parametrize("method", MATRIX_METHODS)
 @pytest.mark.parametrize("recipe", RECIPE_DEFAULTS)
-def test_options_left_open_are_the_recipes(recipe):
-    (group,) = KLShampoo(named(), recipe=recipe).param_groups
-    assert {key: group[key] for key in RECIPE_DEFAULTS[recipe]} == RECIPE_DEFAULTS[recipe]
+def test_options_left_open_are_the_recipes(recipe, method):
+    (group,) = KLShampoo(named(), recipe=recipe, method=method).param_groups
+    assert {key: group[key] for key in RECIPE_DEFAULTS[recipe]} == recipe_defaults(method, recipe)
+    betas = {"paper": (0.9, 0.98), "fresh": (0.9, 0.9) if method == "kl_shampoo" else (0.95, 0.95)}
+    assert group["betas"] == betas[recipe]
     assert group["adamw_betas"] == ADAMW_BETAS
     (group,) = KLShampoo(
-        named(), recipe=recipe, betas=(0.5, 0.6), nesterov=False, precondition_frequency=7
+        named(), recipe=recipe, method=method, betas=(0.5, 0.6), nesterov=False, precondition_frequency=7
     ).param_groups
     assert (group["betas"], group["adamw_betas"], group["nesterov"]) == ((0.5, 0.6), (0.5, 0.6), False)
     assert group["precondition_frequency"] == 7

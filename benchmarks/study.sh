@@ -7,6 +7,7 @@ set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 results=benchmarks/results
+longer="betas=(0.95,0.95) adamw_betas=(0.9,0.95)"  # the defaults when most of this was measured
 
 compare() {
     ${PYTHON:-python} launch/compare.py --jobs 2 "$@" >/dev/null
@@ -16,7 +17,7 @@ compare() {
 grid() {
     text="compare --results $results/text.jsonl"
     $text --run "--optimizer adamw" --grid lr=1e-3,1.5e-3,2e-3,3e-3,4e-3
-    $text --run "--optimizer kl_shampoo --set betas=(0.95,0.95)" --grid lr=4e-3,6e-3,1e-2,1.5e-2,2.2e-2
+    $text --run "--optimizer kl_shampoo --set $longer" --grid lr=4e-3,6e-3,1e-2,1.5e-2,2.2e-2
     $text --run "--optimizer kl_shampoo" --grid lr=6e-3,1e-2,1.5e-2
     $text --run "--optimizer muon --set adjust_lr_fn=None momentum=0.95" --grid lr=1e-2,2e-2,3e-2,4.5e-2,7e-2
     $text --run "--optimizer muon --set momentum=0.95" --grid lr=4e-3,6e-3,1e-2,1.5e-2,2.2e-2
@@ -32,14 +33,13 @@ choices() {
     kl="--optimizer kl_shampoo --lr 1e-2"
     muon="--optimizer muon --lr 1.5e-2"
     soap="--optimizer soap --lr 1.5e-2"
-    base="betas=(0.95,0.95)"
     text="compare --results $results/text.jsonl"
-    $text --run "$kl --set $base" --grid precondition_frequency=1,5,10
-    $text --run "$kl --set $base" --grid adamw_lr=2.5e-3,1e-2
-    $text --run "$kl --set $base" --grid nesterov=False
-    $text --run "$kl --set $base" --grid shampoo_beta=0.9,0.98
-    $text --run "$kl --set $base" --grid blocking=none
-    $text --run "$kl --set $base" --grid max_preconditioner_dim=64
+    $text --run "$kl --set $longer" --grid precondition_frequency=1,5,10
+    $text --run "$kl --set $longer" --grid adamw_lr=2.5e-3,1e-2
+    $text --run "$kl --set $longer" --grid nesterov=False
+    $text --run "$kl --set $longer" --grid shampoo_beta=0.9,0.98
+    $text --run "$kl --set $longer" --grid blocking=none
+    $text --run "$kl --set $longer" --grid max_preconditioner_dim=64
     $text --run "$kl" --grid "betas=(0.95,0.9),(0.95,0.98),(0.9,0.95),(0.98,0.95),(0.9,0.9),(0.85,0.9)"
     $text --run "$kl --set betas=(0.9,0.95)" --grid shampoo_beta=0.9,0.8
     $text --run "--optimizer kl_shampoo --lr 1.5e-2 --set betas=(0.9,0.9)"
@@ -47,7 +47,7 @@ choices() {
     $text --run "--optimizer muon --lr 2.2e-2 --set momentum=0.9"
     $text --run "$muon --set momentum=0.95" --run "$soap" --grid adamw_lr=2.5e-3,1e-2
     $text --run "$soap" --grid "betas=(0.9,0.95),(0.95,0.9),(0.95,0.98)"
-    ${PYTHON:-python} -m benchmarks.variants --jobs 2 --results "$results/text.jsonl" --run "$kl --set $base" \
+    ${PYTHON:-python} -m benchmarks.variants --jobs 2 --results "$results/text.jsonl" --run "$kl --set $longer" \
         --grid recipe=unit_rms,stale_eigenvalues,one_refresh,eigh_start >/dev/null
 }
 
@@ -75,15 +75,15 @@ long() {
 
 # Another kind of task, on which nothing was chosen.
 regression() {
-    task="compare --results $results/regression.jsonl --task regression --layers 2 --width 64 --eval-every 25"
-    $task --run "--optimizer adamw" --grid lr=5e-4,1e-3,2e-3,4e-3,8e-3
-    $task --run "--optimizer kl_shampoo" --grid lr=2.5e-3,5e-3,1e-2,2e-2,4e-2
-    $task --run "--optimizer kl_shampoo --set betas=(0.95,0.95)" --grid lr=2.5e-3,5e-3,1e-2,2e-2,4e-2
-    $task --run "--optimizer muon" --grid lr=4e-3,8e-3,1.5e-2,3e-2,6e-2
-    $task --run "--optimizer muon --set momentum=0.95" --grid lr=4e-3,8e-3,1.5e-2,3e-2,6e-2
-    $task --run "--optimizer soap" --grid lr=2.5e-3,5e-3,1e-2,2e-2,4e-2
-    $task --run "--optimizer kl_soap" --grid lr=2.5e-3,5e-3,1e-2,2e-2,4e-2
-    $task --run "--optimizer shampoo" --grid lr=1e-3,2e-3,4e-3,8e-3,1.6e-2
+    task="compare --results $results/regression.jsonl --task regression --layers 2 --width 64 --eval-every 25 --seeds 0 1 2"
+    $task --run "--optimizer adamw" --grid lr=4e-3,8e-3,1.6e-2,3.2e-2,6.4e-2,1.28e-1,2.56e-1
+    $task --run "--optimizer kl_shampoo" --grid lr=1e-2,2e-2,4e-2,8e-2,1.6e-1,3.2e-1,6.4e-1
+    $task --run "--optimizer kl_shampoo --set $longer" --grid lr=1e-2,2e-2,4e-2,8e-2,1.6e-1,3.2e-1,6.4e-1
+    $task --run "--optimizer muon" --grid lr=3e-2,6e-2,1.2e-1,2.4e-1,4.8e-1,9.6e-1
+    $task --run "--optimizer muon --set momentum=0.95" --grid lr=3e-2,6e-2,1.2e-1,2.4e-1,4.8e-1,9.6e-1
+    $task --run "--optimizer soap" --grid lr=1e-2,2e-2,4e-2,8e-2,1.6e-1,3.2e-1,6.4e-1
+    $task --run "--optimizer kl_soap" --grid lr=1e-2,2e-2,4e-2,8e-2,1.6e-1,3.2e-1,6.4e-1
+    $task --run "--optimizer shampoo" --grid lr=8e-3,1.6e-2,3.2e-2,6.4e-2,1.28e-1
 }
 
 parts=${*:-grid choices seeds long regression}

@@ -10,7 +10,17 @@ from kl_dist.clipping import clip_grad_norm_
 from kl_dist.optimizer import KLShampoo
 from kl_dist.partition import Plan
 from kl_dist.routing import param_groups, plan
+from kl_dist.saving import full_state_dict, load_full_state_dict
 
 __version__ = "0.1.0"
 
-__all__ = ["KLShampoo", "Plan", "__version__", "clip_grad_norm_", "param_groups", "plan"]
+__all__ = [
+    "KLShampoo",
+    "Plan",
+    "__version__",
+    "clip_grad_norm_",
+    "full_state_dict",
+    "load_full_state_dict",
+    "param_groups",
+    "plan",
+]

@@ -122,10 +122,17 @@ def describe_gradients(seen: Sequence[Sight], out: Tensor) -> None:
 
 
 def agreed(plan: Plan, values: Sequence[float]) -> list[Gradient]:
-    """The units' gradients from the largest that any rank said: a number a unit, then one for each that may wait."""
+    """The units' gradients from the largest that any rank said: a number a unit, then one for each that may wait.
+
+    A parameter under AdamW steps as a whole: not where the owner of one of its slices misses the gradient.
+    """
     said = [Gradient(int(value)) for value in values[: len(plan.units)]]
     for index, waits in zip(plan.waiting, values[len(plan.units) :], strict=True):
         rests = said[index] is Gradient.ZERO and plan.units[index].reading.of_batch
         if waits and not rests and said[index] in (Gradient.ZERO, Gradient.PRESENT):
             said[index] = Gradient.FIRST
+    missed = {plan.units[index].parameter for index in plan.slices if said[index] is Gradient.MISSING}
+    for index in plan.slices:
+        if plan.units[index].parameter in missed and said[index] is not Gradient.NONFINITE:
+            said[index] = Gradient.MISSING
     return said

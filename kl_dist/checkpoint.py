@@ -1,90 +1,332 @@
-"""What a saved state must be to be loaded: checks that come before anything is written."""
+"""State of the optimizer, saved and loaded: checks that come before anything is written, and the copying itself.
+
+Three forms of a state dict are read alike. In the *local* one, as `state_dict` gives it and torch.save writes it, a
+tensor is what one rank holds; in the *full* one it is all of it; in that of torch.distributed.checkpoint it is a
+`Divided`, which knows. See kl_dist.inventory, [Note: canonical state], for the tensors and their keys.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kl_dist import options
+from kl_dist.exchange import Ranks
+from kl_dist.inventory import Entry, inventory
+from kl_dist.layouts.dtensor import is_dtensor
+from kl_dist.partition import Plan
+from kl_dist.shards import Box, in_boxes, narrowed, whole
+from kl_dist.stacks import Stack
 
 ORIGIN = "kl_dist"
 """The entry of a state dict that says which rank of how many it was saved on."""
 
+REMEDY = "of a full state, kl_dist.load_full_state_dict(optimizer, state, strict=False) loads what fits"
 
-@torch.no_grad()
-def load(
-    saved: Mapping[str, Any],
-    groups: Sequence[dict[str, Any]],
-    state: Mapping[Tensor, Mapping[str, Tensor]],
-    rank: int,
-    world_size: int,
-) -> None:
-    """Copy a saved state into the tensors and options that are there, after all checks.
+
+@dataclass(frozen=True)
+class Holding:
+    """What this rank has of one tensor of the state."""
+
+    name: str  # of the parameter
+    entry: Entry
+    boxes: tuple[Box, ...]
+    memory: Tensor  # of the boxes, end to end; of AdamW's `step` one element for each slice
+
+    @property
+    def value(self) -> Tensor:
+        """The memory, shaped as what it holds; empty where this rank holds nothing."""
+        if len(self.boxes) != 1:
+            return self.memory
+        ((_, value),) = in_boxes(self.memory, self.boxes)
+        return value
+
+    def fill(self, source: Tensor) -> None:
+        """Copy in what `value` gives."""
+        source = source.reshape(-1)
+        self.memory.copy_(source if source.numel() == self.memory.numel() else source.clone())
+
+    def cut(self, full: Tensor) -> Iterator[tuple[Box, Tensor]]:
+        """The boxes of this rank, out of all of the tensor."""
+        return ((box, narrowed(full, box)) for box in self.boxes)
+
+
+def holdings(plan: Plan, stacks: Sequence[Sequence[Stack]], ranks: Ranks) -> list[Holding]:
+    """What this rank holds of every entry of the plan's inventory, sharing the memory of its stacks."""
+    rows = {
+        index: stack.state.row(row)
+        for stack in (stack for bucket in stacks for stack in bucket)
+        for row, index in enumerate(stack.indices)
+    }
+    held = []
+    for entry in inventory(plan):
+        mine = [i for part in entry.parts if ranks.rank in part.keepers for i in part.units]
+        boxes, nothing = entry.boxes(ranks.rank), torch.empty(0, dtype=entry.dtype, device=ranks.device)
+        memory = _joined([rows[i][entry.field] for i in mine]) if mine else nothing
+        if entry.constant is not None:
+            boxes, memory = (whole(entry.shape),), torch.full(entry.shape, entry.constant, dtype=entry.dtype)
+        held.append(Holding(plan.parameters[entry.parameter].name, entry, boxes, memory))
+    return held
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Neighbours in memory as one tensor, a view."""
+    first, total = parts[0].view(-1), sum(part.numel() for part in parts)
+    places = [part.storage_offset() for part in parts]
+    assert all(a + part.numel() == b for a, part, b in zip(places, parts, places[1:], strict=False)), places
+    return first if len(parts) == 1 else first.as_strided((total,), (1,))
+
+
+def origin_of(held: Sequence[Holding], ranks: Ranks) -> dict[str, Any]:
+    """What a state dict says of where it is from: the rank, and a digest of which rank holds what."""
+    said = "\n".join(f"{holding.name} {holding.entry.key} {holding.entry.places}" for holding in held)
+    division = hashlib.sha256(said.encode()).hexdigest()
+    return {"rank": ranks.rank, "world_size": ranks.size, "division": division}
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state dict, read."""
+
+    groups: Sequence[Mapping[str, Any]]
+    tensors: Mapping[tuple[str, str], Tensor]  # by name of the parameter and key
+    group_of: Mapping[str, Mapping[str, Any]]  # by name of the parameter
+    local: bool  # what one rank holds, in plain tensors
+
+
+def read(state: Any, groups: Sequence[Mapping[str, Any]]) -> Saved:
+    """Understand a state dict of any form.
 
     Raises:
-        ValueError: it is not of this optimizer, rank or world size; nothing is changed then.
+        ValueError: it is not KLShampoo's.
     """
-    check_origin(saved, rank, world_size)
-    check_groups(groups, saved["param_groups"])
-    for target, source in matching_state(groups, state, saved["state"]):
-        target.copy_(source)
-    for group, other in zip(groups, saved["param_groups"], strict=True):
-        group.update({key: value for key, value in other.items() if key not in ("params", "param_names")})
+    if not isinstance(state, Mapping) or not isinstance(state.get("param_groups"), (list, tuple)):
+        raise ValueError("this is not the state of KLShampoo: it has no 'param_groups'")
+    if not isinstance(state.get("state"), Mapping):
+        raise ValueError("the saved state is not whole: it has no entry 'state'")
+    saved = state["param_groups"]
+    for index, group in enumerate(saved):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(f"the saved parameter group {index} names no 'params'")
+        if "method" not in group or "recipe" not in group:
+            raise ValueError(
+                f"this is not the state of KLShampoo (its parameter group {index} has no 'method'): start the optimizer"
+                " anew"
+            )
+        if not isinstance(group.get("param_names", []), (list, tuple)):
+            raise ValueError(f"the 'param_names' of the saved parameter group {index} are no list")
+    names = _names(saved, groups)
+    group_of = {names[key]: group for group in saved for key in group["params"] if _is_key(key) and key in names}
+    return Saved(saved, dict(_tensors(state["state"], names)), group_of, ORIGIN in state)
 
 
-def check_origin(saved: Mapping[str, Any], rank: int, world_size: int) -> None:
-    """Raises ValueError unless `saved` is KLShampoo's, from the same rank of as many."""
-    origin = saved.get(ORIGIN)
-    if origin is None:
-        raise ValueError(f"this is not the state of KLShampoo (it has no entry {ORIGIN!r}): start the optimizer anew")
-    for key in ("state", "param_groups"):
-        if key not in saved:
-            raise ValueError(f"the saved state is not whole: it has no entry {key!r}")
-    for key, mine in (("world_size", world_size), ("rank", rank)):
-        if origin[key] != mine:
-            raise ValueError(f"the state was saved with {key} {origin[key]}, here it is {mine}: resume with the same")
+def check_origin(state: Mapping[str, Any], held: Sequence[Holding], ranks: Ranks) -> None:
+    """Raises ValueError unless what one rank saved was held by this rank of as many, divided in the same way."""
+    saved, here = state[ORIGIN], origin_of(held, ranks)
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"the entry {ORIGIN!r} of the saved state is damaged: {saved!r}")
+    for key in ("world_size", "rank"):
+        if saved.get(key) != here[key]:
+            raise ValueError(
+                f"the state was saved with {key} {saved.get(key)}, here it is {here[key]}: state_dict() holds the part"
+                " of one rank; save with torch.distributed.checkpoint or kl_dist.full_state_dict to resume elsewhere"
+            )
+
+
+def check_division(state: Mapping[str, Any], held: Sequence[Holding], ranks: Ranks) -> None:
+    """Raises ValueError when the ranks had divided the same state among them in another way."""
+    if ranks.size > 1 and state[ORIGIN].get("division") != origin_of(held, ranks)["division"]:
+        raise ValueError(
+            "the state was saved by ranks that held other parts of it (another layout, or parameters given in another"
+            " order): save with torch.distributed.checkpoint or kl_dist.full_state_dict to resume elsewhere"
+        )
+
+
+def _names(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> dict[Any, str]:
+    """What the saved state's identifiers of parameters mean: by their names, or else by their order here."""
+    here = [group["param_names"] for group in groups]
+    alike = [len(group["params"]) for group in saved] == [len(names) for names in here]
+    found: dict[Any, str] = {}
+    for index, group in enumerate(saved):
+        names = group.get("param_names") or (here[index] if alike else [str(key) for key in group["params"]])
+        found.update((key, name) for key, name in zip(group["params"], names, strict=False) if _is_key(key))
+    return found
+
+
+def _is_key(key: Any) -> bool:
+    return isinstance(key, (int, str))
+
+
+def _tensors(state: Mapping[Any, Any], names: Mapping[Any, str]) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    for identifier, entries in state.items():
+        if identifier not in names or not isinstance(entries, Mapping):
+            raise ValueError(f"the saved state {identifier!r} belongs to no parameter")
+        for key, tensor in entries.items():
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"state {key!r} of parameter {names[identifier]!r} is no tensor in the saved state")
+            yield (names[identifier], key), _as_given(tensor)
+
+
+def _as_given(tensor: Any) -> Tensor:
+    """What torch has spread to all ranks as a DTensor, as the plain tensor it is."""
+    return tensor.to_local() if is_dtensor(tensor) and not _divided(tensor) else tensor
 
 
 def check_groups(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError unless the groups hold as many parameters, with the options that shape the state."""
+    """Raises ValueError unless the groups have the same parameters, and the options that shape their state."""
     if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
-        raise ValueError("the saved parameter groups have other lengths than this optimizer's")
+        raise ValueError(f"the saved parameter groups have other lengths than this optimizer's; {REMEDY}")
     for index, (group, other) in enumerate(zip(groups, saved, strict=True)):
+        for mine, theirs in zip(group["param_names"], other.get("param_names") or group["param_names"], strict=True):
+            if mine != theirs:
+                raise ValueError(
+                    f"parameter group {index} was saved with parameter {theirs!r} where {mine!r} is here: give"
+                    f" KLShampoo the same parameters in the same order; {REMEDY}"
+                )
         for key in (*options.DEFAULTS, "base_lr"):
             if key not in other:
                 raise ValueError(f"the saved parameter group {index} lacks the option {key!r}")
-            if key in options.STRUCTURAL and other[key] != group[key]:
+            if key in options.STRUCTURAL and _lists(other[key]) != _lists(group[key]):
                 raise ValueError(
-                    f"parameter group {index} was saved with {key}={other[key]!r}, here it is {group[key]!r}"
+                    f"parameter group {index} was saved with {key}={other[key]!r}, here it is {group[key]!r}: construct"
+                    " KLShampoo with what was saved, or start its state anew"
                 )
+        try:
+            options.check_numbers({**group, **_taken(other)})
+        except (ValueError, TypeError) as problem:
+            raise ValueError(f"the saved parameter group {index}: {problem}") from None
 
 
-def matching_state(
-    groups: Sequence[Mapping[str, Any]],
-    state: Mapping[Tensor, Mapping[str, Tensor]],
-    saved: Mapping[int, Mapping[str, Tensor]],
-) -> list[tuple[Tensor, Tensor]]:
-    """(target, source) pairs of all state tensors.
+def misfit(holding: Holding, saved: Saved) -> str | None:
+    """Why a saved tensor cannot be loaded, or None where it can; the same on all ranks unless they were given other
+    files."""
+    entry = holding.entry
+    what = f"state {entry.key!r} of parameter {holding.name!r}"
+    tensor = saved.tensors.get((holding.name, entry.key))
+    if tensor is None:
+        return f"{what} is missing from the saved state"
+    wanted: tuple[int, ...] = tuple(holding.value.shape) if saved.local and not _divided(tensor) else entry.shape
+    if tuple(tensor.shape) != wanted:
+        return f"{what} has shape {tuple(tensor.shape)} in the saved state, here it is {wanted}"
+    if entry.constant is not None and not _divided(tensor) and tensor.numel() and int(tensor) != entry.constant:
+        return f"{what} is {int(tensor)} in the saved state: this version of kl_dist reads {entry.constant}"
+    if tensor.dtype != entry.dtype:
+        return f"{what} has dtype {tensor.dtype} in the saved state, here it is {entry.dtype}"
+    if _divided(tensor) and tensor.boxes != holding.boxes:  # type: ignore[attr-defined]
+        return f"{what} is divided over the ranks in another way in the saved state"
+    return None
+
+
+def reread(holding: Holding, groups: Sequence[Mapping[str, Any]], saved: Saved) -> str | None:
+    """Why the state of a matrix that fits means something else: said of its form, when options that shape it differ."""
+    if holding.entry.constant is None or holding.entry.key.startswith("form.adamw"):
+        return None
+    mine = next(group for group in groups if holding.name in group["param_names"])
+    theirs = saved.group_of[holding.name]
+    for key in options.STRUCTURAL:
+        if _lists(theirs.get(key)) != _lists(mine[key]):
+            return f"parameter {holding.name!r} was saved with {key}={theirs.get(key)!r}, here it is {mine[key]!r}"
+    return None
+
+
+def homeless(held: Sequence[Holding], saved: Saved) -> list[str]:
+    """What was saved and has no place here."""
+    known = {(holding.name, holding.entry.key) for holding in held}
+    return [f"state {key!r} of parameter {name!r}" for name, key in saved.tensors if (name, key) not in known]
+
+
+def check_all(held: Sequence[Holding], saved: Saved, frozen: Collection[str] = ()) -> list[Holding]:
+    """What there is to load: all of it, but for parameters that are frozen now and of which nothing was handed over.
+
+    torch.distributed.checkpoint.state_dict leaves those out.
 
     Raises:
-        ValueError: a tensor is missing, too many, or of another shape; names it and its parameter.
+        ValueError: a tensor has no place, or a place no tensor.
     """
-    pairs = []
-    named = [pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True)]
-    for number, (name, parameter) in enumerate(named):
-        mine, theirs = state.get(parameter, {}), saved.get(number, {})
-        for key in sorted(mine.keys() ^ theirs.keys()):
-            where = "is missing from the saved state" if key in mine else "was saved but is not owned by this rank"
-            raise ValueError(f"state {key!r} of parameter {name!r} {where}")
-        for key, target in mine.items():
-            source = theirs[key]
-            if target.shape != source.shape:
-                raise ValueError(
-                    f"state {key!r} of parameter {name!r} has shape {tuple(source.shape)} in the saved state,"
-                    f" here it is {tuple(target.shape)}"
-                )
-            pairs.append((target, source))
-    return pairs
+    given = {name for name, _ in saved.tensors}
+    wanted = [holding for holding in held if holding.name in given or holding.name not in frozen]
+    for holding in wanted:
+        problem = misfit(holding, saved)
+        if problem is not None:
+            raise ValueError(f"{problem}; {REMEDY}")
+    for what in homeless(held, saved):
+        raise ValueError(f"{what} was saved, but here it is frozen or not there; {REMEDY}")
+    return wanted
+
+
+def _divided(tensor: Tensor) -> bool:
+    return hasattr(tensor, "boxes")
+
+
+# -- copying -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def load(
+    state: Any,
+    groups: Sequence[dict[str, Any]],
+    held: Sequence[Holding],
+    ranks: Ranks,
+    frozen: Collection[str],
+) -> None:
+    """Copy a saved state of any form into the tensors and options that are there, after all checks; local.
+
+    Args:
+        frozen: names of parameters that may be missing from the saved state.
+
+    Raises:
+        ValueError: it does not fit; nothing is changed then.
+    """
+    saved = read(state, groups)
+    if saved.local:
+        check_origin(state, held, ranks)
+    check_groups(groups, saved.groups)
+    wanted = check_all(held, saved, frozen)
+    if saved.local:
+        check_division(state, held, ranks)
+    for holding in wanted:
+        tensor = saved.tensors[holding.name, holding.entry.key]
+        if holding.entry.constant is not None or not holding.memory.numel():
+            continue
+        if _divided(tensor):
+            holding.fill(tensor._local_tensor)  # type: ignore[attr-defined]
+        elif saved.local:
+            holding.fill(tensor)
+        else:
+            _fill_boxes(holding, tensor)
+    take_options(groups, saved.groups)
+
+
+def _fill_boxes(holding: Holding, full: Tensor) -> None:
+    if holding.memory.numel() != sum(part.numel() for _, part in holding.cut(full)):  # AdamW's step counts
+        holding.fill(full)
+        return
+    for (_, target), (_, part) in zip(in_boxes(holding.memory, holding.boxes), holding.cut(full), strict=True):
+        target.copy_(part)
+
+
+def take_options(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Every option of the saved groups, as torch.optim does; those that shape the state are the same already."""
+    for group, other in zip(groups, saved, strict=True):
+        group.update(_taken(other))
+
+
+def _taken(saved: Mapping[str, Any]) -> dict[str, Any]:
+    kept = ("params", "param_names", *options.STRUCTURAL)
+    taken = {key: value for key, value in saved.items() if key not in kept}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in taken.items()}
+
+
+def _lists(value: Any) -> Any:
+    """With lists for tuples and strings for keys, as torch.distributed.checkpoint hands things back."""
+    if isinstance(value, Mapping):
+        return {str(key): _lists(x) for key, x in value.items()}
+    return [_lists(x) for x in value] if isinstance(value, (list, tuple)) else value

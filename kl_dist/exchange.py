@@ -101,6 +101,10 @@ class Ranks(Team):
         if self.rank < 0:
             raise ValueError("this process does not belong to the process_group it gave to KLShampoo")
 
+    def __deepcopy__(self, _: dict[int, Any]) -> Ranks:
+        """Itself: a connection is not data."""
+        return self
+
     def settle_on(self, device: torch.device) -> None:
         """Take note of where the parameters are.
 
@@ -122,6 +126,21 @@ class Ranks(Team):
         if self.size > 1:
             dist.all_reduce(value, group=self.group)
         return value
+
+    def from_rank(self, source: int, tensor: Tensor) -> Tensor:
+        """What `source` has, on every rank; `tensor` is contiguous and receives it."""
+        if self.size > 1:
+            dist.broadcast(tensor, group=self.group, group_src=source)
+        return tensor
+
+    def hand_over(self, tensor: Tensor, source: int, target: int) -> None:
+        """Send what `source` has to `target`, which receives it in `tensor`, contiguous; the others do nothing."""
+        if source == target:
+            return
+        if self.rank == source:
+            dist.send(tensor, group=self.group, group_dst=target)
+        elif self.rank == target:
+            dist.recv(tensor, group=self.group, group_src=source)
 
     def get_to_know(self, group: dist.ProcessGroup) -> None:
         """Take note of a process group that some of these ranks have among them: one dimension of a device mesh.

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from kl_dist import checkpoint, linalg, options
+from kl_dist import checkpoint, full_state, linalg, options
 from kl_dist.agreement import Gradient, find_problem
 from kl_dist.engine import Engine
 from kl_dist.exchange import Ranks
@@ -102,6 +102,7 @@ class KLShampoo(torch.optim.Optimizer):
         self._ranks = Ranks(process_group)
         self._engine: Engine | None = None
         self._reduction: Reduction | None = None
+        self._consolidated: dict[str, Any] | None = None
         self._on_nonfinite = on_nonfinite
         self._skipped = 0
         with self._ranks.together():
@@ -200,14 +201,13 @@ class KLShampoo(torch.optim.Optimizer):
         if self._reduction is not None:
             self._reduction.follow(plan, parameters)
         self._signature = _signature(self._planned())
+        for name, tensors in self._states():
+            for key, tensor in old.get(name, {}).items():
+                tensors[key].copy_(tensor)
+        self._holdings = checkpoint.holdings(plan, self._engine.stacks, self._ranks)
         self.state.clear()
-        for unit, tensors in unit_states(self._engine.stacks):
-            suffix = unit.name.removeprefix(plan.parameters[unit.parameter].name)
-            entry = self.state[parameters[unit.parameter]]
-            for name, tensor in tensors.items():
-                if unit.name in old:
-                    tensor.copy_(old[unit.name][name])
-                entry[f"{suffix}{'.' if suffix else ''}{name}"] = tensor
+        for holding in self._holdings:
+            self.state[by_name[holding.name]][holding.entry.key] = holding.value
 
     def _states(self) -> Iterable[tuple[str, dict[str, Tensor]]]:
         assert self._engine is not None
@@ -325,29 +325,58 @@ class KLShampoo(torch.optim.Optimizer):
     # -- state dicts --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank holds, in torch.optim's form; local, never a collective.
+        """What this rank holds, in torch.optim's form, with the same keys on all ranks; local, never a collective.
 
-        `state` has the matrices and slices this rank owns. Load it on the same rank of as many ranks.
+        Written by torch.save it is plain tensors, for the same rank of as many ranks. torch.distributed.checkpoint
+        finds in it what every rank has of every tensor, and loads it at any world size and in any layout. After
+        `consolidate_state_dict` it is, once and on the rank that was named, all of the state.
         """
         if self._running.failure is not None:
             raise self._running.failure
+        consolidated, self._consolidated = self._consolidated, None
+        if consolidated is not None:
+            return consolidated
         saved = super().state_dict()
-        saved[checkpoint.ORIGIN] = {"rank": self._ranks.rank, "world_size": self._ranks.size}
+        saved["state"] = {number: {} for number in saved["state"]}
+        numbers = {
+            name: number
+            for group in saved["param_groups"]
+            for name, number in zip(group["param_names"], group["params"], strict=True)
+        }
+        for holding, tensor in zip(self._holdings, self._as_saved(), strict=True):
+            saved["state"][numbers[holding.name]][holding.entry.key] = tensor
+        saved[checkpoint.ORIGIN] = checkpoint.origin_of(self._holdings, self._ranks)
         return saved
 
-    @torch.no_grad()
+    def _as_saved(self) -> Iterable[Tensor]:
+        """The tensors of the holdings, on one device as torch.distributed.checkpoint wants them."""
+        held = [holding.value.to(self._ranks.device) for holding in self._holdings]
+        if self._ranks.size == 1:
+            return held
+        from kl_dist.layouts.divided import divide  # takes seconds to import
+
+        return divide([holding.entry for holding in self._holdings], held, self._ranks)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave on this rank; local, each tensor in its own dtype.
+        """Load a state of any form; local, never a collective: see kl_dist.checkpoint.
 
         Raises:
-            ValueError: it is not of this optimizer, rank or world size; nothing is changed then.
+            ValueError: it is not of this optimizer, or another rank's part; nothing is changed then.
         """
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        checkpoint.load(state_dict, self.param_groups, self.state, self._ranks.rank, self._ranks.size)
+        named = (pair for group in self.param_groups for pair in self._named(group))
+        frozen = {name for name, parameter in named if not parameter.requires_grad}
+        checkpoint.load(state_dict, self.param_groups, self._holdings, self._ranks, frozen)
         self._running.failure = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Have the next `state_dict()` of one rank be all of the state; a collective, as ZeroRedundancyOptimizer's."""
+        self._ranks.raise_together(self._running.failure)
+        gathered = full_state.gather(self._holdings, self.param_groups, self._ranks, to)
+        self._consolidated = gathered or None
 
     # -- copies -------------------------------------------------------------------------------------------------------
 
@@ -377,11 +406,11 @@ class KLShampoo(torch.optim.Optimizer):
         super().__setstate__(state)
         self.defaults = {key: self.defaults[key] for key in options.DEFAULTS}
         held = {parameter: dict(tensors) for parameter, tensors in self.state.items()}
-        self._ranks, self._engine, self._reduction = ranks, None, None
+        self._ranks, self._engine, self._reduction, self._consolidated = ranks, None, None, None
         self._adopt(plan)
-        for parameter, tensors in held.items():
-            for key, tensor in tensors.items():
-                self.state[parameter][key].copy_(tensor)
+        by_name = dict(pair for group in self.param_groups for pair in self._named(group))
+        for holding in self._holdings:
+            holding.fill(held[by_name[holding.name]][holding.entry.key])
 
 
 def _named(name: str, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -131,8 +131,8 @@ def describe(group: Mapping[str, Any]) -> str:
 
 def check_numbers(group: Mapping[str, Any]) -> None:
     """The checks on what schedulers and users may change between steps."""
-    for key in ("lr", "eps", "weight_decay", "adamw_lr"):
-        if key != "adamw_lr" or group[key] is not None:
+    for key in ("lr", "eps", "weight_decay", "adamw_lr", "base_lr"):
+        if key not in ("adamw_lr", "base_lr") or group.get(key) is not None:
             _check_number(key, group[key], 0.0, math.inf)
     for key in ("betas", "adamw_betas"):
         pair = group[key]

@@ -120,6 +120,11 @@ class Plan:
             if unit.method != "adamw" and rule(unit.method, unit.recipe).starts_without_update
         )
 
+    @cached_property
+    def slices(self) -> tuple[int, ...]:
+        """Indices of the units under AdamW."""
+        return tuple(i for i, unit in enumerate(self.units) if unit.method == "adamw")
+
     @property
     def agreement_size(self) -> int:
         """Numbers in the all-reduce that opens a step: for every unit, two to compare options, one for trouble."""

@@ -37,7 +37,8 @@ def named_parameters_of(
         raise TypeError("parameters in a set have no fixed order, and ranks would disagree: give a list")
     entries = [params] if isinstance(params, Tensor) else list(params)
     named = [
-        entry if isinstance(entry, tuple) else (f"group{number}.param{i}", entry) for i, entry in enumerate(entries)
+        (_unwrapped(entry[0]), *entry[1:]) if isinstance(entry, tuple) else (f"group{number}.param{i}", entry)
+        for i, entry in enumerate(entries)
     ]
     first_names = {id(parameter): name for name, parameter in taken}
     names = set(first_names.values())
@@ -51,6 +52,13 @@ def named_parameters_of(
             raise ValueError(f"two parameters of one group are called {name!r}")
         first_names[id(parameter)] = name
     return [(f"group{number}.{name}" if name in names else name, parameter) for name, parameter in named]
+
+
+def _unwrapped(name: str) -> str:
+    """Without what DistributedDataParallel and torch.compile put before it, as torch.distributed.checkpoint has it."""
+    while isinstance(name, str) and name.startswith(("module.", "_orig_mod.")):
+        name = name.partition(".")[2]
+    return name
 
 
 def _check_parameter(name: str, parameter: Any) -> None:

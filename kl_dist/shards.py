@@ -8,12 +8,13 @@ and block meet there is a *piece*, or several where a side is made of axes of wh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from kl_dist.matrices import Block, Reading
@@ -115,6 +116,15 @@ def narrowed(x: Tensor, ranges: Sequence[Range]) -> Tensor:
         if stop - start != x.shape[axis]:
             x = x.narrow(axis, start, stop - start)
     return x
+
+
+def in_boxes(held: Tensor, boxes: Sequence[Box]) -> Iterator[tuple[Box, Tensor]]:
+    """Views of boxes that lie end to end in `held`, each in the box's shape."""
+    flat, start = held.view(-1), 0
+    for box in boxes:
+        shape = torch.Size(stop - first for first, stop in box)
+        yield box, flat[start : start + shape.numel()].view(shape)
+        start += shape.numel()
 
 
 def whole(shape: Sequence[int]) -> Box:

@@ -114,8 +114,28 @@ class SliceStack(Stack):
 
 
 def build_stacks(plan: Plan, rank: int, device: torch.device) -> list[list[Stack]]:
-    """For each bucket the stacks of `rank`, with all state allocated now, so that no step surprises anyone."""
-    return [list(_stacks_of(plan, bucket.units[rank], device)) for bucket in plan.buckets]
+    """For each bucket the stacks of `rank`, with all state allocated now, so that no step surprises anyone.
+
+    AdamW's is allocated at once for all buckets, so that what a rank has of a parameter lies together.
+    """
+    pools: dict[torch.dtype, list[int]] = {}
+    for unit in (plan.units[i] for bucket in plan.buckets for i in bucket.units[rank]):
+        if unit.method == "adamw":
+            pools.setdefault(state_dtype(unit.dtype), []).append(unit.numel)
+    slices = {dtype: _Pool(lengths, dtype, device) for dtype, lengths in pools.items()}
+    return [list(_stacks_of(plan, bucket.units[rank], device, slices)) for bucket in plan.buckets]
+
+
+class _Pool:
+    """State of all slices of a dtype on this rank, handed out in order."""
+
+    def __init__(self, lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self._state = adamw.allocate(lengths, torch.empty((), dtype=dtype, device=device))
+        self._taken = 0
+
+    def take(self, count: int) -> AdamWState:
+        first, self._taken = self._taken, self._taken + count
+        return self._state.rows(range(first, self._taken))
 
 
 def unit_states(stacks: Sequence[Sequence[Stack]]) -> Iterator[tuple[Unit, dict[str, Tensor]]]:
@@ -137,17 +157,20 @@ def matrix_hyper(group: Mapping[str, Any]) -> Hyper:
     )
 
 
-def _stacks_of(plan: Plan, queue: Sequence[int], device: torch.device) -> Iterator[Stack]:
+def _stacks_of(
+    plan: Plan, queue: Sequence[int], device: torch.device, slices: Mapping[torch.dtype, _Pool]
+) -> Iterator[Stack]:
     offset = 0
     for _, members in groupby(queue, key=lambda i: stack_key(plan.units[i])):
         indices = tuple(members)
         units = tuple(plan.units[i] for i in indices)
         first = units[0]
-        like = torch.empty((), dtype=state_dtype(first.dtype), device=device)
+        dtype = state_dtype(first.dtype)
         stack: Stack
         if first.method == "adamw":
-            stack = SliceStack(indices, units, offset, adamw.allocate([unit.numel for unit in units], like))
+            stack = SliceStack(indices, units, offset, slices[dtype].take(len(units)))
         else:
+            like = torch.empty((), dtype=dtype, device=device)
             update_rule = rule(first.method, first.recipe)
             state = update_rule.allocate(first.block.shape, first.block.sides, len(units), like)
             stack = MatrixStack(indices, units, offset, state, update_rule)

@@ -53,14 +53,6 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's state of every optimizer."""
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for optimizer, one in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(one)
-
 
 def schedule(step: int, steps: int, warmup: int) -> float:
     """What the peak learning rate is multiplied by: linear from 0 to 1 over `warmup`, then a cosine down to 0."""

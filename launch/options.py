@@ -49,9 +49,9 @@ HOW_READ: dict[Any, dict[str, Any]] = {
 """How the command line reads what is not one word."""
 
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field with the text that `--help` shows for it."""
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, **how: Any) -> Any:
+    """A dataclass field with the text that `--help` shows for it, and how the command line reads it if not plainly."""
+    return field(default=default, metadata={"help": text, "how": how})
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,14 @@ class Options:
     eval_every: int = option(50, "steps between two looks at the validation loss")
     checkpoint_every: int | None = option(None, "steps between two checkpoints; by default only the last step is saved")
     out: str | None = option(None, "folder of the results, shared by all machines; by default runs/OPTIMIZER")
-    resume: bool = option(False, "continue from the newest checkpoint in --out")
+    keep: int | None = option(None, "how many of the newest checkpoints to keep; by default all")
+    resume: str | None = option(
+        None,
+        "continue: from the newest checkpoint in --out that is whole, from that or else from the start (auto), or from"
+        " the folder of one",
+        nargs="?",
+        const="newest",
+    )
 
     def __post_init__(self) -> None:
         if self.optimizer not in DEFAULT_RATES:
@@ -186,7 +193,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
             # Without a default of its own, an option that is not given is left to the dataclass.
             default=argparse.SUPPRESS if option_field.default in (None, ()) else option_field.default,
             help=option_field.metadata["help"],
-            **HOW_READ.get(kind, {"type": kind}),
+            **HOW_READ.get(kind, {"type": kind}) | option_field.metadata["how"],
         )
     given = list(sys.argv[1:] if arguments is None else arguments)
     _refuse_unknown_flags(given)

@@ -8,6 +8,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,10 +36,17 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if dist.is_initialized():
-            dist.barrier()
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank has to say, in rank order."""
+        if not dist.is_initialized():
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def tell(self, value: Any) -> Any:
+        """What the first rank has to say, on all of them."""
+        return self.gather(value)[0]
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next measures its work and not only its launch."""
@@ -62,10 +70,25 @@ def joined_ranks() -> Iterator[Ranks]:
     if "RANK" not in os.environ:
         yield Ranks(0, 1, device)
         return
+    store = _store_of_this_start()
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", store=store, rank=rank, world_size=size, device_id=device)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     # Not in a `finally`: a rank that fails must not wait here for the others; torchrun ends them when it exits.
     dist.destroy_process_group()
+
+
+def _store_of_this_start() -> dist.Store:
+    """Where the ranks find each other, apart from what they left there before `torchrun --max-restarts` began anew.
+
+    torchrun keeps one store for all starts, and a rank that reads a dead one's address there waits for it in vain. The
+    number of the start sets them apart where one torchrun counts for all; with several machines, start it with
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return store

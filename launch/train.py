@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from launch import checkpoint, report
+from launch import checkpoint, manifest, report
 from launch.data import Corpus, load_corpus, training_starts, validation_starts, windows
 from launch.metrics import Log, Record, set_aside
 from launch.model import GPT, Model
@@ -28,6 +28,7 @@ from launch.optimizers import Trainer, make_trainer
 from launch.options import Options, UsageError, parse
 from launch.parallel import clip_gradients, lay_out
 from launch.ranks import Ranks, joined_ranks
+from launch.signals import Asked
 
 VALIDATION_WINDOWS = 128
 
@@ -38,6 +39,8 @@ class Job:
     def __init__(self, options: Options, ranks: Ranks) -> None:
         self.options = options
         self.ranks = ranks
+        self.asked = Asked()
+        self.stopping = False  # after this step, because some rank was asked to
         self.corpus = self.read(options)
         torch.manual_seed(options.seed)
         self.model = self.build(options).to(ranks.device)
@@ -47,6 +50,7 @@ class Job:
         # DDP lays out its buckets anew after its first backward, and with them the order in which ranks are summed. Let
         # that backward be this one, so that every step, also the first of a job that continues, sums in the same order.
         self.loss(self.laid.module, self.corpus.train, self.rows(step=0)).backward()
+        self.trainer.zero_grad()  # with gradients about, torch makes no state to load a checkpoint into
 
     @staticmethod
     def read(options: Options) -> Corpus:
@@ -61,8 +65,13 @@ class Job:
     def start(self) -> int:
         """Begin afresh or continue; returns how many steps are already done."""
         folder = self.options.folder / "checkpoint"
-        if self.options.resume:
-            return checkpoint.load(checkpoint.newest(folder), self.options, self.ranks, self.model, self.trainer)
+        if self.options.resume is not None:
+            chosen = checkpoint.choose(folder, self.options.resume, self.ranks)
+            if chosen is not None:
+                done = checkpoint.load(chosen, self.options, self.model, self.trainer)
+                if self.ranks.first and (aside := manifest.abandon(folder, done)):
+                    print(f"Going on from step {done}; the checkpoints after it are now in {aside}.")
+                return done
         if self.ranks.first and (aside := set_aside(self.options.folder)):
             print(f"The files of an earlier run are now in {aside}.")
         return 0
@@ -80,9 +89,12 @@ class Job:
         lr = self.trainer.step(step)
         self.ranks.synchronize()
         ended, cpu_ended = time.perf_counter(), time.process_time()
+        # one sum for both: all ranks stop after the same step
+        total, asked = self.ranks.sum(torch.stack([loss.detach(), loss.new_tensor(self.asked.to_stop)])).tolist()
+        self.stopping = asked > 0
         return {
             "step": step,
-            "loss": self.ranks.sum(loss.detach()).item() / self.ranks.size,
+            "loss": total / self.ranks.size,
             "lr": lr,
             "tokens": step * self.options.tokens_per_step,
             "seconds": ended - began,
@@ -120,29 +132,47 @@ class Job:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
-    def save(self, step: int) -> Path:
+    def save(self, step: int) -> Path | None:
+        """The folder of the checkpoint; None where it could not be written, which is said and not fatal."""
         folder = self.options.folder / "checkpoint"
-        return checkpoint.save(folder, step, self.options, self.ranks, self.model, self.trainer)
+        try:
+            return checkpoint.save(folder, step, self.options, self.ranks, self.model, self.trainer)
+        except checkpoint.SaveError as error:
+            if self.ranks.first:
+                print(f"\nThe checkpoint of step {step} was not written: {error}", file=sys.stderr)
+            return None
 
 
-def run(job: Job) -> None:
-    """Train to the last step, looking at the validation loss and saving on the way, and report."""
+def run(job: Job) -> bool:
+    """Train to the last step, looking at the validation loss and saving on the way, and report.
+
+    Returns:
+        Whether what was reached is saved.
+    """
     options, ranks = job.options, job.ranks
+    job.asked.listen()
     done = job.start()
+    if done == options.steps and options.resume == "auto":  # it ended between its last checkpoint and its last words
+        if ranks.first:
+            with Log(options.folder, options.steps, done) as log:
+                finish(job, log, None)
+        return True
     if done >= options.steps:
         raise UsageError(f"this run is at step {done} of --steps {options.steps} already; there is nothing left to do")
     if not ranks.first:
-        train(job, done, None)
-        return
+        return train(job, done, None)[1] is not None
     with Log(options.folder, options.steps, done) as log:
-        saved = train(job, done, log)
-    finish(job, log, saved)
+        last, saved = train(job, done, log)
+    if last < options.steps:
+        print(f"Stopped after step {last}, as a signal asked. To go on, run the same with --resume.")
+    else:
+        finish(job, log, saved)
+    return saved is not None
 
 
-def train(job: Job, done: int, log: Log | None) -> Path:
-    """The loop, from step `done + 1` on; `log` is the first rank's. Returns the last checkpoint."""
+def train(job: Job, done: int, log: Log | None) -> tuple[int, Path | None]:
+    """The loop, from step `done + 1` on; `log` is the first rank's. Returns the last step and its checkpoint."""
     options = job.options
-    saved = Path()
     for step in range(done + 1, options.steps + 1):
         record = job.train_step(step)
         last = step == options.steps
@@ -150,12 +180,14 @@ def train(job: Job, done: int, log: Log | None) -> Path:
             record["val_loss"] = job.validate()
         if log:
             log.record(record)
-        if last or (options.checkpoint_every and step % options.checkpoint_every == 0):
-            saved = job.save(step)
-    return saved
+        if last or job.stopping:
+            break
+        if options.checkpoint_every and step % options.checkpoint_every == 0:
+            job.save(step)
+    return step, job.save(step)
 
 
-def finish(job: Job, log: Log, saved: Path) -> None:
+def finish(job: Job, log: Log, saved: Path | None) -> None:
     """Draw the picture and say what was done; the first rank's work."""
     options, name = job.options, job.corpus.name
     picture = options.folder / "loss.png"
@@ -163,7 +195,8 @@ def finish(job: Job, log: Log, saved: Path) -> None:
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
     print(report.closing_words(log.records, options, name, parameters, job.ranks.size))
     print(f"Loss curve  {picture}\nMetrics     {log.path}, and TensorBoard's in {options.folder / 'tensorboard'}")
-    print(f"Checkpoint  {saved}")
+    if saved is not None:
+        print(f"Checkpoint  {saved}")
     other = "kl_shampoo" if options.optimizer == "adamw" else "adamw"
     print(f"\nTo compare, run the same with --optimizer {other}.")
 
@@ -173,14 +206,14 @@ def main() -> int:
     try:
         options = parse()
         with joined_ranks() as ranks:
-            run(Job(options, ranks))
+            saved = run(Job(options, ranks))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted; --resume continues from the last checkpoint, if one was saved.", file=sys.stderr)
         return 130
-    return 0
+    return 0 if saved else 1
 
 
 if __name__ == "__main__":

@@ -171,6 +171,12 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Weights:
     return found
 
 
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What a rank holds: not the constants that tell a checkpoint's form, nor the steps of what has no element."""
+    entries = [entry.items() for parameter, entry in optimizer.state.items() if parameter.numel()]
+    return [x for entry in entries for key, x in entry if not key.startswith("form.")]
+
+
 @contextlib.contextmanager
 def raising(kind: type[Exception], match: str) -> Iterator[None]:
     """`pytest.raises` on a rank, where a failure has to be an ordinary exception to reach the test."""

@@ -13,7 +13,7 @@ from kl_dist import KLShampoo, plan
 from kl_dist.traffic import Bytes
 from tests.counting import Counter
 from tests.memory import PeakMemory
-from tests.models import METHODS, raising, small_buckets
+from tests.models import METHODS, raising, small_buckets, state_tensors
 from tests.sharded import groups_of, lay_out, layers, loss_of, mesh_of, tokens_of
 
 PLACES = [("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("tp", 4), ("fsdp+tp", 4), ("ddp+tp", 4)]
@@ -46,7 +46,7 @@ def observe(group, layout: str, bucket_bytes: int | None, method: str = "kl_sham
     with Counter().counting() as sent, PeakMemory() as memory:
         optimizer.step()
     found, rank = optimizer.plan, group.rank()
-    state = sum(x.nbytes for entry in optimizer.state.values() for x in entry.values())
+    state = sum(x.nbytes for x in state_tensors(optimizer))
     return Seen(
         sent,
         found.traffic_bytes[rank],
@@ -123,7 +123,7 @@ def state_of_sharded_layers(group) -> tuple[int, int]:
     alone = sum(KLShampoo(model.named_parameters(), process_group=group).plan.state_bytes)
     fully_shard(model, mesh=mesh_of(group, (group.size(),), ("shard",)))
     optimizer = KLShampoo(model.named_parameters(), process_group=group)
-    return sum(x.nbytes for entry in optimizer.state.values() for x in entry.values()), alone
+    return sum(x.nbytes for x in state_tensors(optimizer)), alone
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

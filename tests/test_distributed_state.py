@@ -16,6 +16,7 @@ from tests.models import (
     samples,
     small_buckets,
     snapshot,
+    state_tensors,
     train_alone,
     zoo,
     zoo_groups,
@@ -36,7 +37,7 @@ def hold(group, options: dict[str, Any]) -> Holding:
     model = zoo(torch.float32, hidden=140)
     optimizer = KLShampoo(zoo_groups(model), process_group=group, **options)
     train_alone(model, optimizer, range(3))
-    tensors = [x for entry in optimizer.state.values() for x in entry.values() if isinstance(x, torch.Tensor)]
+    tensors = state_tensors(optimizer)
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     slices = sum(unit.method == "adamw" for unit in optimizer.plan.units)
     return Holding(sum(x.nbytes for x in tensors), sum(storages.values()), tuple(optimizer.plan.state_bytes), slices)

@@ -4,13 +4,16 @@ import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 6
@@ -23,7 +26,22 @@ TOLERANCE = {"adamw": 1e-5, "kl_shampoo": 1e-4}
 Runner = Callable[[str, int], Path]
 
 
-def launch(processes: int, arguments: str) -> subprocess.CompletedProcess[str]:
+def workers_of(pid: int) -> list[int]:
+    """The live processes that a process has started: torchrun's workers."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue  # it has ended meanwhile
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def launch(
+    processes: int, arguments: str, meanwhile: Callable[[subprocess.Popen[str]], None] = lambda _: None
+) -> subprocess.CompletedProcess[str]:
     """Run the job to its end, as one plain process or under torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(torchrun if processes > 1 else []), "launch/train.py", *arguments.split()]
@@ -31,6 +49,7 @@ def launch(processes: int, arguments: str) -> subprocess.CompletedProcess[str]:
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         try:
+            meanwhile(process)
             stdout, stderr = process.communicate(timeout=120)
         except subprocess.TimeoutExpired:
             # Asked to end, torchrun ends its workers too; killed, it would leave them behind.
@@ -86,22 +105,20 @@ def losses(folder: Path) -> list[float]:
     return [record[name] for record in records(folder) for name in ("loss", "val_loss") if name in record]
 
 
-def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the last checkpoint, weights and all ranks' optimizer state, by file and place."""
+def saved_tensors(folder: Path, steps: int = STEPS) -> dict[str, torch.Tensor]:
+    """Every tensor of the last checkpoint, weights and optimizer state, by place."""
     tensors = {}
 
     def collect(place: str, value: object) -> None:
         if isinstance(value, torch.Tensor):
             tensors[place] = value
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                collect(f"{place}/{key}", inner)
-        elif isinstance(value, list | tuple):
-            for key, inner in enumerate(value):
+        elif isinstance(value, dict | list | tuple):
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
                 collect(f"{place}/{key}", inner)
 
-    for path in sorted((folder / "checkpoint" / f"step-{STEPS:06d}").iterdir()):
-        collect(path.name, torch.load(path, weights_only=True))
+    whole = folder / "whole.pt"
+    dcp_to_torch_save(folder / "checkpoint" / f"step-{steps:06d}", whole)
+    collect("", torch.load(whole, weights_only=True))
     return tensors
 
 
@@ -147,11 +164,8 @@ def test_a_run_leaves_metrics_board_picture_and_checkpoint(trained: Runner) -> N
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard").glob("events.*"))
     assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["step-000003", "step-000006"]
-    assert sorted(path.name for path in (folder / "checkpoint" / "step-000006").iterdir()) == [
-        "model.pt",
-        "optimizer-rank0-of-2.pt",
-        "optimizer-rank1-of-2.pt",
-    ]
+    files = {path.name for path in (folder / "checkpoint" / "step-000006").iterdir()}
+    assert files == {".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json", "run.json"}
 
 
 def test_a_run_ends_with_plain_words_and_no_warnings(trained: Runner, optimizer: str) -> None:
@@ -175,20 +189,68 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(
         assert torch.equal(tensor, found[place]), place
 
 
-@pytest.mark.parametrize("optimizer", ["adamw"], indirect=True)
-def test_a_resume_at_another_world_size_is_refused_by_both_sizes(interrupted: Path, text: Path) -> None:
-    done = launch(1, f"--optimizer adamw {RUN} --data {text} --out {interrupted} --resume")
-    assert done.returncode == 2
-    assert "saved by 3 processes and this job has 1" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_a_run_resumes_at_another_world_size_and_in_another_layout(
+    trained: Runner, interrupted: Path, optimizer: str, text: Path
+) -> None:
+    flags = f"--optimizer {optimizer} {RUN} --data {text} --out {interrupted} --resume auto"
+    alone = launch(1, flags)
+    assert alone.returncode == 0, alone.stderr
+    expected = losses(trained(optimizer, 3))
+    assert losses(interrupted) == pytest.approx(expected, rel=TOLERANCE[optimizer])
+    shutil.rmtree(interrupted / "checkpoint" / f"step-{STEPS:06d}")
+    sharded = launch(2, f"{flags} --parallel fsdp")
+    assert sharded.returncode == 0, sharded.stderr
+    assert losses(interrupted) == pytest.approx(expected, rel=TOLERANCE[optimizer])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw"], indirect=True)
-def test_a_rank_that_fails_ends_the_job(interrupted: Path, text: Path) -> None:
-    (interrupted / "checkpoint" / "step-000003" / "optimizer-rank1-of-3.pt").unlink()
-    done = launch(3, f"--optimizer adamw {RUN} --data {text} --out {interrupted} --resume")
-    assert done.returncode != 0
-    assert "optimizer-rank1-of-3.pt" in done.stderr
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(interrupted: Path, text: Path) -> None:
+    checkpoints = interrupted / "checkpoint"
+    shutil.copytree(checkpoints / "step-000003", checkpoints / "step-000005")
+    (checkpoints / "step-000005" / "__1_0.distcp").unlink()
+    flags = f"--optimizer adamw {RUN} --data {text} --out {interrupted}"
+    refused = launch(2, f"{flags} --resume {checkpoints / 'step-000005'}")
+    assert refused.returncode != 0
+    assert "step-000005: __1_0.distcp cannot be read" in refused.stderr
+    done = launch(3, f"{flags} --resume auto")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("step-000005 is passed over: __1_0.distcp cannot be read") == 1
+    assert (checkpoints / "abandoned-1" / "step-000005").exists()
+
+
+@pytest.mark.parametrize(("processes", "sent"), [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
+def test_a_signal_saves_and_stops_between_two_steps(processes: int, sent: signal.Signals, text: Path, tmp_path: Path):
+    """Sent to one process only; all stop after the same step, and the run goes on from there."""
+    flags = f"{SIZES} --eval-every 1000 --data {text} --out {tmp_path}"
+
+    def interrupt(process: subprocess.Popen[str]) -> None:
+        metrics = tmp_path / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+            time.sleep(0.02)
+        os.kill(process.pid if processes == 1 else workers_of(process.pid)[-1], sent)
+
+    stopped = launch(processes, f"{flags} --steps 100000", interrupt)
+    assert stopped.returncode == 0, stopped.stderr
+    done = len(records(tmp_path))
+    assert f"Stopped after step {done}, as a signal asked" in stopped.stdout
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == [f"step-{done:06d}"]
+    resumed = launch(processes, f"{flags} --steps {done + 2} --resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert len(records(tmp_path)) == done + 2
+
+
+def test_a_full_disk_is_reported_and_training_goes_on(text: Path, tmp_path: Path) -> None:
+    """No file may grow beyond a megabyte here, which the picture does not and the checkpoints do."""
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({1 << 20},) * 2); import sys, runpy; "
+    start = f"{limit}sys.argv[0] = 'launch/train.py'; runpy.run_path('launch/train.py', run_name='__main__')"
+    flags = f"{RUN} --width 128 --data {text} --out {tmp_path}"
+    done = subprocess.run([sys.executable, "-c", start, *flags.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert len(records(tmp_path)) == STEPS
+    for step in (3, 6):
+        assert f"The checkpoint of step {step} was not written:" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "checkpoint").iterdir()) == []
 
 
 def test_muon_trains(text: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.checkpoint import newest
 from launch.data import load_corpus, standard_library, training_starts, validation_starts, windows
 from launch.metrics import set_aside
 from launch.model import GPT
@@ -80,14 +79,6 @@ def test_every_parameter_is_updated_and_norms_do_not_decay(optimizer: str) -> No
     for group in groups:
         for parameter in group["params"]:
             assert group["weight_decay"] == (0.01 if parameter.ndim == 2 else 0.0)
-
-
-def test_a_save_that_was_interrupted_is_no_checkpoint(tmp_path: Path) -> None:
-    for name in ("step-000003", "step-000010", "step-000020.partial"):
-        (tmp_path / name).mkdir()
-    assert newest(tmp_path).name == "step-000010"
-    with pytest.raises(UsageError, match="found no checkpoint"):
-        newest(tmp_path / "nowhere")
 
 
 def test_a_fresh_start_moves_an_earlier_run_aside(tmp_path: Path) -> None:

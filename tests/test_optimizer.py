@@ -20,6 +20,7 @@ from torch.optim import lr_scheduler, swa_utils
 from kl_dist import KLShampoo
 from kl_dist.methods import MATRIX_METHODS
 from kl_dist.options import RECIPE_DEFAULTS
+from tests.models import state_tensors
 
 SHAPES = {
     "wide": (4, 7),
@@ -236,7 +237,7 @@ def test_schedules_scale_every_update(schedule, adamw_lr):
 
 def test_one_cycle_moves_the_first_beta_and_keeps_the_second():
     params, still = parameters(), parameters()
-    opt = KLShampoo(params.items(), lr=1e-2)
+    opt = KLShampoo(params.items(), lr=1e-2, betas=(0.9, 0.95))
     scheduler = lr_scheduler.OneCycleLR(opt, 1e-2, total_steps=20, base_momentum=0.8, max_momentum=0.9)
     betas = []
     train(opt, params, range(19), lambda: (scheduler.step(), betas.append(opt.param_groups[0]["betas"])))
@@ -485,7 +486,7 @@ def test_a_model_may_change_its_dtype_on_the_way(method):
         train(other, still, [step])
     assert furthest(values(params), values(still)) < 1e-4
     assert {x.dtype for s in opt.state.values() for x in s.values() if x.is_floating_point()} == {torch.float64}
-    assert opt.plan.state_bytes == (sum(x.nbytes for s in opt.state.values() for x in s.values()),)
+    assert opt.plan.state_bytes == (sum(x.nbytes for x in state_tensors(opt)),)
 
 
 # -- groups and state dicts --------------------------------------------------------------------------------------------

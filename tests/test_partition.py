@@ -13,6 +13,7 @@ from kl_dist.methods import MATRIX_METHODS
 from kl_dist.options import RECIPE_DEFAULTS
 from kl_dist.partition import make_plan
 from kl_dist.traffic import traffic_of
+from tests.models import state_tensors
 
 WORLD_SIZES = [1, 2, 3, 4, 8, 16]
 SMALL = {
@@ -165,11 +166,10 @@ DEFAULT_GROUP = KLShampoo([nn.Parameter(torch.zeros(1))]).param_groups[0]
 def test_state_bytes_are_the_bytes_allocated(method, recipe, dtype, long_side):
     params = [(name, nn.Parameter(torch.zeros(shape, dtype=dtype))) for name, shape in SMALL.items()]
     opt = KLShampoo(params, method=method, recipe=recipe, max_preconditioner_dim=7, long_side=long_side)
-    allocated = sum(tensor.nbytes for tensors in opt.state.values() for tensor in tensors.values())
+    tensors = state_tensors(opt)
+    allocated = sum(tensor.nbytes for tensor in tensors)
     assert opt.plan.state_bytes == (allocated,)
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for s in opt.state.values() for t in s.values()
-    }
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     assert sum(storages.values()) == allocated
 
 

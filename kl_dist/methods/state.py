@@ -142,28 +142,29 @@ class AdamWState(State):
     lengths: list[int]
 
     def row(self, index: int) -> dict[str, Tensor]:
-        start = sum(self.lengths[:index])
-        stop = start + self.lengths[index]
-        return {
-            "step": self.step[index],
-            "exp_avg": self.exp_avg[start:stop],
-            "exp_avg_sq": self.exp_avg_sq[start:stop],
-        }
+        return {name: x[0] if name == "step" else x for name, x in self._range(index, index + 1).tensors().items()}
 
     def rows(self, indices: Sequence[int]) -> AdamWState:
-        if list(indices) == list(range(len(self.lengths))):
-            return self
-        parts = [self.row(i) for i in indices]
+        chosen = span(indices)
+        if isinstance(chosen, slice):
+            return self._range(chosen.start, chosen.stop)
+        parts = [self._range(i, i + 1) for i in indices]
         return AdamWState(
-            torch.stack([part["step"] for part in parts]),
-            torch.cat([part["exp_avg"] for part in parts]),
-            torch.cat([part["exp_avg_sq"] for part in parts]),
+            torch.cat([part.step for part in parts]),
+            torch.cat([part.exp_avg for part in parts]),
+            torch.cat([part.exp_avg_sq for part in parts]),
             [self.lengths[i] for i in indices],
         )
 
     def put(self, indices: Sequence[int], part: AdamWState) -> None:
-        if part is self:
-            return
-        for i, index in enumerate(indices):
-            for name, value in part.row(i).items():
-                self.row(index)[name].copy_(value)
+        if not isinstance(span(indices), slice):
+            for i, index in enumerate(indices):
+                for name, value in part.row(i).items():
+                    self.row(index)[name].copy_(value)
+
+    def _range(self, first: int, last: int) -> AdamWState:
+        """Views of neighbouring slices."""
+        start = sum(self.lengths[:first])
+        lengths = self.lengths[first:last]
+        flat = slice(start, start + sum(lengths))
+        return AdamWState(self.step[first:last], self.exp_avg[flat], self.exp_avg_sq[flat], lengths)

@@ -1,0 +1,44 @@
+"""Files that any number of ranks, in any layout, can load: all of the state on one rank, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kl_dist import full_state
+from kl_dist.optimizer import KLShampoo
+
+
+def full_state_dict(optimizer: KLShampoo, rank: int = 0) -> dict[str, Any]:
+    """All of the state, on the CPU of one rank; a collective. The others get an empty dict.
+
+    Plain tensors by names of parameters, as torch's get_optimizer_state_dict(full_state_dict=True) gives them. One
+    tensor at a time travels, so only the rank that collects needs room for more than it holds.
+
+    Raises:
+        RuntimeError: a step has failed half-way and the state is not to be trusted.
+    """
+    optimizer._ranks.raise_together(optimizer._running.failure)
+    return full_state.gather(optimizer._holdings, optimizer.param_groups, optimizer._ranks, rank)
+
+
+def load_full_state_dict(
+    optimizer: KLShampoo, state: Mapping[str, Any] | None = None, strict: bool = True
+) -> list[str]:
+    """Load what `full_state_dict` gave, at any world size and in any layout; a collective.
+
+    Args:
+        optimizer: of the same parameters by name, where strict in the same order.
+        state: rank 0's counts; the others may leave it out.
+        strict: False loads what fits, block by block and by name, and leaves the rest as it is: new, in an optimizer
+            that has made no step. The groups' options are taken only where all groups fit.
+
+    Returns:
+        What was left and why, also logged; empty under strict.
+
+    Raises:
+        ValueError: it does not fit; on all ranks, with nothing changed.
+    """
+    left = full_state.scatter(state, optimizer.param_groups, optimizer._holdings, optimizer._ranks, strict)
+    optimizer._running.failure = None
+    return left

@@ -1,0 +1,84 @@
+"""Runs in every layout that stop, are saved, and go on elsewhere: what the tests of checkpoints share."""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kl_dist import KLShampoo, full_state_dict
+from tests.models import small_buckets
+from tests.sharded import Layers, groups_of, lay_out, layers, loss_of, tokens_of, weights_of
+
+EVERY = 3
+"""T: a run is stopped in each of the steps between two refreshes."""
+
+LAYOUTS = (("ddp", 2), ("ddp", 3), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4))
+CROSSED = (*LAYOUTS, ("tp", 2), ("fsdp+tp", 4))
+
+
+class Run:
+    """The model of tests.sharded in some layout, with its optimizer; alone without a group."""
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, layout: str = "ddp", dtype=torch.float64, **options: Any
+    ) -> None:
+        self.model = layers(dtype)
+        self.part, self.parts = 0, 1
+        if layout != "ddp":
+            self.part, self.parts = lay_out(self.model, layout, group)
+        options = {"precondition_frequency": EVERY, "lr": 1e-2, **options}
+        with small_buckets(256):  # so that ranks have several slices of a parameter under AdamW
+            self.optimizer = KLShampoo(groups_of(self.model), process_group=group, **options)
+
+    def train(self, first: int, last: int) -> "Run":
+        for step in range(first, last):
+            self.optimizer.zero_grad()
+            loss_of(self.model, tokens_of(step).chunk(self.parts)[self.part]).backward()
+            self.optimizer.step()
+        return self
+
+    def weights(self) -> dict[str, Tensor]:
+        return weights_of(self.model)
+
+    def set_weights(self, weights: dict[str, Tensor]) -> None:
+        set_weights(self.model, weights)
+
+    def canonical(self) -> dict[str, Tensor]:
+        """The whole state by name, on rank 0; empty elsewhere. A collective."""
+        return flat(full_state_dict(self.optimizer))
+
+
+def flat(full: dict[str, Any]) -> dict[str, Tensor]:
+    entries = full.get("state", {}).items()
+    return {f"{name} {key}": tensor for name, state in entries for key, tensor in state.items()}
+
+
+def set_weights(model: nn.Module | Layers, weights: dict[str, Tensor]) -> None:
+    """Whole weights into a model in any layout."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            source = weights[name]
+            if isinstance(parameter, DTensor):
+                source = distribute_tensor(source, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(source)
+
+
+def furthest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest difference of two dicts of tensors, relative to its norm; infinite where they do not fit."""
+    if ours.keys() != theirs.keys():
+        return float("inf")
+    worst = 0.0
+    for name, x in ours.items():
+        y = theirs[name]
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return float("inf")
+        if x.is_floating_point():
+            difference = float((x - y).norm() / y.norm().clamp_min(1e-12))
+            worst = max(worst, difference) if math.isfinite(difference) else float("inf")
+        elif not torch.equal(x, y):
+            return float("inf")
+    return worst

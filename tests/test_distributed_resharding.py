@@ -1,0 +1,46 @@
+"""State saved in one layout at one world size goes on in another: through one canonical form, and across."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from kl_dist import full_state_dict, load_full_state_dict
+from tests.checkpoints import EVERY, LAYOUTS, Run, furthest
+from tests.models import METHODS, same_bits
+
+FURTHER = 2 * EVERY
+
+
+@cache
+def alone(stop: int, method: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """One process: weights and full state at `stop`, and weights and canonical state some steps later."""
+    run = Run(None, method=method).train(0, stop)
+    weights, full = run.weights(), full_state_dict(run.optimizer)
+    run.train(stop, stop + FURTHER)
+    return weights, full, run.weights(), run.canonical()
+
+
+def save_and_go_on(group, layout: str, stop: int, expected, options: dict[str, Any]) -> tuple[float, float, float]:
+    """How far this layout's state at `stop` is from that of one process, and how far it gets from a loaded one."""
+    weights, full, later_weights, later_state = expected
+    flat = {f"{name} {key}": x for name, state in full["state"].items() for key, x in state.items()}
+    state = Run(group, layout, **options).train(0, stop).canonical()
+    made = furthest(state, flat) if group.rank() == 0 else 0.0
+    run = Run(group, layout, **{**options, "lr": 0.5})
+    run.set_weights(weights)
+    load_full_state_dict(run.optimizer, full if group.rank() == 0 else None)
+    loaded = run.canonical()
+    assert group.rank() != 0 or same_bits(loaded, flat)
+    run.train(stop, stop + FURTHER)
+    state = run.canonical()
+    return made, furthest(run.weights(), later_weights), furthest(state, later_state) if group.rank() == 0 else 0.0
+
+
+@pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_layout_makes_and_continues_the_state_of_one_process(world, method, layout, world_size):
+    for stop in range(EVERY, 2 * EVERY):
+        expected = alone(stop, method)
+        results = world.run(save_and_go_on, world_size, layout, stop, expected, {"method": method})
+        assert max(value for result in results for value in result) < 1e-9

@@ -86,7 +86,7 @@ def measure(rank: int, ranks: int, store: str, layout: str, contender: str, args
         with waits.at_once():
             alone = median(waits.during(optimizer.step) for _ in range(args.repeats))
         found |= {"sent": optimizer.plan.comm_bytes[rank], "balance": optimizer.plan.balance}
-        found |= {"hidden": max(0.0, 1 - overlapped / alone) if alone else None}
+        found |= {"hidden": max(0.0, 1 - overlapped / alone) if ranks > 1 else None}
     Path(f"{store}.{rank}").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

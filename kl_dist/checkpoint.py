@@ -211,6 +211,8 @@ def misfit(holding: Holding, saved: Saved) -> str | None:
     entry = holding.entry
     what = f"state {entry.key!r} of parameter {holding.name!r}"
     tensor = saved.tensors.get((holding.name, entry.key))
+    if tensor is None and entry.is_form:  # torch leaves it out of what was flattened, having found it in the file
+        return None
     if tensor is None:
         return f"{what} is missing from the saved state"
     wanted: tuple[int, ...] = tuple(holding.value.shape) if saved.local and not _divided(tensor) else entry.shape
@@ -227,7 +229,7 @@ def misfit(holding: Holding, saved: Saved) -> str | None:
 
 def reread(holding: Holding, groups: Sequence[Mapping[str, Any]], saved: Saved) -> str | None:
     """Why the state of a matrix that fits means something else: said of its form, when options that shape it differ."""
-    if holding.entry.constant is None or holding.entry.key.startswith("form.adamw"):
+    if not holding.entry.is_form or holding.entry.key.startswith("form.adamw") or holding.name not in saved.group_of:
         return None
     mine = next(group for group in groups if holding.name in group["param_names"])
     theirs = saved.group_of[holding.name]
@@ -293,9 +295,9 @@ def load(
     if saved.local:
         check_division(state, held, ranks)
     for holding in wanted:
-        tensor = saved.tensors[holding.name, holding.entry.key]
         if holding.entry.constant is not None or not holding.memory.numel():
             continue
+        tensor = saved.tensors[holding.name, holding.entry.key]
         if _divided(tensor):
             holding.fill(tensor._local_tensor)  # type: ignore[attr-defined]
         elif saved.local:

@@ -119,7 +119,7 @@ def _decide(
 
 
 def _block(holding: Holding) -> tuple[str, str]:
-    if holding.entry.key.startswith("form."):
+    if holding.entry.is_form:
         return holding.name, "form"
     return holding.name, holding.entry.key.removesuffix(holding.entry.field)
 

@@ -7,7 +7,7 @@ the same set of tensors, differently held, and loads everywhere. Scalars are sto
 
 [Note: form] Every parameter also has a key that names its method, recipe and shape ("form.kl_shampoo.fresh.128x64"),
 whose value is the version of this form. A stranger lacks the key, or has another value, and so is recognised before
-anything of it is read, by torch.distributed.checkpoint too.
+anything of it is read, by torch.distributed.checkpoint too. It is no state: only what is saved has it.
 """
 
 from __future__ import annotations
@@ -48,6 +48,11 @@ class Entry:
     dtype: torch.dtype
     parts: tuple[Part, ...]
     constant: int | None = None  # the value of what nobody holds and nothing changes
+
+    @property
+    def is_form(self) -> bool:
+        """See [Note: form]."""
+        return self.key.startswith("form.")
 
     def boxes(self, rank: int) -> tuple[Box, ...]:
         """What a rank holds, in the order of its memory."""

@@ -207,7 +207,8 @@ class KLShampoo(torch.optim.Optimizer):
         self._holdings = checkpoint.holdings(plan, self._engine.stacks, self._ranks)
         self.state.clear()
         for holding in self._holdings:
-            self.state[by_name[holding.name]][holding.entry.key] = holding.value
+            if not holding.entry.is_form:
+                self.state[by_name[holding.name]][holding.entry.key] = holding.value
 
     def _states(self) -> Iterable[tuple[str, dict[str, Tensor]]]:
         assert self._engine is not None
@@ -410,7 +411,8 @@ class KLShampoo(torch.optim.Optimizer):
         self._adopt(plan)
         by_name = dict(pair for group in self.param_groups for pair in self._named(group))
         for holding in self._holdings:
-            holding.fill(held[by_name[holding.name]][holding.entry.key])
+            if not holding.entry.is_form:
+                holding.fill(held[by_name[holding.name]][holding.entry.key])
 
 
 def _named(name: str, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -172,9 +172,8 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Weights:
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """What a rank holds: not the constants that tell a checkpoint's form, nor the steps of what has no element."""
-    entries = [entry.items() for parameter, entry in optimizer.state.items() if parameter.numel()]
-    return [x for entry in entries for key, x in entry if not key.startswith("form.")]
+    """What a rank holds; what has no element holds nothing, though it has a step count that is not one."""
+    return [x for parameter, entry in optimizer.state.items() if parameter.numel() for x in entry.values()]
 
 
 @contextlib.contextmanager

@@ -17,69 +17,13 @@ from torch import Tensor
 
 from kl_dist import options
 from kl_dist.exchange import Ranks
-from kl_dist.inventory import Entry, inventory
+from kl_dist.holdings import Holding
 from kl_dist.layouts.dtensor import is_dtensor
-from kl_dist.partition import Plan
-from kl_dist.shards import Box, in_boxes, narrowed, whole
-from kl_dist.stacks import Stack
 
 ORIGIN = "kl_dist"
 """The entry of a state dict that says which rank of how many it was saved on."""
 
 REMEDY = "of a full state, kl_dist.load_full_state_dict(optimizer, state, strict=False) loads what fits"
-
-
-@dataclass(frozen=True)
-class Holding:
-    """What this rank has of one tensor of the state."""
-
-    name: str  # of the parameter
-    entry: Entry
-    boxes: tuple[Box, ...]
-    memory: Tensor  # of the boxes, end to end; of AdamW's `step` one element for each slice
-
-    @property
-    def value(self) -> Tensor:
-        """The memory, shaped as what it holds; empty where this rank holds nothing."""
-        if len(self.boxes) != 1:
-            return self.memory
-        ((_, value),) = in_boxes(self.memory, self.boxes)
-        return value
-
-    def fill(self, source: Tensor) -> None:
-        """Copy in what `value` gives."""
-        source = source.reshape(-1)
-        self.memory.copy_(source if source.numel() == self.memory.numel() else source.clone())
-
-    def cut(self, full: Tensor) -> Iterator[tuple[Box, Tensor]]:
-        """The boxes of this rank, out of all of the tensor."""
-        return ((box, narrowed(full, box)) for box in self.boxes)
-
-
-def holdings(plan: Plan, stacks: Sequence[Sequence[Stack]], ranks: Ranks) -> list[Holding]:
-    """What this rank holds of every entry of the plan's inventory, sharing the memory of its stacks."""
-    rows = {
-        index: stack.state.row(row)
-        for stack in (stack for bucket in stacks for stack in bucket)
-        for row, index in enumerate(stack.indices)
-    }
-    held = []
-    for entry in inventory(plan):
-        mine = [i for part in entry.parts if ranks.rank in part.keepers for i in part.units]
-        boxes, nothing = entry.boxes(ranks.rank), torch.empty(0, dtype=entry.dtype, device=ranks.device)
-        memory = _joined([rows[i][entry.field] for i in mine]) if mine else nothing
-        if entry.constant is not None:
-            boxes, memory = (whole(entry.shape),), torch.full(entry.shape, entry.constant, dtype=entry.dtype)
-        held.append(Holding(plan.parameters[entry.parameter].name, entry, boxes, memory))
-    return held
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Neighbours in memory as one tensor, a view."""
-    first, total = parts[0].view(-1), sum(part.numel() for part in parts)
-    places = [part.storage_offset() for part in parts]
-    assert all(a + part.numel() == b for a, part, b in zip(places, parts, places[1:], strict=False)), places
-    return first if len(parts) == 1 else first.as_strided((total,), (1,))
 
 
 def origin_of(held: Sequence[Holding], ranks: Ranks) -> dict[str, Any]:
@@ -303,16 +247,8 @@ def load(
         elif saved.local:
             holding.fill(tensor)
         else:
-            _fill_boxes(holding, tensor)
+            holding.fill_from_all(tensor)
     take_options(groups, saved.groups)
-
-
-def _fill_boxes(holding: Holding, full: Tensor) -> None:
-    if holding.memory.numel() != sum(part.numel() for _, part in holding.cut(full)):  # AdamW's step counts
-        holding.fill(full)
-        return
-    for (_, target), (_, part) in zip(in_boxes(holding.memory, holding.boxes), holding.cut(full), strict=True):
-        target.copy_(part)
 
 
 def take_options(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:

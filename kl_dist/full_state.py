@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from kl_dist import checkpoint
-from kl_dist.checkpoint import ORIGIN, Holding, Saved
+from kl_dist.checkpoint import ORIGIN, Saved
 from kl_dist.exchange import Ranks
+from kl_dist.holdings import Holding
 from kl_dist.shards import in_boxes, narrowed
 
 log = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ from kl_dist import checkpoint, full_state, linalg, options
 from kl_dist.agreement import Gradient, find_problem
 from kl_dist.engine import Engine
 from kl_dist.exchange import Ranks
+from kl_dist.holdings import holdings
 from kl_dist.layouts.dtensor import place_of, sharding_of
 from kl_dist.layouts.reduced import Reduction
 from kl_dist.partition import Plan, make_plan
@@ -204,7 +205,7 @@ class KLShampoo(torch.optim.Optimizer):
         for name, tensors in self._states():
             for key, tensor in old.get(name, {}).items():
                 tensors[key].copy_(tensor)
-        self._holdings = checkpoint.holdings(plan, self._engine.stacks, self._ranks)
+        self._holdings = holdings(plan, self._engine.stacks, self._ranks)
         self.state.clear()
         for holding in self._holdings:
             if not holding.entry.is_form:

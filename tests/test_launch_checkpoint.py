@@ -116,6 +116,31 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000006", "step-000008"]
 
 
+def test_going_on_from_an_older_checkpoint_moves_the_later_ones_aside(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        save(tmp_path, step)
+    assert manifest.abandon(tmp_path, 2) == tmp_path / "abandoned-1"
+    assert sorted(path.name for path in (tmp_path / "abandoned-1").iterdir()) == ["step-000004", "step-000006"]
+    assert manifest.abandon(tmp_path, 2) is None
+    assert save(tmp_path, 3, keep=1).exists() and [path.name for path in manifest.saved(tmp_path)] == ["step-000003"]
+
+
+def test_what_interrupted_saves_left_is_swept_away_and_a_step_may_be_saved_again(tmp_path: Path) -> None:
+    for name in ("step-000001.partial", "step-000002.deleting"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file").write_text("left")
+    for _ in range(2):
+        assert manifest.fault(save(tmp_path, 2)) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
+
+
+def test_a_resumed_job_has_the_options_it_asks_for_now(whole: Path) -> None:
+    options, model, trainer = job(weight_decay=0.3, precondition_frequency=5)
+    checkpoint.load(whole, options, model, trainer)
+    assert {group["weight_decay"] for group in trainer.groups} == {0.3, 0.0}
+    assert {group["precondition_frequency"] for group in trainer.groups} == {5}
+
+
 @pytest.mark.parametrize("optimizer", ["kl_shampoo", "muon", "adamw"])
 def test_what_is_loaded_is_what_was_saved(tmp_path: Path, optimizer: str) -> None:
     options, model, trainer = job(optimizer=optimizer)
@@ -136,6 +161,8 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path, optimizer: str) -> Non
 def test_a_checkpoint_of_another_job_is_refused(whole: Path) -> None:
     for asked, words in (
         ({"optimizer": "soap"}, "saved with optimizer kl_shampoo, this job asks for soap"),
+        ({"seed": 1}, "saved with seed 0, this job asks for 1"),
+        ({"recipe": "paper"}, "does not fit .* Missing key"),
         ({"set": ("max_preconditioner_dim=8",)}, "does not fit"),
     ):
         options, model, trainer = job(**asked)

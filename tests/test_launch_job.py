@@ -204,6 +204,19 @@ def test_a_run_resumes_at_another_world_size_and_in_another_layout(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw"], indirect=True)
+def test_a_finished_run_that_is_started_again_says_so_and_ends_well(
+    trained: Runner, optimizer: str, text: Path, tmp_path: Path
+) -> None:
+    """It may have been killed after its last checkpoint: then torchrun starts it again."""
+    shutil.copytree(trained(optimizer, 3), tmp_path / "run")
+    (tmp_path / "run" / "loss.png").unlink()
+    done = launch(3, f"--optimizer adamw {RUN} --data {text} --out {tmp_path / 'run'} --resume auto")
+    assert done.returncode == 0, done.stderr
+    assert "bits per byte" in done.stdout and (tmp_path / "run" / "loss.png").exists()
+    assert len(records(tmp_path / "run")) == STEPS
+
+
+@pytest.mark.parametrize("optimizer", ["adamw"], indirect=True)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(interrupted: Path, text: Path) -> None:
     checkpoints = interrupted / "checkpoint"
     shutil.copytree(checkpoints / "step-000003", checkpoints / "step-000005")

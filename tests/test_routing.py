@@ -149,3 +149,9 @@ def test_a_plan_of_a_model_routes_as_its_groups_do():
     found = plan(model, 1, output_head="head", method="soap")
     assert found.owner == opt.plan.owner
     assert {u.name: u.method for u in found.units} == {u.name: u.method for u in opt.plan.units}
+
+
+def test_names_are_those_of_the_model_within_its_wrappers():
+    """As torch.distributed.checkpoint has them, so that what DDP saved loads without it."""
+    named = [(f"module._orig_mod.{name}", parameter) for name, parameter in nn.Linear(3, 4).named_parameters()]
+    assert set(KLShampoo(named).plan.owner) == {"weight", "bias"}

@@ -102,10 +102,16 @@ def abandon(folder: Path, step: int) -> Path | None:
     later = [path for path in saved(folder) if int(path.name[5:]) > step]
     if not later:
         return None
-    number = 1
-    while (aside := folder / f"abandoned-{number}").exists():
-        number += 1
-    aside.mkdir()
+    aside = unused(folder, "abandoned")
     for path in later:
         path.rename(aside / path.name)
     return aside
+
+
+def unused(folder: Path, stem: str) -> Path:
+    """A new folder in `folder`: the first of stem-1, stem-2 and so on that is not there."""
+    number = 1
+    while (made := folder / f"{stem}-{number}").exists():
+        number += 1
+    made.mkdir()
+    return made

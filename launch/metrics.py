@@ -12,6 +12,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from launch.manifest import unused
+
 RUN_FILES = ("metrics.jsonl", "tensorboard", "checkpoint", "loss.png")
 """What a run leaves in its folder."""
 
@@ -64,10 +66,7 @@ def set_aside(folder: Path) -> Path | None:
     earlier = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if not earlier:
         return None
-    number = 1
-    while (aside := folder / f"earlier-{number}").exists():
-        number += 1
-    aside.mkdir()
+    aside = unused(folder, "earlier")
     for path in earlier:
         path.rename(aside / path.name)
     return aside

@@ -18,6 +18,7 @@ from torch import Tensor
 from kl_dist import options
 from kl_dist.exchange import Ranks
 from kl_dist.holdings import Holding
+from kl_dist.inventory import FORM
 from kl_dist.layouts.dtensor import is_dtensor
 
 ORIGIN = "kl_dist"
@@ -42,7 +43,6 @@ class Saved:
 
     groups: Sequence[Mapping[str, Any]]
     tensors: Mapping[tuple[str, str], Tensor]  # by name of the parameter and key
-    group_of: Mapping[str, Mapping[str, Any]]  # by name of the parameter
     local: bool  # what one rank holds, in plain tensors
 
 
@@ -67,9 +67,7 @@ def read(state: Any, groups: Sequence[Mapping[str, Any]]) -> Saved:
             )
         if not isinstance(group.get("param_names", []), (list, tuple)):
             raise ValueError(f"the 'param_names' of the saved parameter group {index} are no list")
-    names = _names(saved, groups)
-    group_of = {names[key]: group for group in saved for key in group["params"] if _is_key(key) and key in names}
-    return Saved(saved, dict(_tensors(state["state"], names)), group_of, ORIGIN in state)
+    return Saved(saved, dict(_tensors(state["state"], _names(saved, groups))), ORIGIN in state)
 
 
 def check_origin(state: Mapping[str, Any], held: Sequence[Holding], ranks: Ranks) -> None:
@@ -100,9 +98,16 @@ def _names(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any
     alike = [len(group["params"]) for group in saved] == [len(names) for names in here]
     found: dict[Any, str] = {}
     for index, group in enumerate(saved):
-        names = group.get("param_names") or (here[index] if alike else [str(key) for key in group["params"]])
+        names = _names_in(group) or (here[index] if alike else [str(key) for key in group["params"]])
+        if len(names) < len(group["params"]):
+            raise ValueError(f"the saved parameter group {index} has more parameters than names; {REMEDY}")
         found.update((key, name) for key, name in zip(group["params"], names, strict=False) if _is_key(key))
     return found
+
+
+def _names_in(group: Mapping[str, Any]) -> list[str]:
+    """The names of a saved group's parameters; torch may have taken parameters away from it, and left their names."""
+    return list(group.get("param_names") or ())[: len(group["params"])]
 
 
 def _is_key(key: Any) -> bool:
@@ -129,7 +134,7 @@ def check_groups(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[st
     if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
         raise ValueError(f"the saved parameter groups have other lengths than this optimizer's; {REMEDY}")
     for index, (group, other) in enumerate(zip(groups, saved, strict=True)):
-        for mine, theirs in zip(group["param_names"], other.get("param_names") or group["param_names"], strict=True):
+        for mine, theirs in zip(group["param_names"], _names_in(other) or group["param_names"], strict=False):
             if mine != theirs:
                 raise ValueError(
                     f"parameter group {index} was saved with parameter {theirs!r} where {mine!r} is here: give"
@@ -155,15 +160,13 @@ def misfit(holding: Holding, saved: Saved) -> str | None:
     entry = holding.entry
     what = f"state {entry.key!r} of parameter {holding.name!r}"
     tensor = saved.tensors.get((holding.name, entry.key))
-    if tensor is None and entry.is_form:  # torch leaves it out of what was flattened, having found it in the file
-        return None
+    if entry.is_form:
+        return _other_form(holding, saved)
     if tensor is None:
         return f"{what} is missing from the saved state"
     wanted: tuple[int, ...] = tuple(holding.value.shape) if saved.local and not _divided(tensor) else entry.shape
     if tuple(tensor.shape) != wanted:
         return f"{what} has shape {tuple(tensor.shape)} in the saved state, here it is {wanted}"
-    if entry.constant is not None and not _divided(tensor) and tensor.numel() and int(tensor) != entry.constant:
-        return f"{what} is {int(tensor)} in the saved state: this version of kl_dist reads {entry.constant}"
     if tensor.dtype != entry.dtype:
         return f"{what} has dtype {tensor.dtype} in the saved state, here it is {entry.dtype}"
     if _divided(tensor) and tensor.boxes != holding.boxes:  # type: ignore[attr-defined]
@@ -171,16 +174,13 @@ def misfit(holding: Holding, saved: Saved) -> str | None:
     return None
 
 
-def reread(holding: Holding, groups: Sequence[Mapping[str, Any]], saved: Saved) -> str | None:
-    """Why the state of a matrix that fits means something else: said of its form, when options that shape it differ."""
-    if not holding.entry.is_form or holding.entry.key.startswith("form.adamw") or holding.name not in saved.group_of:
+def _other_form(holding: Holding, saved: Saved) -> str | None:
+    """Why a parameter's state means something else. Without any form it is one that torch had flattened: it leaves the
+    form out, having found it in the file."""
+    forms = [key for name, key in saved.tensors if name == holding.name and key.startswith(FORM)]
+    if not forms or holding.entry.key in forms:
         return None
-    mine = next(group for group in groups if holding.name in group["param_names"])
-    theirs = saved.group_of[holding.name]
-    for key in options.STRUCTURAL:
-        if _lists(theirs.get(key)) != _lists(mine[key]):
-            return f"parameter {holding.name!r} was saved with {key}={theirs.get(key)!r}, here it is {mine[key]!r}"
-    return None
+    return f"parameter {holding.name!r} was saved as {forms[0]!r}, here it is {holding.entry.key!r}"
 
 
 def homeless(held: Sequence[Holding], saved: Saved) -> list[str]:

@@ -102,9 +102,6 @@ def _decide(
         wanted = checkpoint.check_all(held, saved)
         return saved, Decision([True] * len(wanted), [], _plain(saved.groups))
     problems = [checkpoint.misfit(holding, saved) for holding in held]
-    problems = [
-        problem or checkpoint.reread(holding, groups, saved) for holding, problem in zip(held, problems, strict=True)
-    ]
     # a block is loaded whole or not at all, and none of a parameter of another form
     bad = {_block(holding) for holding, problem in zip(held, problems, strict=True) if problem is not None}
     left = list(dict.fromkeys(problem for problem in problems if problem is not None))

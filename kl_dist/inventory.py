@@ -5,13 +5,15 @@ method's state, under its place in the parameter where there are several ("[0:64
 AdamW has `step`, and `exp_avg` and `exp_avg_sq` in its own shape. So what any number of ranks saved in any layout is
 the same set of tensors, differently held, and loads everywhere. Scalars are stored as one element, (1,).
 
-[Note: form] Every parameter also has a key that names its method, recipe and shape ("form.kl_shampoo.fresh.128x64"),
-whose value is the version of this form. A stranger lacks the key, or has another value, and so is recognised before
-anything of it is read, by torch.distributed.checkpoint too. It is no state: only what is saved has it.
+[Note: form] Every parameter also has a key that says what its state means: the version of all this, the method, the
+recipe, the shape, and a digest of how the shape is read and cut ("form1.kl_shampoo.fresh.128x64.0b7a3c5e"). A stranger
+lacks the key, and so is recognised before anything of it is read, by torch.distributed.checkpoint too. It is no state:
+only what is saved has it.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,8 +26,9 @@ from kl_dist.partition import Plan
 from kl_dist.shards import Box, whole
 from kl_dist.units import Parameter, Unit
 
-FORMAT = 1
-"""Version of the keys, shapes and meanings."""
+FORM = "form"
+VERSION = 1
+"""Of the keys, shapes and meanings."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Entry:
     @property
     def is_form(self) -> bool:
         """See [Note: form]."""
-        return self.key.startswith("form.")
+        return self.key.startswith(FORM)
 
     def boxes(self, rank: int) -> tuple[Box, ...]:
         """What a rank holds, in the order of its memory."""
@@ -81,8 +84,10 @@ def _entries(plan: Plan, number: int, indices: Sequence[int]) -> Iterator[Entry]
     first = plan.units[indices[0]] if indices else None
     method, recipe = (first.method, first.recipe) if first is not None else ("adamw", "")
     shape = "x".join(map(str, plan.parameters[number].shape))
-    form = ".".join(word for word in ("form", method, recipe, shape) if word)
-    yield Entry(number, form, form, (1,), torch.int64, (), FORMAT)
+    cut = "" if method == "adamw" else repr([(plan.units[i].reading, plan.units[i].block) for i in indices])
+    digest = hashlib.sha256(cut.encode()).hexdigest()[:8] if cut else ""
+    form = ".".join(word for word in (f"{FORM}{VERSION}", method, recipe, shape, digest) if word)
+    yield Entry(number, form, form, (1,), torch.int64, (), 1)
     yield from (_of_adamw if method == "adamw" else _of_matrix)(plan, number, indices)
 
 

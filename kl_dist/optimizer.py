@@ -352,7 +352,12 @@ class KLShampoo(torch.optim.Optimizer):
 
     def _as_saved(self) -> Iterable[Tensor]:
         """The tensors of the holdings, on one device as torch.distributed.checkpoint wants them."""
-        held = [holding.value.to(self._ranks.device) for holding in self._holdings]
+        frozen = self._frozen()
+        # torch.distributed.checkpoint loads into them, but hands nothing over for what is frozen, and writes constants
+        held = [
+            holding.value.to(self._ranks.device, copy=holding.name in frozen or holding.entry.constant is not None)
+            for holding in self._holdings
+        ]
         if self._ranks.size == 1:
             return held
         from kl_dist.layouts.divided import divide  # takes seconds to import
@@ -367,12 +372,14 @@ class KLShampoo(torch.optim.Optimizer):
         """
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        named = (pair for group in self.param_groups for pair in self._named(group))
-        frozen = {name for name, parameter in named if not parameter.requires_grad}
-        checkpoint.load(state_dict, self.param_groups, self._holdings, self._ranks, frozen)
+        checkpoint.load(state_dict, self.param_groups, self._holdings, self._ranks, self._frozen())
         self._running.failure = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _frozen(self) -> set[str]:
+        named = (pair for group in self.param_groups for pair in self._named(group))
+        return {name for name, parameter in named if not parameter.requires_grad}
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Have the next `state_dict()` of one rank be all of the state; a collective, as ZeroRedundancyOptimizer's."""

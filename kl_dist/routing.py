@@ -37,9 +37,9 @@ def named_parameters_of(
         raise TypeError("parameters in a set have no fixed order, and ranks would disagree: give a list")
     entries = [params] if isinstance(params, Tensor) else list(params)
     named = [
-        (_unwrapped(entry[0]), *entry[1:]) if isinstance(entry, tuple) else (f"group{number}.param{i}", entry)
-        for i, entry in enumerate(entries)
+        entry if isinstance(entry, tuple) else (f"group{number}.param{i}", entry) for i, entry in enumerate(entries)
     ]
+    named = _unwrapped(named)
     first_names = {id(parameter): name for name, parameter in taken}
     names = set(first_names.values())
     for name, parameter in named:
@@ -54,11 +54,15 @@ def named_parameters_of(
     return [(f"group{number}.{name}" if name in names else name, parameter) for name, parameter in named]
 
 
-def _unwrapped(name: str) -> str:
-    """Without what DistributedDataParallel and torch.compile put before it, as torch.distributed.checkpoint has it."""
-    while isinstance(name, str) and name.startswith(("module.", "_orig_mod.")):
-        name = name.partition(".")[2]
-    return name
+def _unwrapped(named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """With the names that the parameters have within torch.compile and DistributedDataParallel.
+
+    torch.distributed.checkpoint has them so too.
+    """
+    named = [(str(name).replace("_orig_mod.", ""), parameter) for name, parameter in named]
+    while named and all(name.startswith("module.") for name, _ in named):
+        named = [(name.removeprefix("module."), parameter) for name, parameter in named]
+    return named
 
 
 def _check_parameter(name: str, parameter: Any) -> None:

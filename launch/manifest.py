@@ -84,9 +84,12 @@ def saved(folder: Path) -> list[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what interrupted saves and deletions left."""
-    for path in [*folder.glob("step-*.partial"), *folder.glob("step-*.deleting")]:
-        shutil.rmtree(path)
+    """Delete what interrupted saves and deletions left; a step that was being replaced is given its name back."""
+    for path in [*folder.glob("step-*.deleting"), *folder.glob("step-*.partial")]:
+        if path.suffix == ".deleting" and not path.with_suffix("").exists() and fault(path) is None:
+            path.rename(path.with_suffix(""))
+        else:
+            shutil.rmtree(path)
 
 
 def keep(folder: Path, count: int) -> None:

@@ -5,6 +5,7 @@ that continues reads it back, without the lines that a crash left behind the las
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,11 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         self.records = _read_until(self.path, done)
-        self._file = self.path.open("w", encoding="utf-8", buffering=1)
-        self._file.writelines(json.dumps(record) + "\n" for record in self.records)
+        # in a file of another name first: a run that is killed here must not lose what it has recorded
+        kept = self.path.with_suffix(".kept")
+        kept.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+        os.replace(kept, self.path)
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         # A bar that goes to a file gets a line every ten seconds, not one every step.
         self._bar = tqdm(total=steps, initial=done, unit="step", mininterval=0.2 if sys.stderr.isatty() else 10)

@@ -69,7 +69,8 @@ class Job:
             chosen = checkpoint.choose(folder, self.options.resume, self.ranks)
             if chosen is not None:
                 done = checkpoint.load(chosen, self.options, self.model, self.trainer)
-                if self.ranks.first and (aside := manifest.abandon(folder, done)):
+                goes_on = done < self.options.steps
+                if goes_on and self.ranks.first and (aside := manifest.abandon(folder, done)):
                     print(f"Going on from step {done}; the checkpoints after it are now in {aside}.")
                 return done
         if self.ranks.first and (aside := set_aside(self.options.folder)):
@@ -155,7 +156,8 @@ def run(job: Job) -> bool:
     if done == options.steps and options.resume == "auto":  # it ended between its last checkpoint and its last words
         if ranks.first:
             with Log(options.folder, options.steps, done) as log:
-                finish(job, log, None)
+                if log.records:
+                    finish(job, log, None)
         return True
     if done >= options.steps:
         raise UsageError(f"this run is at step {done} of --steps {options.steps} already; there is nothing left to do")

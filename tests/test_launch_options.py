@@ -13,7 +13,9 @@ def test_defaults_stand_where_nothing_is_given() -> None:
 def test_flags_reach_their_fields() -> None:
     flags = "--optimizer soap --adamw-lr 3e-4 --lr 1 --recipe paper --steps=7 --resume --out here"
     options = parse(flags.split())
-    assert options == Options(optimizer="soap", adamw_lr=3e-4, lr=1.0, recipe="paper", steps=7, resume=True, out="here")
+    assert options == Options(
+        optimizer="soap", adamw_lr=3e-4, lr=1.0, recipe="paper", steps=7, resume="newest", out="here"
+    )
     assert options.rates == Rates(1.0, 3e-4)
 
 

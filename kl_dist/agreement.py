@@ -132,7 +132,7 @@ def agreed(plan: Plan, values: Sequence[float]) -> list[Gradient]:
         if waits and not rests and said[index] in (Gradient.ZERO, Gradient.PRESENT):
             said[index] = Gradient.FIRST
     missed = {plan.units[index].parameter for index in plan.slices if said[index] is Gradient.MISSING}
-    for index in plan.slices:
+    for index in plan.slices if missed else ():
         if plan.units[index].parameter in missed and said[index] is not Gradient.NONFINITE:
             said[index] = Gradient.MISSING
     return said

@@ -70,9 +70,8 @@ def read(state: Any, groups: Sequence[Mapping[str, Any]]) -> Saved:
     return Saved(saved, dict(_tensors(state["state"], _names(saved, groups))), ORIGIN in state)
 
 
-def check_origin(state: Mapping[str, Any], held: Sequence[Holding], ranks: Ranks) -> None:
-    """Raises ValueError unless what one rank saved was held by this rank of as many, divided in the same way."""
-    saved, here = state[ORIGIN], origin_of(held, ranks)
+def check_origin(saved: Any, here: Mapping[str, Any]) -> None:
+    """Raises ValueError unless what one rank saved was held by this rank of as many."""
     if not isinstance(saved, Mapping):
         raise ValueError(f"the entry {ORIGIN!r} of the saved state is damaged: {saved!r}")
     for key in ("world_size", "rank"):
@@ -83,9 +82,9 @@ def check_origin(state: Mapping[str, Any], held: Sequence[Holding], ranks: Ranks
             )
 
 
-def check_division(state: Mapping[str, Any], held: Sequence[Holding], ranks: Ranks) -> None:
+def check_division(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raises ValueError when the ranks had divided the same state among them in another way."""
-    if ranks.size > 1 and state[ORIGIN].get("division") != origin_of(held, ranks)["division"]:
+    if here["world_size"] > 1 and saved.get("division") != here["division"]:
         raise ValueError(
             "the state was saved by ranks that held other parts of it (another layout, or parameters given in another"
             " order): save with torch.distributed.checkpoint or kl_dist.full_state_dict to resume elsewhere"
@@ -232,12 +231,13 @@ def load(
         ValueError: it does not fit; nothing is changed then.
     """
     saved = read(state, groups)
+    here = origin_of(held, ranks) if saved.local else {}
     if saved.local:
-        check_origin(state, held, ranks)
+        check_origin(state[ORIGIN], here)
     check_groups(groups, saved.groups)
     wanted = check_all(held, saved, frozen)
     if saved.local:
-        check_division(state, held, ranks)
+        check_division(state[ORIGIN], here)
     for holding in wanted:
         if holding.entry.constant is not None or not holding.memory.numel():
             continue

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -102,19 +102,17 @@ def keep(folder: Path, count: int) -> None:
 
 def abandon(folder: Path, step: int) -> Path | None:
     """Move the checkpoints after `step` aside, for a run that goes on from there; where to, if there are any."""
-    later = [path for path in saved(folder) if int(path.name[5:]) > step]
-    if not later:
+    return move_aside([path for path in saved(folder) if int(path.name[5:]) > step], folder, "abandoned")
+
+
+def move_aside(paths: Sequence[Path], folder: Path, stem: str) -> Path | None:
+    """Move `paths`, if any, into a new folder in `folder`: the first of stem-1, stem-2 and so on that is not there."""
+    if not paths:
         return None
-    aside = unused(folder, "abandoned")
-    for path in later:
+    number = 1
+    while (aside := folder / f"{stem}-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in paths:
         path.rename(aside / path.name)
     return aside
-
-
-def unused(folder: Path, stem: str) -> Path:
-    """A new folder in `folder`: the first of stem-1, stem-2 and so on that is not there."""
-    number = 1
-    while (made := folder / f"{stem}-{number}").exists():
-        number += 1
-    made.mkdir()
-    return made

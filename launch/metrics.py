@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from launch.manifest import unused
+from launch.manifest import move_aside
 
 RUN_FILES = ("metrics.jsonl", "tensorboard", "checkpoint", "loss.png")
 """What a run leaves in its folder."""
@@ -67,13 +67,7 @@ class Log:
 
 def set_aside(folder: Path) -> Path | None:
     """Move an earlier run's files into a folder of their own, so that a fresh start loses nothing; where to, if any."""
-    earlier = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if not earlier:
-        return None
-    aside = unused(folder, "earlier")
-    for path in earlier:
-        path.rename(aside / path.name)
-    return aside
+    return move_aside([folder / name for name in RUN_FILES if (folder / name).exists()], folder, "earlier")
 
 
 def _read_until(path: Path, step: int) -> list[Record]:

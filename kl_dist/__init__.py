@@ -6,7 +6,7 @@ Where to look: `optimizer` is the shell, `engine` one step, `partition` the plan
 collectives. docs/algorithm.md and docs/partition.md tell the story.
 """
 
-from kl_dist.clipping import clip_grad_norm_
+from kl_dist.clipping import clip_grad_norm_, clip_grad_value_
 from kl_dist.optimizer import KLShampoo
 from kl_dist.partition import Plan
 from kl_dist.routing import param_groups, plan
@@ -19,6 +19,7 @@ __all__ = [
     "Plan",
     "__version__",
     "clip_grad_norm_",
+    "clip_grad_value_",
     "full_state_dict",
     "load_full_state_dict",
     "param_groups",

@@ -34,6 +34,31 @@ def origin_of(held: Sequence[Holding], ranks: Ranks) -> dict[str, Any]:
     return {"rank": ranks.rank, "world_size": ranks.size, "division": division}
 
 
+def local_form(empty: dict[str, Any], held: Sequence[Holding], ranks: Ranks, frozen: Collection[str]) -> dict[str, Any]:
+    """A state dict of torch.optim's, with what this rank holds for its state.
+
+    The tensors are on one device, as torch.distributed.checkpoint wants them. It loads into them, but hands nothing
+    over for what is frozen, and writes constants: those are copies.
+    """
+    numbers = {
+        name: number
+        for group in empty["param_groups"]
+        for name, number in zip(group["param_names"], group["params"], strict=True)
+    }
+    tensors = [
+        holding.value.to(ranks.device, copy=holding.name in frozen or holding.entry.constant is not None)
+        for holding in held
+    ]
+    if ranks.size > 1:
+        from kl_dist.layouts.divided import divide  # takes seconds to import
+
+        tensors = divide([holding.entry for holding in held], tensors, ranks)
+    state: dict[int, dict[str, Tensor]] = {number: {} for number in empty["state"]}
+    for holding, tensor in zip(held, tensors, strict=True):
+        state[numbers[holding.name]][holding.entry.key] = tensor
+    return {**empty, "state": state, ORIGIN: origin_of(held, ranks)}
+
+
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Clipping to a global norm, computed from what each rank owns or holds."""
+"""Clipping to a global norm, computed from what each rank owns or holds, and of single values."""
 
 from __future__ import annotations
 
@@ -42,3 +42,24 @@ def clip_grad_norm_(optimizer: KLShampoo, max_norm: float, *, error_if_nonfinite
     if reduction is not None:
         reduction.accept()
     return norm
+
+
+@torch.no_grad()
+def clip_grad_value_(optimizer: KLShampoo, clip_value: float) -> None:
+    """Bring every element of an optimizer's gradients into [-clip_value, clip_value], in place.
+
+    As torch.nn.utils.clip_grad_value_, and allowed with gradients that were reduced to their owners. Local.
+
+    Raises:
+        ValueError: clip_value is negative or not a number.
+        RuntimeError: a gradient is not what the hook of `KLShampoo.reduce_to_owners` made of it.
+    """
+    if not clip_value >= 0:
+        raise ValueError(f"clip_value must be at least 0, not {clip_value!r}")
+    reduction = optimizer._reduction
+    if reduction is not None and (problem := reduction.find_problem()) is not None:
+        raise problem
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    torch.nn.utils.clip_grad_value_(parameters, clip_value)
+    if reduction is not None:
+        reduction.accept()

@@ -54,6 +54,7 @@ class Engine:
         self.failed = False  # in this step, on some rank
         self.refreshes = 0
         self.refresh_seconds = 0.0
+        self.update_norms: list[tuple[Tensor, int]] = []  # of the last step's stacks of matrices, with their elements
         if previous is not None:
             self.failure = previous.failure
             self.refreshes, self.refresh_seconds = previous.refreshes, previous.refresh_seconds
@@ -98,6 +99,7 @@ class Engine:
             RuntimeError: on all ranks, when one of them failed: see [Note: failures].
         """
         self.failed = False
+        self.update_norms = []
         under_way: list[Iterator[None]] = []
         with full_precision(self.device):
             for number in range(len(self.routes)):
@@ -177,6 +179,11 @@ class Engine:
         for stack in stacks:
             out = updates[stack.offset : stack.offset + stack.numel]
             stack.update([said[i] for i in stack.indices], gradients, self._group(stack), out)
+            pairs = zip(stack.indices, stack.units, strict=True)
+            moved = sum(unit.numel for i, unit in pairs if unit.method != "adamw" and said[i].moves(unit))
+            if moved:
+                norm = torch.linalg.vector_norm(out, dtype=torch.promote_types(out.dtype, torch.float32))
+                self.update_norms.append((norm, moved))
 
     def _refresh(self, stacks: Sequence[Stack], said: Sequence[Gradient]) -> None:
         began = time.perf_counter()

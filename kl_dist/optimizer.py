@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from kl_dist import checkpoint, full_state, linalg, options
+from kl_dist import checkpoint, full_state, options, stats
 from kl_dist.agreement import Gradient, find_problem
 from kl_dist.engine import Engine
 from kl_dist.exchange import Ranks
@@ -61,6 +61,7 @@ class KLShampoo(torch.optim.Optimizer):
         shampoo_exponent: p of method "shampoo". None: 1 / (2 K) for K sides.
         adamw_lr: AdamW's learning rate while `lr` has its constructed value; schedules move both in proportion.
         adamw_betas: None: `betas` where given, else (0.9, 0.95).
+        adamw_names: names of parameters that AdamW serves though they have two dimensions or more.
         on_nonfinite: "skip" leaves out a step with a NaN or Inf gradient on all ranks alike; "raise".
 
     All but the last of these and `process_group` can be given per parameter group.
@@ -95,6 +96,7 @@ class KLShampoo(torch.optim.Optimizer):
         shampoo_exponent: float | None = None,
         adamw_lr: float | None = None,
         adamw_betas: tuple[float, float] | None = None,
+        adamw_names: Sequence[str] = (),
         on_nonfinite: str = "skip",
         **unknown: Any,
     ) -> None:
@@ -170,6 +172,7 @@ class KLShampoo(torch.optim.Optimizer):
         with self._ranks.together():
             planned = self._planned()
             self._check_devices(planned)
+            self._check_adamw_names()
             seen = [(name, tuple(p.shape), _named(name, place_of, p, self._ranks)) for name, p, _ in planned]
         everywhere = self._ranks.gather_objects(seen)
         with self._ranks.together():
@@ -192,6 +195,12 @@ class KLShampoo(torch.optim.Optimizer):
             raise ValueError(f"all parameters of a rank must be on one device, but {places}")
         for device in devices:
             self._ranks.settle_on(device)
+
+    def _check_adamw_names(self) -> None:
+        known = {name for group in self.param_groups for name, _ in self._named(group)}
+        for name in (name for group in self.param_groups for name in group["adamw_names"]):
+            if name not in known:
+                raise ValueError(f"adamw_names has {name!r}, but no parameter has this name")
 
     def _adopt(self, plan: Plan) -> None:
         """Build the state a plan asks for, with what was there copied into it."""
@@ -304,24 +313,21 @@ class KLShampoo(torch.optim.Optimizer):
         """A table of every parameter: its shape, the method that serves it, as which matrices, and who owns them."""
         return routing_table(self.plan)
 
-    def stats(self) -> dict[str, Any]:
-        """Counters of this rank, cheaply; `condition` waits for the device.
+    def stats(self, all_ranks: bool = False) -> dict[str, Any]:
+        """A few numbers, cheaply; `condition` and `update_rms` wait for the device.
 
         `skipped_steps`, `refreshes` and `refresh_seconds` (host time), `fallbacks` (decompositions computed another
-        way), `condition` (largest ratio of eigenvalues of a Kronecker factor this rank owns, None without any).
+        way), `condition` (largest ratio of eigenvalues of a Kronecker factor, None without any), `update_rms` (of the
+        last step's updates of matrices, before the learning rate; None without any), `update_elements` in them.
+
+        Args:
+            all_ranks: False is of this rank; True of all of them, and a collective: counters are added up, of times
+                the largest, and `refresh_balance` is the largest refresh time over the mean.
         """
-        ratios = [
-            tensor.amax() / tensor.amin()
-            for _, tensors in self._states()
-            for name, tensor in tensors.items()
-            if name.startswith("eigenvalues.")
-        ]
+        mine = stats.of_rank(self._running)
         return {
             "skipped_steps": self._skipped,
-            "refreshes": self._running.refreshes,
-            "refresh_seconds": self._running.refresh_seconds,
-            "fallbacks": dict(linalg.fallbacks),
-            "condition": float(torch.stack(ratios).amax()) if ratios else None,
+            **(stats.of_all(self._ranks.gather_objects(mine)) if all_ranks else mine),
         }
 
     # -- state dicts --------------------------------------------------------------------------------------------------
@@ -338,31 +344,7 @@ class KLShampoo(torch.optim.Optimizer):
         consolidated, self._consolidated = self._consolidated, None
         if consolidated is not None:
             return consolidated
-        saved = super().state_dict()
-        saved["state"] = {number: {} for number in saved["state"]}
-        numbers = {
-            name: number
-            for group in saved["param_groups"]
-            for name, number in zip(group["param_names"], group["params"], strict=True)
-        }
-        for holding, tensor in zip(self._holdings, self._as_saved(), strict=True):
-            saved["state"][numbers[holding.name]][holding.entry.key] = tensor
-        saved[checkpoint.ORIGIN] = checkpoint.origin_of(self._holdings, self._ranks)
-        return saved
-
-    def _as_saved(self) -> Iterable[Tensor]:
-        """The tensors of the holdings, on one device as torch.distributed.checkpoint wants them."""
-        frozen = self._frozen()
-        # torch.distributed.checkpoint loads into them, but hands nothing over for what is frozen, and writes constants
-        held = [
-            holding.value.to(self._ranks.device, copy=holding.name in frozen or holding.entry.constant is not None)
-            for holding in self._holdings
-        ]
-        if self._ranks.size == 1:
-            return held
-        from kl_dist.layouts.divided import divide  # takes seconds to import
-
-        return divide([holding.entry for holding in self._holdings], held, self._ranks)
+        return checkpoint.local_form(super().state_dict(), self._holdings, self._ranks, self._frozen())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of any form; local, never a collective: see kl_dist.checkpoint.

@@ -58,9 +58,19 @@ DEFAULTS: dict[str, Any] = {
     "shampoo_exponent": None,
     "adamw_lr": None,
     "adamw_betas": None,
+    "adamw_names": (),
 }
 
-STRUCTURAL = ("method", "recipe", "blocking", "max_preconditioner_dim", "long_side", "merge_dims", "matrices")
+STRUCTURAL = (
+    "method",
+    "recipe",
+    "blocking",
+    "max_preconditioner_dim",
+    "long_side",
+    "merge_dims",
+    "matrices",
+    "adamw_names",
+)
 """What the plan and the shapes of the state follow from, and so what must not change once they are made."""
 
 _NOT_OURS = {
@@ -116,6 +126,9 @@ def resolve(group: dict[str, Any]) -> None:
     check_numbers(group)
     _check_flag(group, "merge_dims")
     _check_integer(group, "max_preconditioner_dim")
+    names = group["adamw_names"]
+    if isinstance(names, str) or not isinstance(names, (tuple, list)) or not all(isinstance(x, str) for x in names):
+        raise TypeError(f'adamw_names is a tuple of names of parameters, such as ("head.weight",), not {names!r}')
     if group["matrices"] is not None and not isinstance(group["matrices"], Mapping):
         raise TypeError('matrices is a dict such as {"batch": (0,), "rows": (1,), "columns": (2,)}')
     if group["adamw_lr"] is not None and float(group["lr"]) == 0:

@@ -217,7 +217,7 @@ def make_plan(
         group = groups[parameter.group]
         if parameter.name in known or parameter.numel == 0:
             continue
-        if route(parameter.shape, group) == "adamw":
+        if route(parameter, group) == "adamw":
             elementwise.append(i)
         else:
             units += matrix_units(i, parameter, group, seen)

@@ -84,9 +84,9 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups of a model whose modules are known, for `KLShampoo(param_groups(model, ..), ..)`.
 
-    nn.Embedding and the output head go to AdamW. An output head is the module named `output_head`, the model's
-    `get_output_embeddings()`, or one whose weight is an Embedding's; never just the last Linear. Norms, biases and
-    other parameters of fewer than two dimensions are not decayed.
+    nn.Embedding and the output head go to AdamW. An output head is the module named `output_head`, the
+    `get_output_embeddings()` of the model or a part of it, or one whose weight is an Embedding's; never just the last
+    Linear. Norms, biases and other parameters of fewer than two dimensions are not decayed.
 
     Args:
         model: unwrapped, so that the names are its own.
@@ -101,7 +101,7 @@ def param_groups(
     Raises:
         ValueError: no module has the name `output_head`.
     """
-    elementwise = _embeddings_and_head(model, output_head)
+    elementwise = embeddings_and_head(model, output_head)
     matrices: list[tuple[str, Tensor]] = []
     decayed: list[tuple[str, Tensor]] = []
     undecayed: list[tuple[str, Tensor]] = []
@@ -121,7 +121,12 @@ def param_groups(
     return [group for group in groups if group["params"]]
 
 
-def _embeddings_and_head(model: nn.Module, output_head: str | None) -> set[int]:
+def embeddings_and_head(model: nn.Module, output_head: str | None = None) -> set[int]:
+    """The ids of the parameters of every nn.Embedding and of the output head; see `param_groups`.
+
+    Raises:
+        ValueError: no module has the name `output_head`.
+    """
     embeddings = (nn.Embedding, nn.EmbeddingBag)
     modules: list[nn.Module] = [module for module in model.modules() if isinstance(module, embeddings)]
     if output_head is not None:
@@ -129,9 +134,10 @@ def _embeddings_and_head(model: nn.Module, output_head: str | None) -> set[int]:
         if output_head not in named:
             raise ValueError(f"the model has no module named {output_head!r} to be its output head")
         modules.append(named[output_head])
-    get_head = getattr(model, "get_output_embeddings", None)
-    if callable(get_head) and isinstance(head := get_head(), nn.Module):
-        modules.append(head)
+    for module in model.modules():  # a model of a library is often a part of the user's
+        get_head = getattr(module, "get_output_embeddings", None)
+        if callable(get_head) and isinstance(head := get_head(), nn.Module):
+            modules.append(head)
     # a head tied to an Embedding has its very parameter, so it needs no look-up of its own
     return {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
 

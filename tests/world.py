@@ -1,4 +1,4 @@
-"""Several ranks for a test: a pool of four gloo processes that is started once and lent to one call after another.
+"""Several ranks for a test: a pool of gloo processes, four as a rule, started once and lent to one call after another.
 
     def total(group, x):                                   # at the top level of a test module
         x = torch.tensor(x + group.rank())
@@ -8,7 +8,7 @@
     def test_total(world):
         assert world.run(total, 3, 10) == [33, 33, 33]
 
-[Note: a pool that survives its tests] Four processes that import torch cost seconds, so they are kept. What makes that
+[Note: a pool that survives its tests] Processes that import torch cost seconds, so they are kept. What makes that
 safe: every call begins with the same random seed; after every call the group makes one small all-reduce, which hangs
 when the ranks had not issued the same collectives; and whatever hangs or dies takes the pool with it, so that the next
 call begins with another one and a failure stays in the test that caused it.
@@ -53,9 +53,13 @@ class Answer(NamedTuple):
 
 
 class World:
-    """Runs functions on ranks 0 .. W-1, W <= 4. The processes are started by the first call and end with stop()."""
+    """Runs functions on ranks 0 .. W-1, W <= `ranks`. The processes are started by the first call and end with stop().
 
-    def __init__(self) -> None:
+    All `ranks` of them are torch.distributed's default process group.
+    """
+
+    def __init__(self, ranks: int = RANKS) -> None:
+        self.ranks = ranks
         self._workers: list[_Worker] = []
 
     def run(self, fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0, **kwargs: Any) -> list:
@@ -88,21 +92,23 @@ class World:
             self._rendezvous.cleanup()
 
     def _start(self) -> None:
-        """Four processes that have built their groups."""
+        """Processes that have built their groups."""
         context = multiprocessing.get_context("spawn")
         self._rendezvous = tempfile.TemporaryDirectory(prefix="world-", ignore_cleanup_errors=True)
         with self._stopping_on_failure():
-            for rank in range(RANKS):
+            for rank in range(self.ranks):
                 here, there = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, self._rendezvous.name, there), daemon=True)
+                process = context.Process(
+                    target=_serve, args=(rank, self.ranks, self._rendezvous.name, there), daemon=True
+                )
                 process.start()
                 there.close()
                 self._workers.append(_Worker(process, here))
             _gather(self._workers, START_SECONDS)
 
     def _ask(self, fn: Callable, world_size: int, args: tuple, kwargs: dict, timeout: float) -> list[Answer]:
-        if not 1 <= world_size <= RANKS:
-            raise ValueError(f"world_size must be in 1 .. {RANKS}, not {world_size}")
+        if not 1 <= world_size <= self.ranks:
+            raise ValueError(f"world_size must be in 1 .. {self.ranks}, not {world_size}")
         if "<" in fn.__qualname__:
             raise TypeError(f"{fn.__qualname__} is sent by its name: define it at the top level of a module")
         if not self._workers:
@@ -182,13 +188,13 @@ def _tracebacks(answers: list[Answer]) -> str:
     return "".join(f"\n\n{answer.traceback}" for answer in answers if answer.traceback)
 
 
-def _serve(rank: int, rendezvous: str, connection: Connection) -> None:
+def _serve(rank: int, ranks: int, rendezvous: str, connection: Connection) -> None:
     """The life of a worker: build the groups, then answer calls until the parent goes away."""
     torch.set_num_threads(1)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", store=dist.FileStore(f"{rendezvous}/store", RANKS), rank=rank, world_size=RANKS)
-    groups = {size: dist.new_group(list(range(size))) for size in range(1, RANKS + 1)}
+    dist.init_process_group("gloo", store=dist.FileStore(f"{rendezvous}/store", ranks), rank=rank, world_size=ranks)
+    groups = {size: dist.new_group(list(range(size))) for size in range(1, ranks + 1)}
     connection.send_bytes(_packed(Answer("ready", None, "")))
     while True:
         try:

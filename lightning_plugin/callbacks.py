@@ -1,0 +1,80 @@
+"""What a Trainer's callbacks say of KLShampoo, without a word of which Lightning they are mixed into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+from kl_dist import KLShampoo
+from lightning_plugin.unwrapping import unwrapped
+
+
+class MonitorsKLShampoo:
+    """Logs how KLShampoo does, over all ranks, as often as the Trainer logs.
+
+    `condition` (largest ratio of eigenvalues of a Kronecker factor), `update_rms` (of the last updates of matrices,
+    before the learning rate; about 1 when all is well), `refresh_seconds` and `refreshes` since the last time,
+    `balance` (largest refresh time of a rank over the mean), `skipped_steps` (so far, for gradients not finite).
+
+    Args:
+        prefix: of the names; a second optimizer's have "2" after it, and so on.
+        prog_bar: show `update_rms` and `skipped_steps` in the progress bar.
+    """
+
+    def __init__(self, prefix: str = "kl_shampoo", prog_bar: bool = True) -> None:
+        super().__init__()
+        self.prefix, self.prog_bar = prefix, prog_bar
+        self._before: dict[int, dict[str, Any]] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._before = {}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not trainer._logger_connector.should_update_logs and not trainer.fast_dev_run:
+            return
+        for number, optimizer in enumerate(_optimizers(trainer), 1):
+            prefix = self.prefix if number == 1 else f"{self.prefix}{number}"
+            found = optimizer.stats(all_ranks=True)
+            before = self._before.get(number, {"refreshes": 0, "refresh_seconds": 0.0})
+            self._before[number] = found
+            values = {
+                "condition": found["condition"],
+                "update_rms": found["update_rms"],
+                "refreshes": found["refreshes"] - before["refreshes"],
+                "refresh_seconds": found["refresh_seconds"] - before["refresh_seconds"],
+                "balance": found["refresh_balance"],
+                "skipped_steps": found["skipped_steps"],
+            }
+            for name, value in values.items():
+                if value is not None:
+                    shown = self.prog_bar and name in ("update_rms", "skipped_steps")
+                    pl_module.log(f"{prefix}/{name}", float(value), prog_bar=shown, on_step=True, on_epoch=False)
+
+
+class SummarizesPartition:
+    """Prints at the start of a fit who owns what: flops, bytes of state and traffic of each rank, and every parameter.
+
+    Args:
+        parameters: list them all, with the method, the matrices they are read as, and their owners.
+    """
+
+    _say: ClassVar[Callable[[str], None]]
+    """The namespace's rank_zero_info."""
+
+    def __init__(self, parameters: bool = False) -> None:
+        super().__init__()
+        self.parameters = parameters
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        for optimizer in _optimizers(trainer):
+            said = f"KLShampoo over {optimizer.plan.world_size} ranks:\n{optimizer.plan}"
+            type(self)._say(f"{said}\n{optimizer.routes()}" if self.parameters else said)
+
+
+def _optimizers(trainer: Any) -> Iterator[KLShampoo]:
+    found = [unwrapped(optimizer) for optimizer in trainer.optimizers]
+    if not any(isinstance(optimizer, KLShampoo) for optimizer in found):
+        raise TypeError(
+            "this callback is about KLShampoo, which this Trainer does not train with: give it strategy='kl_shampoo'"
+        )
+    return (optimizer for optimizer in found if isinstance(optimizer, KLShampoo))

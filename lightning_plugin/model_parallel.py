@@ -1,0 +1,127 @@
+"""FSDP2 under a Trainer: what Lightning's ModelParallelStrategy lacks for modules that were written for DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torch.distributed.checkpoint import CheckpointException
+
+from kl_dist import KLShampoo
+from lightning_plugin.restoring import REMEDY, restore
+from lightning_plugin.sharding import shard
+from lightning_plugin.unwrapping import unwrapped
+
+
+class SpreadsOverAllRanks:
+    """Mixin of a model-parallel strategy: data parallel over all devices, unless it is told otherwise.
+
+    Args:
+        data_parallel_size: ranks that share a copy of the parameters; "auto" is all that tensor parallelism leaves.
+        tensor_parallel_size: ranks that share a layer, as the user's code lays it out.
+    """
+
+    def __init__(
+        self,
+        *,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: int = 1,
+        **others: Any,
+    ) -> None:
+        super().__init__(
+            data_parallel_size=data_parallel_size,  # type: ignore[call-arg]
+            tensor_parallel_size=tensor_parallel_size,  # type: ignore[call-arg]
+            **others,
+        )
+
+    def setup_environment(self: Any) -> None:
+        if self._data_parallel_size == "auto":
+            self._data_parallel_size = self.num_nodes * self.num_processes // self._tensor_parallel_size
+        super().setup_environment()  # type: ignore[misc]
+
+
+class ShardsModules:
+    """Mixin of a Trainer's strategy: shards a module that has no `configure_model`, loads either kind of checkpoint."""
+
+    _is_overridden: ClassVar[Callable[..., bool]]
+    """The namespace's is_overridden."""
+
+    optimizer_checkpoint: str
+    _shards_for_module = False
+
+    def setup(self: Any, trainer: Any) -> None:
+        module = self.lightning_module
+        self._shards_for_module = not type(self)._is_overridden("configure_model", module)
+        if not self._shards_for_module:
+            super().setup(trainer)  # type: ignore[misc]
+            return
+        if self._tensor_parallel_size != 1:
+            raise ValueError("tensor_parallel_size needs a configure_model that says which layers are divided, and how")
+        self.model_to_device()
+        shard(self.model, self.device_mesh["data_parallel"])
+        with _configured(module):
+            super().setup(trainer)  # type: ignore[misc]
+
+    # The sharded parameters are gathered by hooks on forward, which a Trainer's steps do not call by themselves.
+
+    def training_step(self: Any, *arguments: Any, **options: Any) -> Any:
+        with self.precision_plugin.train_step_context():
+            return self._through_forward("training_step", *arguments, **options)
+
+    def validation_step(self: Any, *arguments: Any, **options: Any) -> Any:
+        with self.precision_plugin.val_step_context():
+            return self._through_forward("validation_step", *arguments, **options)
+
+    def test_step(self: Any, *arguments: Any, **options: Any) -> Any:
+        with self.precision_plugin.test_step_context():
+            return self._through_forward("test_step", *arguments, **options)
+
+    def predict_step(self: Any, *arguments: Any, **options: Any) -> Any:
+        with self.precision_plugin.predict_step_context():
+            return self._through_forward("predict_step", *arguments, **options)
+
+    def _through_forward(self: Any, step: str, *arguments: Any, **options: Any) -> Any:
+        module = self.lightning_module
+        if not self._shards_for_module:
+            return getattr(module, step)(*arguments, **options)
+        return self._forward_redirection(module, module, step, *arguments, **options)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def optimizer_state(self: Any, optimizer: Any) -> dict[str, Any]:
+        if self._save_distributed_checkpoint or not isinstance(unwrapped(optimizer), KLShampoo):
+            return super().optimizer_state(optimizer)  # type: ignore[misc]
+        unwrapped(optimizer).consolidate_state_dict()  # the very file that DDP writes
+        return unwrapped(optimizer).state_dict() if self.is_global_zero else {}
+
+    def load_checkpoint(self: Any, checkpoint_path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        how, optimizers = self.optimizer_checkpoint, self._optimizers
+        divided = Path(self.broadcast(checkpoint_path)).is_dir()
+        if divided and how == "partial":
+            raise ValueError(f"optimizer_checkpoint='partial' needs a checkpoint in one file, not {checkpoint_path}")
+        try:
+            if not divided or how == "ignore":
+                self._optimizers = []  # Lightning then loads the module alone
+            loaded = super().load_checkpoint(checkpoint_path, *arguments, **options)  # type: ignore[misc]
+        except CheckpointException as problem:
+            causes = "; ".join(sorted({str(cause) for cause, _ in problem.failures.values()}))
+            raise ValueError(f"{checkpoint_path} does not fit: {causes}. {REMEDY}") from problem
+        finally:
+            self._optimizers = optimizers
+        if not divided and how != "ignore" and optimizers:
+            if "optimizer_states" not in loaded:
+                raise KeyError(f"{checkpoint_path} has the weights alone. {REMEDY}")
+            restore(optimizers, loaded["optimizer_states"], how)
+        return loaded
+
+
+@contextmanager
+def _configured(module: Any) -> Iterator[None]:
+    """The module has a `configure_model`, without which Lightning refuses it: the strategy has done its work."""
+    module.configure_model = lambda: None
+    try:
+        yield
+    finally:
+        del module.configure_model

@@ -1,0 +1,1 @@
+"""The real classes, once for each Lightning: see [Note: two Lightnings]."""

@@ -1,0 +1,69 @@
+"""Strategies and callbacks for lightning.pytorch and lightning.fabric."""
+
+from lightning.fabric.strategies import DDPStrategy as FabricDDPStrategy
+from lightning.fabric.strategies import ModelParallelStrategy as FabricModelParallelStrategy
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_plugin.callbacks import MonitorsKLShampoo, SummarizesPartition
+from lightning_plugin.fabric import FabricShards, FabricTrainsWithKLShampoo
+from lightning_plugin.model_parallel import ShardsModules, SpreadsOverAllRanks
+from lightning_plugin.options import TakesOptimizerOptions
+from lightning_plugin.requeue import RequeuesBetweenBatches
+from lightning_plugin.trainer import ReducesToOwners, TrainsWithKLShampoo
+
+
+class KLShampooStrategy(
+    ReducesToOwners, TrainsWithKLShampoo, RequeuesBetweenBatches, TakesOptimizerOptions, DDPStrategy
+):
+    """DDP, trained with KLShampoo: `Trainer(strategy="kl_shampoo")`."""
+
+    strategy_name = "kl_shampoo"
+    _say = staticmethod(rank_zero_info)
+    _parent = DDPStrategy
+
+
+class KLShampooFSDP2Strategy(
+    ShardsModules,
+    TrainsWithKLShampoo,
+    SpreadsOverAllRanks,
+    RequeuesBetweenBatches,
+    TakesOptimizerOptions,
+    ModelParallelStrategy,
+):
+    """FSDP2, trained with KLShampoo: `Trainer(strategy="kl_shampoo_fsdp2")`."""
+
+    strategy_name = "kl_shampoo_fsdp2"
+    _say = staticmethod(rank_zero_info)
+    _is_overridden = staticmethod(is_overridden)
+    _parent = ModelParallelStrategy
+
+
+class KLShampooFabricStrategy(FabricTrainsWithKLShampoo, TakesOptimizerOptions, FabricDDPStrategy):
+    """DDP, trained with KLShampoo: `Fabric(strategy="kl_shampoo")`."""
+
+    strategy_name = "kl_shampoo"
+    _say = staticmethod(rank_zero_info)
+    _parent = FabricDDPStrategy
+
+
+class KLShampooFabricFSDP2Strategy(
+    FabricTrainsWithKLShampoo, FabricShards, SpreadsOverAllRanks, TakesOptimizerOptions, FabricModelParallelStrategy
+):
+    """FSDP2, trained with KLShampoo: `Fabric(strategy="kl_shampoo_fsdp2")`."""
+
+    strategy_name = "kl_shampoo_fsdp2"
+    _say = staticmethod(rank_zero_info)
+    _parent = FabricModelParallelStrategy
+
+
+class KLShampooMonitor(MonitorsKLShampoo, Callback):
+    """Logs how KLShampoo does."""
+
+
+class PartitionSummary(SummarizesPartition, Callback):
+    """Prints who owns what."""
+
+    _say = staticmethod(rank_zero_info)

@@ -1,0 +1,61 @@
+"""Learning-rate schedulers that were made for one optimizer, handed over to the one it is converted to."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from functools import wraps
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+_BY_GROUP = ("base_lrs", "max_lrs", "_last_lr")
+"""Where schedulers keep a learning rate for each group (`eta_min`, `min_lrs` and the like are floors, and are left)."""
+
+
+def hand_over(schedulers: Iterable[Any], old: Optimizer, new: Optimizer, factor: float) -> None:
+    """Have schedulers of `old` drive `new`, whose learning rates are `factor` times as large."""
+    tracked = False
+    for scheduler in (part for whole in schedulers for part in _parts(whole)):
+        if getattr(scheduler, "optimizer", None) is not old:
+            continue
+        scheduler.optimizer = new
+        tracked = True
+        for key in _BY_GROUP:
+            if factor != 1 and isinstance(getattr(scheduler, key, None), list):
+                setattr(scheduler, key, [_scaled(lr, factor) for lr in getattr(scheduler, key)])
+    if tracked:
+        _track_steps(new)
+
+
+def _parts(scheduler: Any) -> Iterator[Any]:
+    """A scheduler and those inside it (SequentialLR, ChainedScheduler, wrappers), each once."""
+    seen: set[int] = set()
+    waiting = [scheduler]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or not hasattr(one, "optimizer"):
+            continue
+        seen.add(id(one))
+        yield one
+        for value in getattr(one, "__dict__", {}).values():
+            waiting += value if isinstance(value, (list, tuple)) else [value]
+
+
+def _scaled(lr: Any, factor: float) -> Any:
+    return lr * factor if isinstance(lr, (int, float, Tensor)) else lr
+
+
+def _track_steps(optimizer: Optimizer) -> None:
+    """What torch's schedulers do to an optimizer when they are made: they warn where its step is not marked so."""
+    reference, step = weakref.ref(optimizer), type(optimizer).step
+
+    @wraps(step)
+    def tracked(*arguments: Any, **options: Any) -> Any:
+        optimizer = reference()
+        optimizer._opt_called = True  # type: ignore[union-attr]
+        return step(optimizer, *arguments, **options)  # type: ignore[arg-type]
+
+    tracked._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = tracked  # type: ignore[method-assign]

@@ -27,6 +27,8 @@ _CHANGES_THE_UPDATE = {
     "differentiable": "the step runs without autograd",
 }
 _OF_SGD = {"momentum", "dampening", "nesterov"}
+_TORCHS = {"lr", "weight_decay", "eps", "betas"}
+"""Options that AdamW's groups share with ours; others of ours may stand there too, for one group."""
 
 
 def convert(
@@ -53,8 +55,11 @@ def convert(
     if "lr" in given and optimizer.defaults["lr"]:
         factor = float(given["lr"]) / float(optimizer.defaults["lr"])
     names = names_of(module)
+    for name in given.get("adamw_names", ()):
+        if name not in names.values():
+            raise ValueError(f"adamw_names has {name!r}, which is no parameter of the module")
     elementwise = embeddings_and_head(module, given.get("output_head"))
-    own = {key: value for key, value in given.items() if key not in ("lr", "weight_decay", "output_head")}
+    own = {key: x for key, x in given.items() if key not in ("lr", "weight_decay", "output_head", "adamw_names")}
     groups = [_group(group, optimizer, given, factor, names, elementwise) for group in optimizer.param_groups]
     converted = KLShampoo([group for group, _, _ in groups], **{**_defaults(optimizer, factor), **own})
     for group, (_, lr, kept) in zip(converted.param_groups, groups, strict=True):
@@ -137,9 +142,10 @@ def _group(
     served = [name for name, p in named if id(p) in elementwise and p.ndim >= 2]
     here = {name for name, _ in named}
     made["adamw_names"] = (*served, *(name for name in given.get("adamw_names", ()) if name in here))
-    left = {"params", "param_names", "lr", "weight_decay", "eps", "betas"}
-    left |= _IMPLEMENTATION | _OF_SGD | _CHANGES_THE_UPDATE.keys()
-    kept = {key: value for key, value in group.items() if key not in left}
+    left = {"params", "param_names", *_IMPLEMENTATION, *_CHANGES_THE_UPDATE, *(_OF_SGD if _is_sgd(group) else ())}
+    ours = {key: group[key] for key in group.keys() & options.DEFAULTS.keys() - left if key not in _TORCHS}
+    kept = {key: x for key, x in group.items() if key not in left | options.DEFAULTS.keys()}
+    made = {**ours, **made}
     for key in ("initial_lr", "max_lr", "min_lr"):
         if key in kept:
             kept[key] = _times(kept[key], factor)
@@ -151,6 +157,10 @@ def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
     if group.get("param_names"):
         return zip(group["param_names"], group["params"], strict=True)
     return ((f"parameter {i} of the optimizer alone", p) for i, p in enumerate(group["params"]))
+
+
+def _is_sgd(group: Mapping[str, Any]) -> bool:
+    return "dampening" in group
 
 
 def _betas(group: Mapping[str, Any], optimizer: Optimizer, given: Mapping[str, Any]) -> dict[str, Any]:

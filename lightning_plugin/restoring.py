@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kl_dist import KLShampoo, load_full_state_dict
+from kl_dist.inventory import FORM, VERSION
 from lightning_plugin.unwrapping import unwrapped
 
 REMEDY = (
@@ -22,20 +23,30 @@ makes a number of what is no tensor: of these words it cannot, and its error quo
 takes strings apart."""
 
 
+_STEP_BESIDE_IT = "step of the matrix"
+
+
 def with_word_to_adamw(state: dict[str, Any]) -> dict[str, Any]:
     """A full state with a word in it for those who should not load it: see [Note: a word to AdamW]."""
-    for entries in state.get("state", {}).values():
-        entries.setdefault("step", WORD_TO_ADAMW)
-    return state
+    return {**state, "state": {name: _warning(entries) for name, entries in state["state"].items()}} if state else state
+
+
+def _warning(entries: dict[str, Any]) -> dict[str, Any]:
+    if any(key.startswith(f"{FORM}{VERSION}.adamw") for key in entries):
+        return entries
+    beside = {_STEP_BESIDE_IT: entries["step"]} if "step" in entries else {}
+    return {**entries, **beside, "step": WORD_TO_ADAMW}
 
 
 def without_word_to_adamw(state: dict[str, Any]) -> dict[str, Any]:
     """The full state as KLShampoo gave it."""
-    entries = {
-        name: {key: value for key, value in of_one.items() if not isinstance(value, bytes)}
-        for name, of_one in state.get("state", {}).items()
-    }
-    return {**state, "state": entries}
+    found = {name: dict(entries) for name, entries in state.get("state", {}).items()}
+    for entries in found.values():
+        if isinstance(entries.get("step"), bytes):
+            del entries["step"]
+            if _STEP_BESIDE_IT in entries:
+                entries["step"] = entries.pop(_STEP_BESIDE_IT)
+    return {**state, "state": found}
 
 
 def restore(optimizers: Sequence[Any], states: Sequence[dict[str, Any]], how: str) -> None:

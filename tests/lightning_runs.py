@@ -5,7 +5,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -150,24 +149,25 @@ def alone(
     noise: float = 0.0,
     seed: int = 0,
     steps: int = STEPS,
+    period: int = STEPS,
     change: Callable[[Any, int], None] = lambda optimizer, step: None,
+    schedule: Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> Weights:
     """Plain kl_dist on one process, on the same samples and as AdamW is converted; noise on the gradients if asked."""
     model = layers(dtype)
     given = {"lr": LR, "weight_decay": DECAY, "adamw_names": ("embedding.weight",), **SMOOTH, **options}
     optimizer = KLShampoo(model.named_parameters(), **given)
+    scheduler = None if schedule is None else schedule(optimizer)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         optimizer.zero_grad()
-        loss_of(model, tokens_of(step)).backward()
+        loss_of(model, tokens_of(step % period)).backward()
         for parameter in model.parameters() if noise else ():
             factor = 1 + noise * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.grad.copy_(parameter.grad.double() * factor)
         change(optimizer, step)
         optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
     return weights_of(model)
-
-
-def folder_of(path: Path) -> list[str]:
-    return sorted(str(one.relative_to(path)) for one in path.rglob("*"))

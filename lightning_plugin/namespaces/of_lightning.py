@@ -8,16 +8,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_plugin.callbacks import MonitorsKLShampoo, SummarizesPartition
+from lightning_plugin.ddp import UnderDDP
 from lightning_plugin.fabric import FabricShards, FabricTrainsWithKLShampoo
-from lightning_plugin.model_parallel import ShardsModules, SpreadsOverAllRanks
+from lightning_plugin.fsdp2 import SpreadsOverAllRanks, UnderFSDP2
 from lightning_plugin.options import TakesOptimizerOptions
 from lightning_plugin.requeue import RequeuesBetweenBatches
-from lightning_plugin.trainer import ReducesToOwners, TrainsWithKLShampoo
+from lightning_plugin.trainer import TrainsWithKLShampoo
 
 
-class KLShampooStrategy(
-    ReducesToOwners, TrainsWithKLShampoo, RequeuesBetweenBatches, TakesOptimizerOptions, DDPStrategy
-):
+class KLShampooStrategy(UnderDDP, TrainsWithKLShampoo, RequeuesBetweenBatches, TakesOptimizerOptions, DDPStrategy):
     """DDP, trained with KLShampoo: `Trainer(strategy="kl_shampoo")`."""
 
     strategy_name = "kl_shampoo"
@@ -26,7 +25,7 @@ class KLShampooStrategy(
 
 
 class KLShampooFSDP2Strategy(
-    ShardsModules,
+    UnderFSDP2,
     TrainsWithKLShampoo,
     SpreadsOverAllRanks,
     RequeuesBetweenBatches,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch.distributed.checkpoint import CheckpointException
 
 from kl_dist import KLShampoo
-from lightning_plugin.restoring import REMEDY, restore
+from lightning_plugin.restoring import REMEDY, restore, with_word_to_adamw
 from lightning_plugin.sharding import shard
 from lightning_plugin.unwrapping import unwrapped
 
@@ -42,7 +42,7 @@ class SpreadsOverAllRanks:
         super().setup_environment()  # type: ignore[misc]
 
 
-class ShardsModules:
+class UnderFSDP2:
     """Mixin of a Trainer's strategy: shards a module that has no `configure_model`, loads either kind of checkpoint."""
 
     _is_overridden: ClassVar[Callable[..., bool]]
@@ -94,7 +94,7 @@ class ShardsModules:
         if self._save_distributed_checkpoint or not isinstance(unwrapped(optimizer), KLShampoo):
             return super().optimizer_state(optimizer)  # type: ignore[misc]
         unwrapped(optimizer).consolidate_state_dict()  # the very file that DDP writes
-        return unwrapped(optimizer).state_dict() if self.is_global_zero else {}
+        return with_word_to_adamw(unwrapped(optimizer).state_dict()) if self.is_global_zero else {}
 
     def load_checkpoint(self: Any, checkpoint_path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
         how, optimizers = self.optimizer_checkpoint, self._optimizers

@@ -1,0 +1,147 @@
+"""The training job that Lightning runs, in real processes at tiny sizes: its strategies, its YAML files, its errors."""
+
+import csv
+import functools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kl_dist import options
+from launch import train_lightning
+from tests.test_launch_job import ROOT, launch
+from tests.test_launch_job import losses as losses_of_job
+
+STEPS = 6
+MODEL = "--model.layers 1 --model.width 16 --model.heads 2 --model.warmup 1"
+DATA = "--data.context 16 --data.batch_size 6 --data.steps 3"
+LOGGED = "--trainer.logger CSVLogger --trainer.log_every_n_steps 1"
+QUIET = "--trainer.enable_progress_bar false --trainer.enable_model_summary false"
+TWO = "--trainer.accelerator cpu --trainer.devices 2"
+SAVED = "--trainer.callbacks ModelCheckpoint --trainer.callbacks.filename {step} --trainer.callbacks.save_top_k -1"
+
+DDP, FSDP2 = (f"--config launch/configs/lightning_{name}.yaml" for name in ("ddp", "fsdp2"))
+
+Runner = Callable[..., Path]
+
+
+def start(arguments: str, torchrun: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run the job to its end; Lightning starts the second process itself, unless torchrun starts both."""
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split() if torchrun else []
+    command = [sys.executable, *launcher, "launch/train_lightning.py", *arguments.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small text, whose validation windows are one more than a multiple of a batch: one rank has none in the last."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{number} times {number} is {number * number}.\n" for number in range(600))[:11690])
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """The folder of a finished run; each is run once and left as it is."""
+
+    @functools.cache
+    def run(strategy: str, more: str = "", torchrun: bool = False) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        where = f"--data.file {text} --trainer.default_root_dir {folder} --trainer.max_steps {STEPS}"
+        done = start(f"fit {strategy} {TWO} {where} {MODEL} {DATA} {LOGGED} {QUIET} {more}", torchrun)
+        assert done.returncode == 0, done.stderr
+        return folder
+
+    return run
+
+
+def losses(folder: Path) -> list[float]:
+    """Training losses of all steps and validation losses after every third, in the order in which they came."""
+    (path,) = folder.rglob("metrics.csv")
+    with path.open() as lines:
+        rows = list(csv.DictReader(lines))
+    return [float(row[name]) for row in rows for name in ("train_loss", "val_loss") if row.get(name)]
+
+
+def test_adamw_trains_the_module_as_the_job_without_lightning_does(trained: Runner, text: Path, tmp_path: Path) -> None:
+    """So the data, the schedule and the mean over the ranks are the same, on one process there and on two here."""
+    sizes = "--layers 1 --width 16 --heads 2 --context 16 --tokens-per-step 96 --warmup 1"
+    done = launch(1, f"--optimizer adamw {sizes} --steps {STEPS} --eval-every 3 --data {text} --out {tmp_path}")
+    assert done.returncode == 0, done.stderr
+    found = losses(trained("--trainer.strategy ddp"))
+    assert len(found) == STEPS + 2
+    assert found == pytest.approx(losses_of_job(tmp_path), rel=1e-5)
+
+
+def test_the_strategy_is_the_same_by_its_name_and_by_its_class_under_torchrun(trained: Runner) -> None:
+    by_name = losses(trained("--trainer.strategy kl_shampoo"))
+    by_class = losses(trained("--trainer.strategy.class_path lightning_plugin.KLShampooStrategy", torchrun=True))
+    assert by_class == pytest.approx(by_name, rel=1e-6)
+    assert by_name != pytest.approx(losses(trained("--trainer.strategy ddp")), rel=1e-4), "AdamW has trained"
+
+
+def test_both_yaml_files_train_alike_and_better_than_by_name_alone(trained: Runner) -> None:
+    ddp, fsdp2 = losses(trained(DDP)), losses(trained(FSDP2))
+    assert fsdp2 == pytest.approx(ddp, rel=1e-5)
+    assert ddp[-1] < losses(trained("--trainer.strategy kl_shampoo"))[-1] - 0.05, "their learning rates are not taken"
+    assert [path.name for path in trained(DDP).rglob("*.ckpt") if path.is_file()].count("last.ckpt") == 1
+    assert [path.name for path in trained(FSDP2).rglob("*.ckpt") if path.is_dir()] != []
+
+
+@pytest.mark.parametrize("config", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+def test_a_run_goes_on_from_a_checkpoint_in_the_middle_of_an_epoch(trained: Runner, config: str) -> None:
+    saved = trained(config, f"{SAVED} --trainer.callbacks.every_n_train_steps 4")
+    (checkpoint,) = saved.rglob("*4.ckpt")
+    continued = losses(trained(config, f"--ckpt_path {checkpoint}"))
+    assert continued == pytest.approx(losses(trained(config))[-3:], rel=1e-6)
+
+
+def test_a_batch_that_does_not_divide_is_refused_in_one_sentence() -> None:
+    done = start(f"fit {TWO} {MODEL} {DATA} {QUIET} --data.batch_size 7 --trainer.logger false")
+    assert done.returncode != 0
+    assert "error: --data.batch_size 7 does not divide over 2 devices" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["KLShampooStrategy", "KLShampooFSDP2Strategy"])
+def test_help_explains_every_option_of_a_strategy(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = said_of(f"fit --trainer.strategy.help lightning_plugin.{name}", 0, monkeypatch, capsys)
+    for option in (*options.DEFAULTS, "on_nonfinite", "output_head", "optimizer_checkpoint"):
+        explained = rf"  --trainer\.strategy\.{option} [^\n]*\s+(?!\(type:)\w"
+        flag = rf"  --trainer\.strategy\.{option} (?:[^\n]*\n +|\S+ +)(?!\(type:)\S"
+        assert re.search(flag, said), f"{option} is not explained"
+    assert "T; the eigenbases are refreshed every T steps" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--trainer.strategy lightning_plugin.KLShampooStrategy --trainer.strategy.blockng none", "blockng"),
+        (f"{DDP} --trainer.strategy.dict_kwargs.blockng none", "unknown option 'blockng'; did you mean 'blocking'?"),
+        (f"{DDP} --trainer.strategy.init_args.method soup", "soup"),
+        ("--data.batchsize 3", "unrecognized arguments: --data.batchsize"),
+    ],
+)
+def test_a_mistake_in_an_option_is_named(
+    flags: str, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert named in said_of(f"fit {flags}", 2, monkeypatch, capsys)
+
+
+def said_of(
+    arguments: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """What a command line that trains nothing leaves on the screen."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train_lightning.py", *arguments.split()])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as left:
+        sys.exit(train_lightning.main())
+    assert left.value.code == status
+    return "".join(capsys.readouterr())

@@ -1,0 +1,410 @@
+"""What a Trainer offers works under our strategies: schedules, callbacks, tuning, manual optimization, other stages."""
+
+import math
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim import lr_scheduler as schedules
+
+from kl_dist import KLShampoo
+from tests.lightning_runs import STEPS, adamw, alone, fit, launched, module, pytorch, rows, trainer
+from tests.models import deviation, same_bits
+from tests.sharded import weights_of
+
+DOUBLE = 1e-9
+STRATEGIES = ("kl_shampoo", "kl_shampoo_fsdp2")
+both = pytest.mark.parametrize("strategy", STRATEGIES)
+
+
+# -- schedules ---------------------------------------------------------------------------------------------------------
+
+
+def one_cycle(optimizer: Any) -> Any:
+    return schedules.OneCycleLR(optimizer, 2e-2, total_steps=STEPS + 1)
+
+
+def warmup(optimizer: Any) -> Any:
+    return schedules.LambdaLR(optimizer, lambda step: min(1.0, step / 5))
+
+
+def in_sequence(optimizer: Any) -> Any:
+    parts = [schedules.LinearLR(optimizer, 0.1, total_iters=5), schedules.CosineAnnealingLR(optimizer, STEPS - 5)]
+    return schedules.SequentialLR(optimizer, parts, [5])
+
+
+SCHEDULES = {"one_cycle": one_cycle, "warmup": warmup, "in_sequence": in_sequence}
+
+
+def fit_on_schedule(group, strategy: str, name: str):
+    def configure(made):
+        optimizer = adamw(made)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": SCHEDULES[name](optimizer), "interval": "step"}}
+
+    return fit(group, strategy, configure=configure)
+
+
+@both
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_made_for_adamw_drives_klshampoo(worlds, name, strategy):
+    found = worlds[2].run(fit_on_schedule, 2, strategy, name)
+    expected = alone(schedule=SCHEDULES[name])
+    assert deviation(expected, alone()) > 1e-3, "the schedule must matter for this test to mean anything"
+    assert deviation(found[0], expected) <= DOUBLE
+
+
+def lrs_on_a_plateau(group):
+    def configure(made):
+        optimizer = adamw(made)
+        scheduler = schedules.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=1e9)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler, "monitor": "validation"}
+
+    pl, lrs = pytorch(), []
+    with launched(group):
+        made = module(pl, configure)
+        watch = type(
+            "Watch",
+            (pl.Callback,),
+            {"on_train_epoch_start": lambda self, t, m: lrs.append(t.optimizers[0].param_groups[0]["lr"])},
+        )
+        data = rows(2, group.rank(), steps=2)
+        trainer(pl, max_epochs=4, max_steps=-1, callbacks=[watch()]).fit(made, data, data)
+    return lrs
+
+
+def test_reduce_lr_on_plateau_lowers_the_learning_rate(worlds):
+    assert worlds[2].run(lrs_on_a_plateau, 2)[0] == [1e-2, 5e-3, 2.5e-3, 1.25e-3]
+
+
+# -- callbacks and tuning ----------------------------------------------------------------------------------------------
+
+
+def with_callbacks(group, folder: str, strategy: str):
+    """One fit under most of Lightning's callbacks; what they found."""
+    pl = pytorch()
+    callbacks, loggers = pl.callbacks, pl.loggers
+    with launched(group):
+        made = module(pl)
+        best = callbacks.ModelCheckpoint(f"{folder}/best", monitor="validation", save_top_k=2, save_last=True)
+        weights = callbacks.ModelCheckpoint(f"{folder}/weights", save_weights_only=True)
+        stop = callbacks.EarlyStopping("validation", patience=0, min_delta=1e9)
+        ran = trainer(
+            pl,
+            strategy,
+            max_epochs=9,
+            max_steps=-1,
+            enable_checkpointing=True,
+            logger=loggers.CSVLogger(folder, name="log", version=0),
+            log_every_n_steps=2,
+            callbacks=[best, weights, stop, callbacks.LearningRateMonitor()],
+        )
+        data = rows(2, group.rank(), steps=4)
+        ran.fit(made, data, data)
+        return ran.current_epoch, len(best.best_k_models), best.last_model_path, weights.best_model_path
+
+
+@both
+def test_early_stopping_checkpoints_and_the_learning_rate_monitor(worlds, tmp_path, strategy):
+    epochs, kept, last, weights = worlds[2].run(with_callbacks, 2, str(tmp_path), strategy, timeout=120)[0]
+    assert epochs == 2 and kept == 2
+    assert (tmp_path / "best" / "last.ckpt").exists() and last
+    log = (tmp_path / "log" / "version_0" / "metrics.csv").read_text()
+    assert "lr-KLShampoo" in log.splitlines()[0] and "0.01" in log
+    if strategy == "kl_shampoo":
+        saved = torch.load(weights, weights_only=True)
+        assert "optimizer_states" not in saved and "net.mix.weight" in saved["state_dict"]
+        assert torch.load(last, weights_only=True)["optimizer_states"][0]["param_groups"][0]["method"] == "kl_shampoo"
+
+
+def averaged(group):
+    """Weights and learning rates under StochasticWeightAveraging, which changes the optimizer's schedule half-way."""
+    pl, lrs = pytorch(), []
+    with launched(group):
+        made = module(pl, attend=lambda m, _: lrs.append(m.optimizers().param_groups[0]["lr"]))
+        swa = pl.callbacks.StochasticWeightAveraging(swa_lrs=5e-3, swa_epoch_start=2, annealing_epochs=1)
+        trainer(pl, max_epochs=4, max_steps=-1, callbacks=[swa]).fit(made, rows(2, group.rank(), steps=3))
+        return weights_of(made.net), lrs
+
+
+def test_stochastic_weight_averaging(worlds):
+    found = worlds[2].run(averaged, 2)
+    (weights, lrs), (others, _) = found
+    assert same_bits(weights, others)
+    assert lrs[0] == 1e-2 and lrs[-1] == pytest.approx(5e-3)
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def found_lr(group, folder: str):
+    pl = pytorch()
+    with launched(group):
+        made = module(pl)
+        before = weights_of(made.net)
+        ran = trainer(pl, default_root_dir=folder, max_epochs=1, max_steps=-1)
+        data = rows(2, group.rank())
+        tuner = import_tuner(pl)(ran)
+        found = tuner.lr_find(made, data, num_training=12, min_lr=1e-5, max_lr=1e-1, update_attr=False)
+        restored = weights_of(made.net)
+        ran.fit(made, data)
+        return found.results["lr"], same_bits(before, restored), weights_of(made.net)
+
+
+def import_tuner(pl):
+    return pl.tuner.Tuner
+
+
+def test_lr_find_tries_learning_rates_and_puts_everything_back(worlds, tmp_path):
+    lrs, restored, weights = worlds[2].run(found_lr, 2, str(tmp_path))[0]
+    assert restored and len(lrs) == 12 and lrs[0] < 2e-5 and lrs[-1] > 1e-2
+    assert deviation(weights, alone()) <= DOUBLE
+
+
+# -- stages and runs ---------------------------------------------------------------------------------------------------
+
+
+def every_stage(group, strategy: str):
+    pl = pytorch()
+    with launched(group):
+        made = module(pl)
+        data = rows(2, group.rank(), steps=3)
+        before = trainer(pl, strategy).validate(made, data, verbose=False)
+        ran = trainer(pl, strategy, max_steps=3)
+        ran.fit(made, data, data)
+        tested = ran.test(made, data, verbose=False)
+        predicted = ran.predict(made, data)
+        return before[0]["validation"], tested[0]["test"], len(predicted), predicted[0].shape
+
+
+@both
+def test_validate_test_and_predict(worlds, strategy):
+    validation, test, batches, shape = worlds[2].run(every_stage, 2, strategy)[0]
+    assert test < validation and batches == 3 and shape == (4, 1)
+
+
+def fitted_twice(group, strategy: str):
+    pl = pytorch()
+    with launched(group):
+        made = module(pl)
+        data = rows(2, group.rank())
+        ran = trainer(pl, strategy)
+        ran.fit(made, data)
+        first = weights_of(made.net)
+        ran.fit_loop.epoch_loop.max_steps = 2 * STEPS
+        ran.fit_loop.max_epochs = 2
+        ran.fit(made, data)
+        return first, weights_of(made.net), len(ran.optimizers)
+
+
+@both
+def test_fit_twice_starts_a_new_optimizer_each_time(worlds, strategy):
+    first, second, optimizers = worlds[2].run(fitted_twice, 2, strategy)[0]
+    assert deviation(first, alone()) <= DOUBLE and optimizers == 1
+    assert deviation(second, first) > 1e-3
+
+
+def quick_runs(group, strategy: str):
+    pl = pytorch()
+    steps = []
+    with launched(group):
+        data = rows(2, group.rank())
+        ran = trainer(pl, strategy, fast_dev_run=True)
+        ran.fit(module(pl), data, data)
+        steps.append(ran.global_step)
+        began = time.monotonic()
+        slow = module(pl, attend=lambda *_: time.sleep(0.3))
+        ran = trainer(pl, strategy, max_time={"seconds": 1}, max_epochs=-1, max_steps=-1)
+        ran.fit(slow, data)
+        return steps, ran.global_step, time.monotonic() - began
+
+
+@both
+def test_fast_dev_run_and_max_time(worlds, strategy):
+    steps, timed, seconds = worlds[2].run(quick_runs, 2, strategy)[0]
+    assert steps == [1] and 1 <= timed < STEPS and seconds < 30
+
+
+def compiled(group, strategy: str, wholly: bool):
+    pl = pytorch()
+    with launched(group):
+        made = module(pl)
+        made.log = lambda *_, **__: None  # Lightning's cannot be compiled here, under its own strategies either
+        if wholly:
+            trainer(pl, strategy).fit(torch.compile(made, backend="aot_eager"), rows(2, group.rank()))
+        else:
+            made.net.compile(backend="aot_eager")
+            trainer(pl, strategy).fit(made, rows(2, group.rank()))
+        return weights_of(made.net)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "wholly"), [("kl_shampoo", True), ("kl_shampoo", False), ("kl_shampoo_fsdp2", False)]
+)
+def test_a_compiled_module_trains_alike(worlds, strategy, wholly):
+    found = worlds[2].run(compiled, 2, strategy, wholly, timeout=180)
+    assert deviation(found[0], alone()) <= DOUBLE
+
+
+class Synchronized(nn.BatchNorm1d):
+    """Stands for torch's SyncBatchNorm, which DDP refuses on CPUs: a layer of another class with the same weights."""
+
+
+def normed(group):
+    """The kinds of a norm during a fit and after it, and whether its weights moved, with layers synchronised."""
+    pl, kinds = pytorch(), []
+    made = module(pl, attend=lambda m, _: kinds.append(type(m.net.extra).__name__))
+
+    def apply(self, model):
+        model.net.extra = put(Synchronized(12).double(), model.net.extra)
+        return model
+
+    def revert(self, model):
+        model.net.extra = put(nn.BatchNorm1d(12).double(), model.net.extra)
+        return model
+
+    plugin = type("Plugin", (pl.plugins.layer_sync.LayerSync,), {"apply": apply, "revert": revert})()
+    made.net.extra = nn.BatchNorm1d(12).double()
+    made.net.mix = nn.Sequential(made.net.mix, made.net.extra)
+    made.net.extra.register_forward_hook(lambda *_: None)
+    with launched(group):
+        before = made.net.extra.weight.clone()
+        trainer(pl, plugins=[plugin], max_steps=2).fit(made, rows(2, group.rank()))
+        return kinds, type(made.net.extra).__name__, not torch.equal(before, made.net.extra.weight)
+
+
+def put(layer: nn.Module, of: nn.Module) -> nn.Module:
+    layer.weight, layer.bias = of.weight, of.bias
+    return layer
+
+
+def test_synchronised_layers_are_put_in_before_the_optimizer_and_taken_out_at_the_end(worlds):
+    during, after, moved = worlds[2].run(normed, 2)[0]
+    assert set(during) == {"Synchronized"} and after == "BatchNorm1d" and moved
+
+
+# -- several optimizers, and none --------------------------------------------------------------------------------------
+
+
+class Adversaries:
+    """A generator and a critic, each with its AdamW, stepped in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.generator, self.critic = (nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, n)) for n in (4, 1))
+        self.double()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [AdamW(part.parameters(), lr=1e-2) for part in (self.generator, self.critic)]
+
+    def training_step(self: Any, batch, batch_idx):
+        noise, real = batch.double(), torch.sin(batch.double())
+        first, second = self.optimizers()
+        for optimizer, other in ((first, second), (second, first)):
+            self.toggle_optimizer(optimizer)
+            loss = play(self.generator, self.critic, noise, real, optimizer is first)
+            self.manual_backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.untoggle_optimizer(optimizer)
+            other.zero_grad()
+
+
+def play(generator, critic, noise, real, generates: bool):
+    fake = generator(noise)
+    if generates:
+        return -critic(fake).mean()
+    return (critic(fake.detach()).square() + (critic(real) - 1).square()).mean()
+
+
+def adversaries_on_ranks(group):
+    pl = pytorch()
+    with launched(group):
+        made = type("Made", (Adversaries, pl.LightningModule), {})()
+        ran = trainer(pl, "kl_shampoo_find_unused_parameters_true", max_steps=-1)
+        ran.fit(made, rows(2, group.rank()))
+        kinds = [type(optimizer.optimizer).__name__ for optimizer in made.optimizers()]
+        return weights_of(made), kinds
+
+
+def adversaries_alone():
+    made = type("Made", (Adversaries, nn.Module), {})()
+    parts = (made.generator, made.critic)
+    optimizers = [
+        KLShampoo(part.named_parameters(), lr=1e-2, adamw_betas=(0.9, 0.999), betas=(0.9, 0.9)) for part in parts
+    ]
+    for batch in rows(1, 0):
+        noise, real = batch.double(), torch.sin(batch.double())
+        for generates, optimizer in zip((True, False), optimizers, strict=True):
+            made.zero_grad()
+            play(*parts, noise, real, generates).backward()
+            optimizer.step()
+    return weights_of(made)
+
+
+def test_manual_optimization_of_two_optimizers(worlds):
+    weights, kinds = worlds[2].run(adversaries_on_ranks, 2)[0]
+    assert kinds == ["KLShampoo", "KLShampoo"]
+    assert deviation(weights, adversaries_alone()) <= DOUBLE
+
+
+def without_optimizer(group, strategy: str):
+    pl = pytorch()
+    with launched(group):
+        made = module(pl, lambda _: None)
+        before = weights_of(made.net)
+        trainer(pl, strategy, max_steps=2).fit(made, rows(2, group.rank()))
+        return same_bits(before, weights_of(made.net))
+
+
+@both
+def test_no_optimizer_trains_nothing(worlds, strategy):
+    assert all(worlds[2].run(without_optimizer, 2, strategy))
+
+
+# -- our callbacks -----------------------------------------------------------------------------------------------------
+
+
+def monitored(group, folder: str):
+    pl = pytorch()
+    import lightning_plugin
+
+    said = []
+    with launched(group):
+        lightning_plugin.PartitionSummary._say = said.append
+        made = module(pl)
+        callbacks = [lightning_plugin.KLShampooMonitor(), lightning_plugin.PartitionSummary(parameters=True)]
+        logger = pl.loggers.CSVLogger(folder, name="log", version=0)
+        ran = trainer(pl, logger=logger, log_every_n_steps=4, callbacks=callbacks)
+        ran.fit(made, rows(2, group.rank()))
+        return said, {name: float(value) for name, value in ran.progress_bar_metrics.items()}
+
+
+def test_the_monitor_logs_and_the_summary_prints(worlds, tmp_path):
+    (said, shown), (others, _) = worlds[2].run(monitored, 2, str(tmp_path))
+    assert said == others and "balance" in said[0] and "net.mix.weight" in said[0]
+    assert set(shown) >= {"kl_shampoo/update_rms", "kl_shampoo/skipped_steps"}
+    header, *lines = (tmp_path / "log" / "version_0" / "metrics.csv").read_text().splitlines()
+    columns = header.split(",")
+    values = [dict(zip(columns, line.split(","), strict=True)) for line in lines]
+    assert [row["step"] for row in values] == ["3", "7", "11", "15", "19"]
+    for row in values:
+        found = {name.split("/")[1]: float(x) for name, x in row.items() if name.startswith("kl_shampoo/")}
+        assert found.keys() == {"condition", "update_rms", "refreshes", "refresh_seconds", "balance", "skipped_steps"}
+        assert found["condition"] > 1 and 0.1 < found["update_rms"] < 3 and found["balance"] >= 1
+        assert found["skipped_steps"] == 0 and found["refreshes"] > 0 and not math.isnan(found["refresh_seconds"])
+
+
+def monitored_without_klshampoo(group):
+    pl = pytorch()
+    import lightning_plugin
+
+    with launched(group):
+        trainer(pl, "ddp", callbacks=[lightning_plugin.PartitionSummary()]).fit(module(pl), rows(2, group.rank()))
+
+
+def test_callbacks_of_ours_say_where_they_do_not_belong(worlds):
+    errors = worlds[2].run_expecting_errors(monitored_without_klshampoo, 2)
+    assert all("strategy='kl_shampoo'" in str(error) for error in errors)

@@ -3,9 +3,9 @@
     python launch/train_lightning.py fit --trainer.strategy kl_shampoo --trainer.accelerator cpu --trainer.devices 2
     torchrun --nproc-per-node 2 launch/train_lightning.py fit --config launch/configs/lightning_ddp.yaml
 
-The module knows nothing of KL-Shampoo: it configures AdamW, which `--trainer.strategy ddp` trains with and a strategy of
-`lightning_plugin` converts. As in launch/train.py a batch depends on the seed and the step alone, so any number of
-devices does the same training.
+The module knows nothing of KL-Shampoo: it configures AdamW, with which `--trainer.strategy ddp` trains it and which the
+strategies of `lightning_plugin` convert. As in launch/train.py a batch depends on the seed and the step alone, so any
+number of devices does the same training.
 """
 
 import math
@@ -20,10 +20,12 @@ if not __package__:
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
 
 import lightning_plugin  # noqa: F401 (makes the strategies known by name)
 from launch.data import Corpus, load_corpus, training_starts, validation_starts, windows
@@ -64,6 +66,8 @@ class LanguageModel(LightningModule):
         self.save_hyperparameters()
         self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
         self.gpt = GPT(layers, width, heads, context)
+        # Devices' shares of the last windows may differ, which Lightning's own mean over devices rounds.
+        self.over_windows = MeanMetric()
 
     def get_output_embeddings(self) -> nn.Module:
         """The output head, by the name at which KL-Shampoo looks for it, and leaves it to AdamW."""
@@ -78,8 +82,8 @@ class LanguageModel(LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        # The ranks' shares of the last windows may differ, and with `batch_size` each window counts alike.
-        self.log("val_loss", self._loss(batch), prog_bar=True, sync_dist=True, batch_size=len(batch[0]))
+        self.over_windows.update(self._loss(batch), weight=len(batch[0]))
+        self.log("val_loss", self.over_windows, prog_bar=True)
 
     def _loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy in nats per byte; 0 of no windows."""
@@ -87,7 +91,7 @@ class LanguageModel(LightningModule):
         summed = F.cross_entropy(self(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
         return summed / max(targets.numel(), 1)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise UsageError("the cosine of the learning rate needs an end: give --trainer.max_steps or max_epochs")
@@ -156,37 +160,33 @@ class TextData(LightningDataModule):
         self.validation_windows, self.seed = validation_windows, seed
 
     def setup(self, stage: str) -> None:
-        parts, self.part = self._parts()
-        if self.batch_size % parts:
-            raise UsageError(f"--data.batch_size {self.batch_size} does not divide over {parts} devices")
-        self.parts = parts
+        assert self.trainer is not None
+        # Devices that divide layers between them share a part.
+        divided = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        self.parts: int = divided["num_replicas"]
+        self.part: int = divided["rank"]
+        if self.batch_size % self.parts:
+            raise UsageError(f"--data.batch_size {self.batch_size} does not divide over {self.parts} devices")
         self.corpus = load_corpus(self.file, self.context)
 
     def train_dataloader(self) -> Batches:
-        return Batches(self.steps, self._training_batch, self._done)
+        text, trainer = self.corpus.train, self.trainer
+        assert trainer is not None
+
+        def batch(number: int) -> Batch:
+            starts = training_starts(text, self.seed, number + 1, self.batch_size, self.context)
+            return self._share(text, starts)
+
+        return Batches(self.steps, batch, lambda: trainer.global_step * trainer.accumulate_grad_batches)
 
     def val_dataloader(self) -> Batches:
-        starts = validation_starts(self.corpus.validation, self.validation_windows, self.context)
-        rounds = starts.split(self.batch_size)
-        return Batches(len(rounds), lambda number: self._share(self.corpus.validation, rounds[number]))
-
-    def _training_batch(self, number: int) -> Batch:
-        text = self.corpus.train
-        return self._share(text, training_starts(text, self.seed, number + 1, self.batch_size, self.context))
+        text = self.corpus.validation
+        rounds = validation_starts(text, self.validation_windows, self.context).split(self.batch_size)
+        return Batches(len(rounds), lambda number: self._share(text, rounds[number]))
 
     def _share(self, text: Tensor, starts: Tensor) -> Batch:
         """This device's windows of a batch."""
         return windows(text, starts[self.part :: self.parts], self.context)
-
-    def _done(self) -> int:
-        """Batches trained on so far, also by the run that this one continues."""
-        trainer = self.trainer
-        return trainer.global_step * trainer.accumulate_grad_batches
-
-    def _parts(self) -> tuple[int, int]:
-        """Into how many shares a batch is divided, and which is this device's; devices that divide layers have one."""
-        divided = self.trainer.distributed_sampler_kwargs
-        return (divided["num_replicas"], divided["rank"]) if divided else (1, 0)
 
 
 class CLI(LightningCLI):

@@ -16,15 +16,13 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
             fully_shard(module, mesh=mesh)
 
 
-def repeated_blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules that come several of one class in a ModuleList, ModuleDict or Sequential."""
-    for child in model.children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
-            kinds = [type(entry) for entry in child.children()]
-            for entry in child.children():
-                if kinds.count(type(entry)) > 1 and sum(1 for _ in entry.parameters()) > 1:
-                    yield entry
-                else:
-                    yield from repeated_blocks(entry)
+def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules, of several layers each, that come several of one class in a list, dict or sequence."""
+    children = list(module.children())
+    listed = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+    kinds = [type(child) for child in children if listed and any(child.children())]
+    for child in children:
+        if kinds.count(type(child)) > 1:
+            yield child
         else:
             yield from repeated_blocks(child)

@@ -6,12 +6,17 @@ mix. So what is ours stands in mixins that import neither; `lightning_plugin.nam
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import time
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 from kl_dist import KLShampoo, clip_grad_norm_, clip_grad_value_
 from lightning_plugin.conversion import convert
 from lightning_plugin.unwrapping import unwrapped
+
+SECONDS_OF_GRACE = 5.0
 
 
 class TrainsWithKLShampoo:
@@ -37,9 +42,25 @@ class TrainsWithKLShampoo:
         type(self)._say(f"{what}, where each parameter goes:\n{converted.routes()}")
         return converted
 
+    def on_exception(self: Any, exception: BaseException) -> None:
+        super().on_exception(exception)  # type: ignore[misc]
+        _end_children(self.launcher)
+
     @property
     def lightning_restore_optimizer(self: Any) -> bool:
         return self.optimizer_checkpoint != "ignore" and super().lightning_restore_optimizer  # type: ignore[misc]
+
+
+def _end_children(launcher: Any) -> None:
+    """The processes that the script itself has started end with it: first by themselves, so that one of them can tell
+    what it died of, and else by force, for they may be waiting in a collective."""
+    children = [child for child in getattr(launcher, "procs", ()) if isinstance(child, subprocess.Popen)]
+    deadline = time.monotonic() + SECONDS_OF_GRACE
+    for child in children:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(max(0.0, deadline - time.monotonic()))
+        if child.poll() is None:
+            child.kill()
 
 
 def _take_over_clipping(plugin: Any) -> None:

@@ -52,14 +52,15 @@ class OfLayers:
         self,
         configure: Callable[[Any], Any] | None = None,
         dtype: torch.dtype = torch.float64,
-        attend: Callable[[Any, int], None] = lambda module, step: None,
+        attend: Callable[[Any, int], None] | None = None,
     ) -> None:
         super().__init__()
         self.net = layers(dtype)
         self.configure, self.attend = configure or adamw, attend
 
     def training_step(self: Any, batch: Tensor, batch_idx: int) -> Tensor:
-        self.attend(self, batch_idx)
+        if self.attend is not None:
+            self.attend(self, batch_idx)
         loss = loss_of(self.net, batch)
         self.log("loss", loss, sync_dist=True)
         return loss

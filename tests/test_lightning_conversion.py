@@ -109,7 +109,7 @@ def test_head_by_name_by_the_librarys_word_and_by_tying_goes_to_adamw(net):
 def test_names_given_to_the_strategy_go_to_adamw_too(net):
     found = routes(convert(AdamW(net.parameters()), net, {"adamw_names": ["body.weight"]}))
     assert found["body.weight"] == found["embedding.weight"] == "adamw"
-    with pytest.raises(ValueError, match="'bodi.weight'"):
+    with pytest.raises(ValueError, match=r"'bodi\.weight'"):
         convert(AdamW(net.parameters()), net, {"adamw_names": ["bodi.weight"]})
 
 

@@ -8,7 +8,8 @@ them for what it goes on serving. Other optimizers are refused, never quietly ke
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -27,7 +28,7 @@ _CHANGES_THE_UPDATE = {
     "differentiable": "the step runs without autograd",
 }
 _OF_SGD = {"momentum", "dampening", "nesterov"}
-_TORCHS = {"lr", "weight_decay", "eps", "betas"}
+_SHARED = {"lr", "weight_decay", "eps", "betas"}
 """Options that AdamW's groups share with ours; others of ours may stand there too, for one group."""
 
 
@@ -51,30 +52,103 @@ def convert(
         _check_not_given_twice(optimizer, given)
         return optimizer
     _check(optimizer, given)
-    factor = 1.0
-    if "lr" in given and optimizer.defaults["lr"]:
-        factor = float(given["lr"]) / float(optimizer.defaults["lr"])
-    names = names_of(module)
-    for name in given.get("adamw_names", ()):
-        if name not in names.values():
-            raise ValueError(f"adamw_names has {name!r}, which is no parameter of the module")
-    elementwise = embeddings_and_head(module, given.get("output_head"))
-    own = {key: x for key, x in given.items() if key not in ("lr", "weight_decay", "output_head", "adamw_names")}
-    groups = [_group(group, optimizer, given, factor, names, elementwise) for group in optimizer.param_groups]
-    converted = KLShampoo([group for group, _, _ in groups], **{**_defaults(optimizer, factor), **own})
-    for group, (_, lr, kept) in zip(converted.param_groups, groups, strict=True):
-        group.update(kept)
-        group["lr"] = lr
+    conversion = _Conversion.of(optimizer, module, given)
+    groups = [conversion.group(group) for group in optimizer.param_groups]
+    converted = KLShampoo([group.made_with for group in groups], **conversion.defaults)
+    for group, of_old in zip(converted.param_groups, groups, strict=True):
+        group.update(of_old.keeps)
     converted._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
     converted._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
-    hand_over(schedulers, optimizer, converted, factor)
+    hand_over(schedulers, optimizer, converted, conversion.factor)
     _retire(optimizer)
     return converted
 
 
-def names_of(module: nn.Module) -> dict[int, str]:
-    """Names of parameters by their ids, as KLShampoo has them."""
-    return {id(p): name.replace("_orig_mod.", "") for name, p in module.named_parameters()}
+class _Group(NamedTuple):
+    """A group on its way."""
+
+    made_with: dict[str, Any]  # what KLShampoo is constructed with
+    keeps: dict[str, Any]  # what the group has afterwards, its learning rate of the moment included
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """What becomes of an optimizer's groups."""
+
+    optimizer: Optimizer
+    given: Mapping[str, Any]
+    names: Mapping[int, str]  # of the module's parameters, by their ids
+    elementwise: set[int]  # ids of the embeddings and the output head
+    factor: float  # new learning rates over old ones
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, module: nn.Module, given: Mapping[str, Any]) -> _Conversion:
+        usual = float(optimizer.defaults["lr"])
+        factor = float(given["lr"]) / usual if "lr" in given and usual else 1.0
+        names = {id(p): name.replace("_orig_mod.", "") for name, p in module.named_parameters()}
+        for name in given.get("adamw_names", ()):
+            if name not in names.values():
+                raise ValueError(f"adamw_names has {name!r}, which is no parameter of the module")
+        return cls(optimizer, given, names, embeddings_and_head(module, given.get("output_head")), factor)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What KLShampoo is constructed with for all groups, and those that are added later begin with."""
+        own = ("lr", "weight_decay", "output_head", "adamw_names")
+        lr = self.lr(float(self.optimizer.defaults["lr"]))
+        return {**({"lr": lr} if lr else {}), **{key: x for key, x in self.given.items() if key not in own}}
+
+    def group(self, group: Mapping[str, Any]) -> _Group:
+        """It is constructed with the learning rate that its schedule begins from: `adamw_lr` keeps in proportion."""
+        left = {"params", "param_names", *_IMPLEMENTATION, *_CHANGES_THE_UPDATE}
+        if "dampening" in group:
+            left |= _OF_SGD
+        made = {key: group[key] for key in group.keys() & options.DEFAULTS.keys() - left - _SHARED}
+        named = [(self.names.get(id(p), name), p) for name, p in _named(group)]
+        begins = self.lr(group.get("initial_lr", group["lr"]))
+        made |= {"params": named, "lr": begins, "weight_decay": self.weight_decay(group), **self.betas(group)}
+        made["adamw_names"] = self.adamw_names(named)
+        if "eps" in group and "eps" not in self.given:
+            made["eps"] = group["eps"]
+        if "adamw_lr" in self.given:
+            usual = float(self.given.get("lr", self.optimizer.defaults["lr"]))
+            made["adamw_lr"] = float(self.given["adamw_lr"]) * float(begins) / usual
+        keeps = {key: x for key, x in group.items() if key not in left | options.DEFAULTS.keys()}
+        rates = {key: self.lr(group[key]) for key in ("lr", "initial_lr", "max_lr", "min_lr") if key in group}
+        return _Group(made, {**keeps, **rates})
+
+    def lr(self, old: Any) -> Any:
+        return old if self.factor == 1 else old * self.factor
+
+    def weight_decay(self, group: Mapping[str, Any]) -> float:
+        if "weight_decay" not in self.given:
+            return group["weight_decay"]
+        spared = group["weight_decay"] == 0 and any(other["weight_decay"] for other in self.optimizer.param_groups)
+        return 0.0 if spared else self.given["weight_decay"]
+
+    def betas(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        if "betas" not in group:
+            return {}
+        cycled = "max_momentum" in group  # by OneCycleLR or CyclicLR, which own betas[0] from the start
+        chosen = tuple(self.optimizer.defaults["betas"] if cycled else group["betas"])
+        found: dict[str, Any] = {"adamw_betas": self.given.get("adamw_betas", chosen)}
+        if "betas" in self.given:
+            chosen = self.given["betas"]
+        elif chosen == ADAMW_DEFAULT_BETAS:
+            method, recipe = self.given.get("method", "kl_shampoo"), self.given.get("recipe", "fresh")
+            chosen = options.recipe_defaults(method, recipe)["betas"]
+        return {**found, "betas": (group["betas"][0], chosen[1]) if cycled else tuple(chosen)}
+
+    def adamw_names(self, named: Iterable[tuple[str, Tensor]]) -> tuple[str, ...]:
+        chosen = self.given.get("adamw_names", ())
+        return tuple(name for name, p in named if p.ndim >= 2 and (id(p) in self.elementwise or name in chosen))
+
+
+def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
+    """Parameters that the module does not have keep the name that the optimizer has for them, or get a number."""
+    if group.get("param_names"):
+        return zip(group["param_names"], group["params"], strict=True)
+    return ((f"parameter {i} of the optimizer alone", p) for i, p in enumerate(group["params"]))
 
 
 def _check(optimizer: Optimizer, given: Mapping[str, Any]) -> None:
@@ -111,80 +185,6 @@ def _check_not_given_twice(optimizer: KLShampoo, given: Mapping[str, Any]) -> No
         )
 
 
-def _defaults(optimizer: Optimizer, factor: float) -> dict[str, Any]:
-    """What groups that are added later begin with."""
-    lr = float(optimizer.defaults["lr"]) * factor
-    return {"lr": lr} if lr else {}
-
-
-def _group(
-    group: Mapping[str, Any],
-    optimizer: Optimizer,
-    given: Mapping[str, Any],
-    factor: float,
-    names: Mapping[int, str],
-    elementwise: set[int],
-) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-    """(options to construct with, learning rate as it is now, keys to keep) of a converted group.
-
-    It is constructed with the learning rate that its schedule begins from: `adamw_lr` is kept in proportion to it.
-    """
-    named = [(names.get(id(p), name), p) for name, p in _named(group)]
-    begins = _times(group.get("initial_lr", group["lr"]), factor)
-    made: dict[str, Any] = {"params": named, "lr": begins, "weight_decay": _decay(group, optimizer, given)}
-    if "eps" in group and "eps" not in given:
-        made["eps"] = group["eps"]
-    if "betas" in group:
-        made |= _betas(group, optimizer, given)
-    if "adamw_lr" in given:
-        usual = float(given.get("lr", optimizer.defaults["lr"]))
-        made["adamw_lr"] = float(given["adamw_lr"]) * float(begins) / usual
-    served = [name for name, p in named if id(p) in elementwise and p.ndim >= 2]
-    here = {name for name, _ in named}
-    made["adamw_names"] = (*served, *(name for name in given.get("adamw_names", ()) if name in here))
-    left = {"params", "param_names", *_IMPLEMENTATION, *_CHANGES_THE_UPDATE, *(_OF_SGD if _is_sgd(group) else ())}
-    ours = {key: group[key] for key in group.keys() & options.DEFAULTS.keys() - left if key not in _TORCHS}
-    kept = {key: x for key, x in group.items() if key not in left | options.DEFAULTS.keys()}
-    made = {**ours, **made}
-    for key in ("initial_lr", "max_lr", "min_lr"):
-        if key in kept:
-            kept[key] = _times(kept[key], factor)
-    return made, _times(group["lr"], factor), kept
-
-
-def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
-    """Parameters that the module does not have keep the name that the optimizer has for them, or its number."""
-    if group.get("param_names"):
-        return zip(group["param_names"], group["params"], strict=True)
-    return ((f"parameter {i} of the optimizer alone", p) for i, p in enumerate(group["params"]))
-
-
-def _is_sgd(group: Mapping[str, Any]) -> bool:
-    return "dampening" in group
-
-
-def _betas(group: Mapping[str, Any], optimizer: Optimizer, given: Mapping[str, Any]) -> dict[str, Any]:
-    cycled = "max_momentum" in group  # by OneCycleLR or CyclicLR, which own betas[0] from the start
-    chosen = tuple(optimizer.defaults["betas"] if cycled else group["betas"])
-    made: dict[str, Any] = {"adamw_betas": given.get("adamw_betas", chosen)}
-    if chosen == ADAMW_DEFAULT_BETAS or "betas" in given:
-        method, recipe = given.get("method", "kl_shampoo"), given.get("recipe", "fresh")
-        chosen = tuple(given.get("betas") or options.recipe_defaults(method, recipe)["betas"])
-    made["betas"] = (group["betas"][0], chosen[1]) if cycled else chosen
-    return made
-
-
-def _decay(group: Mapping[str, Any], optimizer: Optimizer, given: Mapping[str, Any]) -> float:
-    if "weight_decay" not in given:
-        return group["weight_decay"]
-    spared = group["weight_decay"] == 0 and any(other["weight_decay"] for other in optimizer.param_groups)
-    return 0.0 if spared else given["weight_decay"]
-
-
-def _times(lr: Any, factor: float) -> Any:
-    return lr if factor == 1 else lr * factor
-
-
 def _retire(optimizer: Optimizer) -> None:
     """Have the converted optimizer say so to those who still step it: it must not train beside its successor."""
 
@@ -194,5 +194,5 @@ def _retire(optimizer: Optimizer) -> None:
             f" {type(optimizer).__name__} that was made in configure_optimizers"
         )
 
-    optimizer.step = step  # type: ignore[method-assign]
+    optimizer.step = step  # type: ignore[method-assign,assignment]
     optimizer.state.clear()

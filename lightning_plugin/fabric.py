@@ -23,7 +23,7 @@ class FabricTrainsWithKLShampoo:
     optimizer_options: dict[str, Any]
     _modules: tuple[nn.Module, ...] = ()  # those set up so far
 
-    def setup_module(self: Any, module: nn.Module) -> nn.Module:
+    def setup_module(self: Any, module: nn.Module) -> Any:
         self._modules = (*self._modules, module)
         return super().setup_module(module)  # type: ignore[misc]
 

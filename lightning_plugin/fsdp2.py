@@ -32,7 +32,7 @@ class SpreadsOverAllRanks:
     ) -> None:
         super().__init__(
             data_parallel_size=data_parallel_size,  # type: ignore[call-arg]
-            tensor_parallel_size=tensor_parallel_size,  # type: ignore[call-arg]
+            tensor_parallel_size=tensor_parallel_size,
             **others,
         )
 

@@ -82,7 +82,7 @@ class TakesOptimizerOptions:
         _check(self.optimizer_options)
         if optimizer_checkpoint not in ("strict", "partial", "ignore"):
             raise ValueError(f'optimizer_checkpoint is "strict", "partial" or "ignore", not {optimizer_checkpoint!r}')
-        self.optimizer_checkpoint = optimizer_checkpoint
+        self.optimizer_checkpoint: str = optimizer_checkpoint
         takes = _arguments(self._parent)
         if "kwargs" in takes:  # what a DDP strategy does not know it hands on
             takes |= _arguments(DistributedDataParallel)

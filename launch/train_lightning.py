@@ -197,7 +197,7 @@ class CLI(LightningCLI):
             LanguageModel,
             TextData,
             seed_everything_default=0,
-            trainer_defaults={"max_steps": 200, "log_every_n_steps": 10},
+            trainer_defaults={"max_steps": 200, "log_every_n_steps": 10, "default_root_dir": "runs/lightning"},
             auto_configure_optimizers=False,
         )
 

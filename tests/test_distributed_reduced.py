@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from kl_dist import KLShampoo, clip_grad_norm_
+from kl_dist import KLShampoo, clip_grad_norm_, clip_grad_value_
 from tests.counting import Counter
 from tests.models import METHODS, Weights, backward, deviation, raising, same_bits, samples, weights_of, zoo, zoo_groups
 
@@ -104,6 +104,27 @@ def count_bytes(group) -> tuple[Counter, int, int]:
         run.optimizer.step()
     plan = run.optimizer.plan
     return counter, sum(unit.nbytes for unit in plan.units), plan.padding_bytes
+
+
+def clipped_by_value(group, reduced: bool) -> Weights:
+    run = Run(group)
+    if not reduced:
+        run.ddp, run.optimizer = run.model, KLShampoo(zoo_groups(run.model), lr=1e-2, process_group=group)
+    for step in range(5):
+        run.backward(step)
+        clip_grad_value_(run.optimizer, 0.01)
+        run.optimizer.step()
+    return weights_of(run.model)
+
+
+def test_clipping_by_value_goes_with_the_hook(world):
+    expected = world.run(clipped_by_value, 1, False)[0]
+    assert deviation(world.run(clipped_by_value, 2, True)[0], expected) <= 1e-9
+
+
+def test_a_negative_clip_value_is_refused():
+    with pytest.raises(ValueError, match="at least 0"):
+        clip_grad_value_(KLShampoo([torch.nn.Parameter(torch.ones(2, 2))]), -1.0)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

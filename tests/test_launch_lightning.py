@@ -128,6 +128,7 @@ def test_help_explains_every_option_of_a_strategy(
     assert "T; the eigenbases are refreshed every T steps" in said
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Lightning's own calls
 @pytest.mark.parametrize(
     ("flags", "named"),
     [

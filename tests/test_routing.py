@@ -158,3 +158,21 @@ def test_names_are_those_of_the_model_within_its_wrappers():
         assert set(KLShampoo(named).plan.owner) == {"weight", "bias"}
     named = [(name, nn.Parameter(torch.zeros(2))) for name in ("module.weight", "weight", "a._orig_mod.b")]
     assert set(KLShampoo(named).plan.owner) == {"module.weight", "weight", "a.b"}
+
+
+def test_names_given_go_to_adamw_and_shape_the_plan():
+    model = Model()
+    opt = KLShampoo(model.named_parameters(), adamw_names=["table", "scale"])
+    assert {name for name in MATRICES | ELEMENTWISE if methods(opt)[name] == "adamw"} == {"table"}
+    with pytest.raises(ValueError, match="'tabel', but no parameter"):
+        KLShampoo(model.named_parameters(), adamw_names=("tabel",))
+    with pytest.raises(TypeError, match="adamw_names is a tuple"):
+        KLShampoo(model.named_parameters(), adamw_names="table")
+    opt.param_groups[0]["adamw_names"] = ()
+    with pytest.raises(ValueError, match=r"adamw_names.*cannot be changed"):
+        opt.step()
+
+
+def test_the_head_of_a_part_of_the_model_goes_to_adamw():
+    whole = nn.ModuleDict({"part": Model(has_method=True)})
+    assert "part.head.weight" in routed_to_adamw(whole)

@@ -115,7 +115,7 @@ def describe_gradients(seen: Sequence[Sight], out: Tensor) -> None:
         return
     numbers, tiny, huge = torch.tensor(rows, dtype=torch.float64).to(out.device, non_blocking=True).unbind(1)
     norms = torch._foreach_norm(gradients, float("inf"))
-    largest = torch.stack([norm.double() for norm in norms])
+    largest = torch.stack([norm.double() for norm in norms]).to(out.device)
     said = torch.where(largest > tiny, float(Gradient.PRESENT), float(Gradient.ZERO))
     said = torch.where(largest < huge, said, float(Gradient.NONFINITE))  # NaN compares false
     out.scatter_reduce_(0, numbers.long(), said.to(out.dtype), "amax")  # several pieces of one unit may lie here

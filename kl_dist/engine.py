@@ -127,7 +127,7 @@ class Engine:
         self.shards.forget()
         square = torch.zeros((), dtype=torch.float64, device=self.device)
         if mine:
-            square += torch.stack([norm.double() for norm in torch._foreach_norm(mine)]).square().sum()
+            square += torch.stack([norm.double() for norm in torch._foreach_norm(mine)]).square().sum().to(self.device)
         return self.ranks.total(square).sqrt()
 
     def _journey(self, number: int, said: Sequence[Gradient]) -> Iterator[None]:

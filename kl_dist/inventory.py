@@ -23,7 +23,7 @@ import torch
 from kl_dist.methods import rule
 from kl_dist.methods.state import Side, state_dtype
 from kl_dist.partition import Plan
-from kl_dist.shards import Box, whole
+from kl_dist.shards import Box, boxes_of_range, whole
 from kl_dist.units import Parameter, Unit
 
 FORM = "form"
@@ -138,28 +138,3 @@ def _boxes_of(units: Sequence[Unit], parameter: Parameter) -> Iterator[Box]:
         ranges.append((start, stop))
     for start, stop in ranges:
         yield from boxes_of_range(parameter.shape or (1,), start, stop)
-
-
-def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """The elements `start` to `stop` of a tensor, counted in C order, as boxes in that order.
-
-    A range is a part of a first row, whole rows, and a part of a last one; the parts are cut in the same way.
-    """
-    if start >= stop:
-        return
-    if len(shape) == 1:
-        yield ((start, stop),)
-        return
-    row = torch.Size(shape[1:]).numel()
-    first, last = -(-start // row), stop // row
-    if first > last:  # within one row
-        yield from _within(first - 1, boxes_of_range(shape[1:], start - last * row, stop - last * row))
-        return
-    yield from _within(first - 1, boxes_of_range(shape[1:], start - (first - 1) * row, row) if start % row else ())
-    if first < last:
-        yield ((first, last), *whole(shape[1:]))
-    yield from _within(last, boxes_of_range(shape[1:], 0, stop - last * row))
-
-
-def _within(row: int, boxes: Iterator[Box] | tuple[()]) -> Iterator[Box]:
-    return (((row, row + 1), *box) for box in boxes)

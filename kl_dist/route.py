@@ -72,7 +72,7 @@ class Route:
             (parcel,) = parcels
             found = shards.gradient(self.parameter_of[index], parcel.piece)
             assert found is not None, "a unit whose owner has no gradient takes no part"
-            return found
+            return found.to(room.near.device)
         far = self._view(room.far, self.traffic.incoming.numel)
         values = [far[parcel.start : parcel.stop].view(parcel.piece.shape) for parcel in parcels]
         if len(parcels) == 1:

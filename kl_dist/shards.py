@@ -28,11 +28,13 @@ Grid = tuple[tuple[int, ...], ...]
 class Sharding:
     """Who holds what of a parameter: `grid[r][s]` is the rank that has box s in replica r.
 
-    One process, DDP: W replicas of one box. FSDP2: one replica of W boxes. HSDP: both.
+    One process, DDP: W replicas of one box. FSDP2: one replica of W boxes. HSDP: both. ZeRO: one replica of W ranges of
+    the elements, each a few boxes that lie end to end in flat memory.
     """
 
     grid: Grid
-    boxes: tuple[Box, ...]
+    boxes: tuple[tuple[Box, ...], ...]  # by place in a row, what lies there, in the order of memory
+    flat: bool = False  # a shard is flat memory; False: it is the one box, and has its shape
 
     def row(self, rank: int) -> tuple[int, ...]:
         """The ranks that together hold the replica in which `rank` has a part."""
@@ -43,8 +45,12 @@ class Sharding:
         place = self.row(rank).index(rank)
         return tuple(row[place] for row in self.grid)
 
-    def box(self, rank: int) -> Box:
-        return self.boxes[self.row(rank).index(rank)]
+    def held(self, rank: int) -> Iterator[tuple[Box, int | None]]:
+        """The boxes of a rank, each with where it begins in flat memory, or None."""
+        start = 0
+        for box in self.boxes[self.row(rank).index(rank)]:
+            yield box, start if self.flat else None
+            start += volume(box)
 
 
 def fully_sharded(shape: Sequence[int], world_size: int, shard_size: int) -> Sharding | None:
@@ -59,7 +65,7 @@ def fully_sharded(shape: Sequence[int], world_size: int, shard_size: int) -> Sha
     rows = [(min(i * part, shape[0]), min((i + 1) * part, shape[0])) for i in range(shard_size)]
     return Sharding(
         tuple(tuple(ranks[start : start + shard_size]) for start in range(0, world_size, shard_size)),
-        tuple((row, *whole(shape[1:])) for row in rows),
+        tuple(((row, *whole(shape[1:])),) for row in rows),
     )
 
 
@@ -80,6 +86,7 @@ class Piece:
     held: tuple[int, ...]  # lengths of the sides of what was cut
     place: Box  # of what was cut, side by side
     ranges: Box  # of the block, side by side
+    within: tuple[int, tuple[int, ...]] | None = None  # where the box begins in a flat shard, and the box's shape
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
@@ -102,6 +109,9 @@ class Piece:
             target.copy_(held.view(target.shape))
 
     def _held(self, shard: Tensor) -> Tensor:
+        if self.within is not None:
+            start, shape = self.within
+            shard = shard[start : start + math.prod(shape)].view(shape)
         cut = narrowed(shard, self.cut)
         return cut.permute(self.order) if self.order != tuple(range(len(self.order))) else cut
 
@@ -127,13 +137,21 @@ def in_boxes(held: Tensor, boxes: Sequence[Box]) -> Iterator[tuple[Box, Tensor]]
         start += shape.numel()
 
 
+def volume(box: Box) -> int:
+    return math.prod(stop - start for start, stop in box)
+
+
 def whole(shape: Sequence[int]) -> Box:
     """The box of a tensor that is not sharded."""
     return tuple((0, d) for d in shape)
 
 
-def pieces(reading: Reading, block: Block, box: Box) -> tuple[Piece, ...]:
-    """What `box` holds of `block`; empty where they do not meet."""
+def pieces(reading: Reading, block: Block, box: Box, begins: int | None = None) -> tuple[Piece, ...]:
+    """What `box` holds of `block`; empty where they do not meet.
+
+    Args:
+        begins: where the box begins in the flat shard it is a part of; None: the shard is the box.
+    """
     cut: list[Range] = []
     held: list[Range] = []  # of each stored axis, counted within the entry
     entry = _entry(reading, block.entry)
@@ -154,6 +172,7 @@ def pieces(reading: Reading, block: Block, box: Box) -> tuple[Piece, ...]:
             tuple(sum(run.stop - run.start for run in have) for have in runs),
             tuple((run.local, run.local + run.stop - run.start) for run in chosen),
             tuple((run.start - low, run.stop - low) for run, (low, _) in zip(chosen, block.ranges, strict=True)),
+            None if begins is None else (begins, tuple(stop - first for first, stop in box)),
         )
         for chosen in product(*met)
     )
@@ -198,3 +217,31 @@ def _meet(runs: Sequence[Run], wanted: Range) -> list[Run]:
         if low < high:
             met.append(Run(low, high, local + low - start))
     return met
+
+
+def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    """The elements `start` to `stop` of a tensor, counted in C order, as boxes in that order.
+
+    A range is a part of a first row, whole rows, and a part of a last one; the parts are cut in the same way.
+    """
+    if start >= stop:
+        return
+    if not shape:
+        yield ()
+        return
+    if len(shape) == 1:
+        yield ((start, stop),)
+        return
+    row = torch.Size(shape[1:]).numel()
+    first, last = -(-start // row), stop // row
+    if first > last:  # within one row
+        yield from _within(first - 1, boxes_of_range(shape[1:], start - last * row, stop - last * row))
+        return
+    yield from _within(first - 1, boxes_of_range(shape[1:], start - (first - 1) * row, row) if start % row else ())
+    if first < last:
+        yield ((first, last), *whole(shape[1:]))
+    yield from _within(last, boxes_of_range(shape[1:], 0, stop - last * row))
+
+
+def _within(row: int, boxes: Iterator[Box] | tuple[()]) -> Iterator[Box]:
+    return (((row, row + 1), *box) for box in boxes)

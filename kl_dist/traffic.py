@@ -110,8 +110,10 @@ def _cargo(
 def pieces_in(unit: Unit, parameters: Sequence[Parameter], rank: int) -> tuple[Piece, ...]:
     """What `rank` holds of a unit."""
     parameter = parameters[unit.parameter]
-    box = whole(parameter.shape) if parameter.sharding is None else parameter.sharding.box(rank)
-    return pieces(unit.reading, unit.block, box)
+    if parameter.sharding is None:
+        return pieces(unit.reading, unit.block, whole(parameter.shape))
+    held = parameter.sharding.held(rank)
+    return tuple(piece for box, start in held for piece in pieces(unit.reading, unit.block, box, start))
 
 
 class RoomBytes(NamedTuple):

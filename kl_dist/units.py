@@ -150,10 +150,11 @@ def sharded_adamw_units(indices: Sequence[int], parameters: Sequence[Parameter])
         sharding = parameter.sharding
         assert sharding is not None
         reading = plain_reading(parameter.shape)
-        for box, rank in zip(sharding.boxes, sharding.grid[0], strict=True):
-            block = Block(0, box, tuple("identity" for _ in box))
-            if math.prod(block.shape):
-                yield _adamw_unit(i, parameter, reading, block, block.suffix(reading)), rank
+        for rank in sharding.grid[0]:
+            for box, _ in sharding.held(rank):
+                block = Block(0, box, tuple("identity" for _ in box))
+                if math.prod(block.shape):
+                    yield _adamw_unit(i, parameter, reading, block, block.suffix(reading)), rank
 
 
 def keepers_of(unit: Unit, parameter: Parameter, owner: int) -> tuple[int, ...]:

@@ -12,6 +12,11 @@ The files are the parts of a training job, each readable on its own:
     metrics.py      the progress bar, JSON lines and TensorBoard
     report.py       the loss curve and the closing words
 
+and the same model and text under Lightning:
+
+    train_lightning.py   a LightningModule and its data, started by LightningCLI
+    configs/             YAML files for it: DDP and FSDP2
+
 and of a comparison of many such jobs:
 
     compare.py      the runs of a command line, trained one after another or two at once, and ranked

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from kl_dist import KLShampoo
@@ -71,10 +72,10 @@ class SummarizesPartition:
             type(self)._say(f"{said}\n{optimizer.routes()}" if self.parameters else said)
 
 
-def _optimizers(trainer: Any) -> Iterator[KLShampoo]:
+def _optimizers(trainer: Any) -> list[KLShampoo]:
+    """Those of ours; without any, a callback has nothing to say, so that a strategy can be changed by itself."""
     found = [unwrapped(optimizer) for optimizer in trainer.optimizers]
-    if not any(isinstance(optimizer, KLShampoo) for optimizer in found):
-        raise TypeError(
-            "this callback is about KLShampoo, which this Trainer does not train with: give it strategy='kl_shampoo'"
-        )
-    return (optimizer for optimizer in found if isinstance(optimizer, KLShampoo))
+    ours = [optimizer for optimizer in found if isinstance(optimizer, KLShampoo)]
+    if not ours and trainer.is_global_zero:
+        warnings.warn("nothing here is trained with KLShampoo: give the Trainer strategy='kl_shampoo'", stacklevel=2)
+    return ours

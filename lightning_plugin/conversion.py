@@ -64,6 +64,19 @@ def convert(
     return converted
 
 
+def announcement(before: Optimizer, after: KLShampoo) -> str:
+    """What to say of a conversion, once: where each parameter goes, and betas that may not be meant for KLShampoo."""
+    what = "KLShampoo" if after is before else f"KLShampoo in the place of {type(before).__name__}"
+    said = [f"{what}, where each parameter goes:", after.routes()]
+    for number, group in enumerate(after.param_groups if after is not before else ()):
+        usual = options.recipe_defaults(group["method"], group["recipe"])["betas"]
+        if group["betas"] != usual and group["betas"] == group["adamw_betas"]:
+            said.append(
+                f"betas={group['betas']} of group {number} were set, and so are kept; {usual} are KLShampoo's own"
+            )
+    return "\n".join(said)
+
+
 class _Group(NamedTuple):
     """A group on its way."""
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from kl_dist import KLShampoo, clip_grad_norm_, clip_grad_value_
-from lightning_plugin.conversion import convert
+from lightning_plugin.conversion import announcement, convert
 from lightning_plugin.sharding import shard
 from lightning_plugin.unwrapping import unwrapped
 
@@ -51,8 +51,7 @@ class FabricTrainsWithKLShampoo:
         if module is None:
             raise ValueError("set up the model before its optimizer: no module that was set up has these parameters")
         converted = convert(optimizer, module, self.optimizer_options, () if scheduler is None else (scheduler,))
-        what = "KLShampoo" if converted is optimizer else f"KLShampoo in the place of {type(optimizer).__name__}"
-        type(self)._say(f"{what}, where each parameter goes:\n{converted.routes()}")
+        type(self)._say(announcement(optimizer, converted))
         return converted
 
     def clip_gradients_norm(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from kl_dist import KLShampoo, clip_grad_norm_, clip_grad_value_
-from lightning_plugin.conversion import convert
+from lightning_plugin.conversion import announcement, convert
 from lightning_plugin.unwrapping import unwrapped
 
 SECONDS_OF_GRACE = 5.0
@@ -38,8 +38,7 @@ class TrainsWithKLShampoo:
         if type(optimizer).__name__ == "_MockOptimizer":  # Lightning's, where configure_optimizers returned None
             return optimizer
         converted = convert(optimizer, self.lightning_module, self.optimizer_options, schedulers)
-        what = "KLShampoo" if converted is optimizer else f"KLShampoo in the place of {type(optimizer).__name__}"
-        type(self)._say(f"{what}, where each parameter goes:\n{converted.routes()}")
+        type(self)._say(announcement(optimizer, converted))
         return converted
 
     def on_exception(self: Any, exception: BaseException) -> None:

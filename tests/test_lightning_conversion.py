@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler as schedules
 
 from kl_dist import KLShampoo
 from kl_dist.options import RECIPE_DEFAULTS
-from lightning_plugin.conversion import convert
+from lightning_plugin.conversion import announcement, convert
 
 
 class Net(nn.Module):
@@ -63,9 +63,14 @@ def test_one_group_carries_over_and_default_betas_become_ours(net):
     assert routes(found)["head.weight"] == routes(found)["body.weight"] == "kl_shampoo"
 
 
-def test_betas_that_were_set_are_kept(net):
-    (group,) = convert(AdamW(net.parameters(), betas=(0.8, 0.97)), net, {}).param_groups
+def test_betas_that_were_set_are_kept_and_told(net):
+    before = AdamW(net.parameters(), betas=(0.8, 0.97))
+    after = convert(before, net, {})
+    (group,) = after.param_groups
     assert group["betas"] == group["adamw_betas"] == (0.8, 0.97)
+    assert "betas=(0.8, 0.97) of group 0 were set" in announcement(before, after)
+    before = AdamW(net.parameters())
+    assert "were set" not in announcement(before, convert(before, net, {}))
 
 
 def test_betas_given_to_the_strategy_go_before(net):

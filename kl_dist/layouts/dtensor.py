@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from kl_dist.exchange import Ranks
-from kl_dist.shards import Box, Grid, Sharding
+from kl_dist.layouts.fragment import Fragment
+from kl_dist.shards import Box, Grid, Sharding, boxes_of_range, volume
 
 
 class Place(NamedTuple):
     """Where one rank stands in a parameter's sharding."""
 
     row: tuple[int, ...]  # the ranks that hold this rank's replica, in the order of their shards
-    box: Box
+    boxes: tuple[Box, ...]
+    flat: bool = False  # see Sharding
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -35,6 +37,10 @@ def place_of(parameter: Any, ranks: Ranks) -> Place | None:
     Raises:
         ValueError: it is laid out over ranks that do not share this optimizer, or in a way that gives no boxes.
     """
+    if isinstance(parameter, Fragment):
+        row = tuple(map(ranks.group_rank, parameter.ranks))
+        stop = parameter.start + parameter.local.numel()
+        return Place(row, tuple(boxes_of_range(parameter.shape, parameter.start, stop)), flat=True)
     if not is_dtensor(parameter):
         return None
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -54,7 +60,8 @@ def place_of(parameter: Any, ranks: Ranks) -> Place | None:
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
     if tuple(shape) != tuple(parameter.to_local().shape):
         raise ValueError(f"its shards ({', '.join(map(str, placements))}) are not ranges of its dimensions")
-    return Place(row, tuple((start, start + length) for start, length in zip(offset, shape, strict=True)))
+    box = tuple((start, start + length) for start, length in zip(offset, shape, strict=True))
+    return Place(row, (box,))
 
 
 def sharding_of(places: Sequence[Place | None], shape: Sequence[int]) -> Sharding | None:
@@ -75,17 +82,19 @@ def sharding_of(places: Sequence[Place | None], shape: Sequence[int]) -> Shardin
         )
     if any(list(line) != sorted(line) for line in (*grid, *zip(*grid, strict=True))):
         raise ValueError("the ranks of its device mesh must ascend along each dimension")
-    boxes = [tuple(place.box for rank in row if (place := places[rank]) is not None) for row in grid]
+    boxes = [tuple(place.boxes for rank in row if (place := places[rank]) is not None) for row in grid]
     if any(other != boxes[0] for other in boxes):
         raise ValueError("its replicas are not sharded alike")
-    held = sum(torch.Size(stop - start for start, stop in box).numel() for box in boxes[0])
+    held = sum(volume(box) for there in boxes[0] for box in there)
     if held != torch.Size(shape).numel():
         raise ValueError("its shards overlap or leave a part out")
-    return Sharding(grid, boxes[0])
+    return Sharding(grid, boxes[0], next(place.flat for place in places if place is not None))
 
 
 def local_shard(parameter: Any) -> Tensor:
     """What this rank holds of a parameter, detached, sharing its memory."""
+    if isinstance(parameter, Fragment):
+        return parameter.local
     return parameter.to_local().detach() if is_dtensor(parameter) else parameter.detach()
 
 
@@ -98,6 +107,8 @@ def local_gradient(parameter: Any) -> Tensor | None:
     gradient = parameter.grad
     if gradient is None or not parameter.requires_grad:
         return None
+    if isinstance(gradient, Fragment):
+        return gradient.local
     if not is_dtensor(gradient):
         return gradient
     if gradient.placements != parameter.placements:

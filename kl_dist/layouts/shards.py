@@ -45,7 +45,7 @@ class Shards:
             if target.untyped_storage().data_ptr() != shard.untyped_storage().data_ptr():
                 copies.append((piece, shard, target))
             targets.append(target)
-            steps.append(update.view(target.shape))
+            steps.append(update.view(target.shape).to(target.device))  # parameters may lie on the host
         if keep != 1:
             torch._foreach_mul_(targets, keep)
         torch._foreach_add_(targets, steps, alpha=-lr)

@@ -96,7 +96,7 @@ class KLShampoo(torch.optim.Optimizer):
         shampoo_exponent: float | None = None,
         adamw_lr: float | None = None,
         adamw_betas: tuple[float, float] | None = None,
-        adamw_names: Sequence[str] = (),
+        adamw_names: Sequence[str] | None = None,
         on_nonfinite: str = "skip",
         **unknown: Any,
     ) -> None:
@@ -198,7 +198,7 @@ class KLShampoo(torch.optim.Optimizer):
 
     def _check_adamw_names(self) -> None:
         known = {name for group in self.param_groups for name, _ in self._named(group)}
-        for name in (name for group in self.param_groups for name in group["adamw_names"]):
+        for name in (name for group in self.param_groups for name in group["adamw_names"] or ()):
             if name not in known:
                 raise ValueError(f"adamw_names has {name!r}, but no parameter has this name")
 

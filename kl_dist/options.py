@@ -58,7 +58,7 @@ DEFAULTS: dict[str, Any] = {
     "shampoo_exponent": None,
     "adamw_lr": None,
     "adamw_betas": None,
-    "adamw_names": (),
+    "adamw_names": None,
 }
 
 STRUCTURAL = (
@@ -126,8 +126,9 @@ def resolve(group: dict[str, Any]) -> None:
     check_numbers(group)
     _check_flag(group, "merge_dims")
     _check_integer(group, "max_preconditioner_dim")
-    names = group["adamw_names"]
-    if isinstance(names, str) or not isinstance(names, (tuple, list)) or not all(isinstance(x, str) for x in names):
+    names = group["adamw_names"] or ()
+    group["adamw_names"] = names or None  # torch loses what is empty on its way to a file
+    if not isinstance(names, (tuple, list)) or not all(isinstance(x, str) for x in names):
         raise TypeError(f'adamw_names is a tuple of names of parameters, such as ("head.weight",), not {names!r}')
     if group["matrices"] is not None and not isinstance(group["matrices"], Mapping):
         raise TypeError('matrices is a dict such as {"batch": (0,), "rows": (1,), "columns": (2,)}')

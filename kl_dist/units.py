@@ -79,7 +79,9 @@ def recast(unit: Unit, parameter: int, dtype: torch.dtype, group: Mapping[str, A
 
 def route(parameter: Parameter, group: Mapping[str, Any]) -> str:
     """The method that serves a parameter: two dimensions or more get the group's, others and those named AdamW."""
-    return group["method"] if len(parameter.shape) >= 2 and parameter.name not in group["adamw_names"] else "adamw"
+    return (
+        group["method"] if len(parameter.shape) >= 2 and parameter.name not in (group["adamw_names"] or ()) else "adamw"
+    )
 
 
 def shape_class(method: str, block: Block) -> tuple[Any, ...]:

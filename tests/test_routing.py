@@ -168,7 +168,7 @@ def test_names_given_go_to_adamw_and_shape_the_plan():
         KLShampoo(model.named_parameters(), adamw_names=("tabel",))
     with pytest.raises(TypeError, match="adamw_names is a tuple"):
         KLShampoo(model.named_parameters(), adamw_names="table")
-    opt.param_groups[0]["adamw_names"] = ()
+    opt.param_groups[0]["adamw_names"] = None
     with pytest.raises(ValueError, match=r"adamw_names.*cannot be changed"):
         opt.step()
 

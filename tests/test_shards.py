@@ -96,5 +96,5 @@ def test_a_shard_that_cannot_be_viewed_is_written_all_the_same():
 
 
 def test_a_sharding_knows_rows_columns_and_boxes():
-    hsdp = Sharding(((0, 1), (2, 3)), (((0, 2), (0, 5)), ((2, 3), (0, 5))))
+    hsdp = Sharding(((0, 1), (2, 3)), ((((0, 2), (0, 5)),), (((2, 3), (0, 5)),)))
     assert hsdp.row(3) == (2, 3) and hsdp.column(3) == (1, 3) and list(hsdp.held(2)) == [(((0, 2), (0, 5)), None)]

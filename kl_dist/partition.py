@@ -8,7 +8,6 @@ Nothing here is ever timed: costs come from a fixed table of flops and bytes.
 from __future__ import annotations
 
 import hashlib
-import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any
 
-from kl_dist.buckets import Bucket, fill_buckets, turn
+from kl_dist.buckets import Bucket, fill_buckets
 from kl_dist.costs import working_bytes
 from kl_dist.methods import rule
 from kl_dist.options import STRUCTURAL, describe
+from kl_dist.ownership import assign
 from kl_dist.traffic import Bytes, bytes_by_rank, rooms_of, traffic_of
 from kl_dist.units import (
     Parameter,
@@ -222,7 +222,7 @@ def make_plan(
         else:
             units += matrix_units(i, parameter, group, seen)
     owners += [None] * (len(units) - len(owners))
-    assigned = _longest_processing_time(units, owners, groups, world_size)
+    assigned = assign(units, parameters, owners, groups, world_size)
     flat = [i for i in elementwise if parameters[i].sharding is None]
     sharded = [i for i in elementwise if parameters[i].sharding is not None]
     for unit, rank in (
@@ -247,25 +247,3 @@ def make_plan(
 def structure(groups: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """The options that shape a plan and its state, a line per group."""
     return tuple(repr([group[key] for key in STRUCTURAL]) for group in groups)
-
-
-def _longest_processing_time(
-    units: Sequence[Unit], fixed: Sequence[int | None], groups: Sequence[Mapping[str, Any]], world_size: int
-) -> list[int]:
-    """Owner of each unit: the most expensive first, each to the least loaded rank.
-
-    Among equals, those refreshed in the same step come together, so that every step's refreshes spread over the ranks.
-    """
-    loads = [0.0] * world_size
-    for unit, rank in zip(units, fixed, strict=True):
-        if rank is not None:
-            loads[rank] += unit.cost if unit.method != "adamw" else 0.0
-    heap = [(load, rank) for rank, load in enumerate(loads)]
-    heapq.heapify(heap)
-    owners = [0 if rank is None else rank for rank in fixed]
-    free = [i for i, rank in enumerate(fixed) if rank is None]
-    for i in sorted(free, key=lambda i: (-units[i].cost, turn(units[i], groups), i)):
-        load, rank = heapq.heappop(heap)
-        owners[i] = rank
-        heapq.heappush(heap, (load + units[i].cost, rank))
-    return owners

@@ -98,7 +98,7 @@ def _cargo(
     for indices, holder in zip(members, holders, strict=True):
         first, segment = start, []
         for index in indices:
-            for piece in pieces_in(units[index], parameters, holder):
+            for piece in pieces_in(units[index], parameters[units[index].parameter], holder):
                 segment.append(Parcel(index, piece, start))
                 start += piece.numel
         start += 1
@@ -107,13 +107,22 @@ def _cargo(
     return Cargo(tuple(segments), tuple(lengths))
 
 
-def pieces_in(unit: Unit, parameters: Sequence[Parameter], rank: int) -> tuple[Piece, ...]:
-    """What `rank` holds of a unit."""
-    parameter = parameters[unit.parameter]
+def pieces_in(unit: Unit, parameter: Parameter, rank: int) -> tuple[Piece, ...]:
+    """What `rank` holds of a unit of a parameter."""
     if parameter.sharding is None:
         return pieces(unit.reading, unit.block, whole(parameter.shape))
     held = parameter.sharding.held(rank)
     return tuple(piece for box, start in held for piece in pieces(unit.reading, unit.block, box, start))
+
+
+def home_of(unit: Unit, parameter: Parameter) -> int | None:
+    """The rank that holds more than half of a unit, if any does; of replicas, in the first."""
+    if parameter.sharding is None or unit.method == "adamw" or len(parameter.sharding.grid[0]) == 1:
+        return None
+    for rank in parameter.sharding.grid[0]:
+        if 2 * sum(piece.numel for piece in pieces_in(unit, parameter, rank)) > unit.numel:
+            return rank
+    return None
 
 
 class RoomBytes(NamedTuple):
@@ -176,7 +185,9 @@ def _bytes_of(
     rows = [bucket.row(rank) for rank in range(world_size)]
     payload = {
         (owner, holder): sum(
-            piece.numel for i in bucket.units[owner] for piece in pieces_in(units[i], parameters, holder)
+            piece.numel
+            for i in bucket.units[owner]
+            for piece in pieces_in(units[i], parameters[units[i].parameter], holder)
         )
         for owner in range(world_size)
         for holder in rows[owner]

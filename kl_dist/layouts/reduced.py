@@ -37,7 +37,7 @@ class Reduction:
         self._names = {parameter: plan.parameters[i].name for i, parameter in enumerate(parameters)}
         self._pieces: dict[Tensor, list[tuple[int, Piece]]] = {parameter: [] for parameter in parameters}  # by owner
         for unit, owner in zip(plan.units, plan.owners, strict=True):
-            for piece in pieces_in(unit, plan.parameters, owner):
+            for piece in pieces_in(unit, plan.parameters[unit.parameter], owner):
                 self._pieces[parameters[unit.parameter]].append((owner, piece))
 
     def register(self, ddp: DistributedDataParallel) -> None:

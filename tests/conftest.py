@@ -18,11 +18,11 @@ def world() -> Iterator[World]:
 
 @pytest.fixture(scope="session")
 def worlds(world: World) -> Iterator[dict[int, World]]:
-    """Pools of 1, 2 and 4 ranks, for what takes the default process group for its own."""
-    found = {1: World(1), 2: World(2), 4: world}
+    """Pools of 1 to 4 ranks, for what takes the default process group for its own."""
+    found = {1: World(1), 2: World(2), 3: World(3), 4: world}
     yield found
-    found[1].stop()
-    found[2].stop()
+    for size in (1, 2, 3):
+        found[size].stop()
 
 
 @pytest.fixture(scope="session")

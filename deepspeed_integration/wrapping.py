@@ -1,0 +1,84 @@
+"""The three public methods of DeepSpeed's engine that are wrapped, each with its reason."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from deepspeed_integration import checkpoint
+from deepspeed_integration.optimizer import CONSTRUCTING, DeepSpeedOptimizer
+from deepspeed_integration.refusals import check_config, check_engine
+
+MARK = "_kl_dist_wraps"
+
+
+def wrap() -> None:
+    for name, make in (("__init__", _init), ("save_checkpoint", _save), ("load_checkpoint", _load)):
+        original = getattr(DeepSpeedEngine, name)
+        if not hasattr(original, MARK):
+            wrapper = functools.wraps(original)(make(original))
+            setattr(wrapper, MARK, original)
+            setattr(DeepSpeedEngine, name, wrapper)
+
+
+def ours(engine: DeepSpeedEngine) -> DeepSpeedOptimizer | None:
+    optimizer = getattr(engine, "basic_optimizer", None)
+    return optimizer if isinstance(optimizer, DeepSpeedOptimizer) else None
+
+
+def _init(original: Any) -> Any:
+    """Reason: names, modules and partitions are known when the engine is whole; refusals come before it is."""
+
+    def init(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        if isinstance(given.get("optimizer"), DeepSpeedOptimizer):
+            check_config(given["config_class"])
+        token = CONSTRUCTING.set(given.get("config_class"))
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            CONSTRUCTING.reset(token)
+        optimizer = ours(self)
+        if optimizer is not None:
+            check_engine(self)
+            optimizer.attach(self)
+
+    return init
+
+
+def _save(original: Any) -> Any:
+    """Reason: block state lies with its owners, and is saved by all ranks into a folder of its own."""
+
+    def save_checkpoint(self: DeepSpeedEngine, save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        optimizer = ours(self)
+        if optimizer is not None and save_dir:
+            tag = f"global_step{self.global_steps}" if tag is None else str(tag)
+            checkpoint.save(optimizer, checkpoint.folder(save_dir, tag))
+        return original(self, save_dir, tag, *args, **kwargs)
+
+    return save_checkpoint
+
+
+def _load(original: Any) -> Any:
+    """Reason: as for saving; and DeepSpeed's universal load of stage 3 gives all groups the options of the first."""
+
+    def load_checkpoint(self: DeepSpeedEngine, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        optimizer = ours(self)
+        given = inspect.signature(original).bind(self, load_dir, tag, *args, **kwargs)
+        given.apply_defaults()
+        wanted = given.arguments["load_optimizer_states"] and not given.arguments["load_module_only"]
+        if optimizer is None or not wanted:
+            return original(self, load_dir, tag, *args, **kwargs)
+        tag = checkpoint.newest(load_dir, self.load_universal_checkpoint()) if tag is None else tag
+        if tag is None:
+            return original(self, load_dir, tag, *args, **kwargs)
+        groups = checkpoint.load(optimizer, checkpoint.folder(load_dir, tag))
+        with optimizer.loading():
+            found = original(self, load_dir, tag, *args, **kwargs)
+        optimizer.take_options(groups)
+        return found
+
+    return load_checkpoint

@@ -1,13 +1,26 @@
-"""Block state beside DeepSpeed's files: <save_dir>/<tag>/kl_dist, which any world size and stage can load."""
+"""The optimizer's state beside DeepSpeed's own files, in <save_dir>/<tag>/kl_dist: for any world size and stage.
+
+DeepSpeed writes what its inner optimizer says as each rank's own file, or at stage 0 as rank 0's alone. Neither suits
+state that is divided over ranks; so it is written by torch.distributed.checkpoint, by names of parameters, with the
+groups' options and a manifest of checksums that comes last.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-FOLDER, MANIFEST = "kl_dist", "manifest.json"
+import torch
+import torch.distributed.checkpoint as dcp
+
+FOLDER, MANIFEST, GROUPS = "kl_dist", "manifest.json", "groups.pt"
+
+REMEDY = (
+    "engine.load_checkpoint(.., load_optimizer_states=False) loads the weights alone, and the optimizer starts anew"
+)
 
 
 def folder(save_dir: Any, tag: Any) -> Path:
@@ -15,36 +28,72 @@ def folder(save_dir: Any, tag: Any) -> Path:
 
 
 def newest(load_dir: Any, universal: bool) -> str | None:
+    """The tag that DeepSpeed would load."""
     path = Path(load_dir) / ("latest_universal" if universal else "latest")
     return path.read_text().strip() if path.is_file() else None
 
 
-def _state(core: Any) -> dict[str, Any]:
-    """By names: numbers of parameters depend on what is frozen and on the stage."""
-    state = core.state_dict()
-    names = {n: name for g in state["param_groups"] for n, name in zip(g["params"], g["param_names"], strict=True)}
-    return {names[number]: entries for number, entries in state["state"].items()}
-
-
 def save(optimizer: Any, path: Path) -> None:
-    import torch.distributed.checkpoint as dcp
-
-    ranks = optimizer.core._ranks
+    """Write all of the state; a collective, which raises on all ranks alike."""
+    ranks, partial = optimizer.core._ranks, path.with_suffix(".partial")
+    with ranks.together():
+        state = _state(optimizer.core)
+        if ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    dcp.save({"state": state}, storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
     with ranks.together():
         if ranks.rank == 0:
-            path.mkdir(parents=True, exist_ok=True)
-            for old in path.iterdir():
-                old.unlink()
-    groups = [{k: x for k, x in g.items() if k != "params"} for g in optimizer._groups]
-    with ranks.together():
-        dcp.save({"state": _state(optimizer.core)}, storage_writer=dcp.FileSystemWriter(path, sync_files=True))
-    with ranks.together():
-        if ranks.rank == 0:
-            import torch
+            groups = [{key: x for key, x in group.items() if key != "params"} for group in optimizer.groups]
+            torch.save(groups, partial / GROUPS)
+            sums = {file.name: _digest(file) for file in sorted(partial.iterdir())}
+            (partial / MANIFEST).write_text(json.dumps(sums, indent=1))
+            shutil.rmtree(path, ignore_errors=True)
+            partial.rename(path)
 
-            torch.save(groups, path / "groups.pt")
-            sums = {p.name: _digest(p) for p in sorted(path.iterdir())}
-            (path / MANIFEST).write_text(json.dumps(sums, indent=1))
+
+def load(optimizer: Any, path: Path) -> list[dict[str, Any]]:
+    """Check all files, then fill the state that is there; returns the groups' options. A collective.
+
+    Raises:
+        ValueError: a file is missing or damaged, or of another method, model or recipe; on all ranks, with nothing
+            changed.
+    """
+    core = optimizer.core
+    with core._ranks.together():
+        if core._ranks.rank == 0:
+            check(path)
+    state = {"state": _state(core)}
+    try:
+        dcp.load(state, storage_reader=dcp.FileSystemReader(path))
+    except dcp.CheckpointException as problem:
+        causes = "; ".join(sorted({str(cause) for cause, _ in problem.failures.values()}))
+        raise ValueError(f"{path} does not fit: {causes}. {REMEDY}") from problem
+    groups = [{**group, "params": list(group["param_names"])} for group in core.param_groups]
+    core.load_state_dict({"state": state["state"], "param_groups": groups})
+    return torch.load(path / GROUPS, weights_only=True)
+
+
+def check(path: Path) -> None:
+    """Raises ValueError, naming the file, unless all that the manifest lists is there and as it was written."""
+    try:
+        sums = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        what = f"{path / MANIFEST} cannot be read ({error}), so this is no checkpoint of KLShampoo"
+        raise ValueError(f"{what}: {REMEDY}") from None
+    for name, digest in sums.items():
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name} is missing: {REMEDY}")
+        if _digest(path / name) != digest:
+            raise ValueError(f"{path / name} is damaged: its checksum is not that of the manifest. {REMEDY}")
+
+
+def _state(core: Any) -> dict[str, Any]:
+    """By names, for the numbers of parameters depend on what is frozen and on the stage."""
+    state = core.state_dict()
+    pairs = (zip(group["params"], group["param_names"], strict=True) for group in state["param_groups"])
+    names = {number: name for group in pairs for number, name in group}
+    return {names[number]: entries for number, entries in state["state"].items()}
 
 
 def _digest(path: Path) -> str:
@@ -53,33 +102,3 @@ def _digest(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def load(optimizer: Any, path: Path) -> list[dict[str, Any]]:
-    """Check all, then fill the state that is there; returns the groups' options. A collective."""
-    import torch
-    import torch.distributed.checkpoint as dcp
-
-    core = optimizer.core
-    with core._ranks.together():
-        if core._ranks.rank == 0:
-            _check(path)
-    state = {"state": _state(core)}
-    dcp.load(state, storage_reader=dcp.FileSystemReader(path))
-    groups = [{**g, "params": list(g["param_names"])} for g in core.param_groups]
-    core.load_state_dict({"state": state["state"], "param_groups": groups})
-    return torch.load(path / "groups.pt", weights_only=False)
-
-
-def _check(path: Path) -> None:
-    try:
-        sums = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path / MANIFEST} cannot be read ({error}): the checkpoint has no state of KLShampoo"
-        ) from None
-    for name, digest in sums.items():
-        if not (path / name).is_file():
-            raise ValueError(f"{path / name} is missing")
-        if _digest(path / name) != digest:
-            raise ValueError(f"{path / name} is damaged: its checksum is not that of the manifest")

@@ -1,4 +1,11 @@
-"""The optimizer that DeepSpeed constructs: it keeps the groups, and steps kl_dist's over what DeepSpeed made of them."""
+"""The optimizer that DeepSpeed constructs: it keeps the groups, and steps kl_dist's over what DeepSpeed made of them.
+
+[Note: two optimizers] DeepSpeed constructs an optimizer from the parameters, and then lays these out anew: as flat
+partitions (ZeRO 1 and 2), in sub-groups (3), in float32 copies (stage 0 in low precision). It steps the optimizer group
+by group, or sub-group by sub-group. So what it constructs is a shell with the groups and their options; the real
+KLShampoo, `core`, is made once the layout is known, over `Fragment`s of the original parameters, and makes one step of
+the whole model when the last part of it has arrived.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +22,7 @@ from deepspeed_integration import partitions
 from deepspeed_integration.partitions import Flat
 from deepspeed_integration.refusals import check_config
 from kl_dist import options
+from kl_dist.exchange import Ranks
 from kl_dist.routing import embeddings_and_head
 
 CONSTRUCTING: ContextVar[Any] = ContextVar("CONSTRUCTING", default=None)
@@ -25,6 +33,20 @@ SIDECAR = "kl_dist"
 
 
 class DeepSpeedOptimizer(torch.optim.Optimizer):
+    """What a DeepSpeed config's `"optimizer"` entry makes: see [Note: two optimizers].
+
+    Args:
+        params: as DeepSpeed or the user has them.
+        lr, betas, eps, weight_decay: as KLShampoo's. Betas of (0.9, 0.999), AdamW's default and HF Trainer's, become
+            KLShampoo's own for matrices, and stay what they are for what AdamW serves.
+        output_head: name of the module that is the model's output head, which AdamW serves; embeddings go there too.
+        on_nonfinite: "skip" or "raise".
+        given: any option of a group of KLShampoo.
+
+    Raises:
+        TypeError, ValueError: a bad option, or a config that cannot be had.
+    """
+
     method = "kl_shampoo"
 
     def __init__(
@@ -46,12 +68,18 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         if config is not None:
             check_config(config)
         self.core: kl_dist.KLShampoo | None = None
+        self.groups: list[dict[str, Any]] = []  # DeepSpeed puts a list of one in the place of param_groups as it steps
         self._output_head, self._on_nonfinite, self._is_loading = output_head, on_nonfinite, False
+        self._zero: Any = None
+        self._served: list[dict[str, Any]] = []  # the groups that have something to train, as the core has them
+        self._flats: list[Flat] = []
+        self._waiting: dict[int, Tensor | None] = {}  # gradients of flat tensors that have arrived, by their ids
         own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "method": self.method, **given}
         super().__init__(params, {**options.DEFAULTS, **own})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if getattr(self, "core", None) is not None:
+        """Under construction; afterwards it is an error, for DeepSpeed has laid the parameters out."""
+        if self.core is not None:
             raise RuntimeError("parameter groups cannot be added once DeepSpeed has laid the parameters out")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -64,42 +92,44 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
     def attach(self, engine: Any) -> None:
         """Take up what DeepSpeed made of the parameters, and plan; a collective."""
         self._zero = engine.optimizer if engine.optimizer is not self else None
-        self._groups = list(self.param_groups)  # DeepSpeed puts a list of one in their place while it steps
-        self._flats: list[Flat] = []
-        self._waiting: dict[int, Tensor | None] = {}
-        stage, device = engine.zero_optimization_stage(), torch.device(engine.device)
-        process_group = None
-        stand_ins: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self._groups]  # (parameter, what is stepped)
-        if self._zero is None:
-            for i, group in enumerate(self._groups):
-                stand_ins[i] = [(p, p) for p in group["params"]]
-        elif stage == 0:
-            for i, (low, high) in enumerate(zip(self._zero.fp16_groups, self._zero.fp32_groups, strict=True)):
-                stand_ins[i] = list(zip(low, high, strict=True))
-        else:
-            find = partitions.of_stage_3 if stage == 3 else partitions.of_stages_1_and_2
-            self._flats = list(find(self._zero, device))
-            process_group = self._zero.dp_process_group
-            for flat in self._flats:
-                stand_ins[flat.group] += [(s.parameter, s.fragment) for s in flat.slices]
+        self.groups = list(self.param_groups)
+        stand_ins = self._stand_ins(engine.zero_optimization_stage(), torch.device(engine.device))
         names, elementwise = engine.param_names, embeddings_and_head(engine.module, self._output_head)
         made = []
-        for i, (group, pairs) in enumerate(zip(self._groups, stand_ins, strict=True)):
+        for i, (group, pairs) in enumerate(zip(self.groups, stand_ins, strict=True)):
             named = [(names.get(p, f"group{i}.param{j}"), p, s) for j, (p, s) in enumerate(pairs)]
-            here = {name for name, _, _ in named}
-            served = [name for name, p, s in named if id(p) in elementwise and s.ndim >= 2]
-            kept = [name for name in group["adamw_names"] or () if name in here]
+            chosen = group["adamw_names"] or ()
+            served = [name for name, p, s in named if s.ndim >= 2 and (id(p) in elementwise or name in chosen)]
             own = {key: group[key] for key in (*options.DEFAULTS, "base_lr")}
-            own |= {"lr": group["base_lr"], "adamw_names": tuple(dict.fromkeys((*kept, *served)))}
-            made.append({**own, "params": [(name, s) for name, _, s in named]})
+            own |= {"lr": group["base_lr"], "adamw_names": tuple(served)}
+            if named:
+                made.append({**own, "params": [(name, s) for name, _, s in named]})
+                self._served.append(group)
+        process_group = self._zero.dp_process_group if self._flats else None
         self.core = kl_dist.KLShampoo(made, process_group=process_group, on_nonfinite=self._on_nonfinite)
-        for flat in self._flats:  # what DeepSpeed's converter asks for, in no memory
-            nothing = flat.master.detach().new_zeros(()).expand(flat.master.numel())
-            self.state[flat.master] = {"step": 0}
-            del nothing
+        self._clear_state()
+
+    def _stand_ins(self, stage: int, device: torch.device) -> list[list[tuple[Tensor, Tensor]]]:
+        """For every group its parameters, each with what is stepped in its place."""
+        if self._zero is None:
+            return [[(p, p) for p in group["params"]] for group in self.groups]
+        if stage == 0:
+            pairs = zip(self._zero.fp16_groups, self._zero.fp32_groups, strict=True)
+            return [list(zip(low, high, strict=True)) for low, high in pairs]
+        find = partitions.of_stage_3 if stage == 3 else partitions.of_stages_1_and_2
+        ranks = Ranks(self._zero.dp_process_group)
+        with ranks.together():
+            self._flats = list(find(self._zero, device))
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.groups]
+        for flat in self._flats:
+            found[flat.group] += [(one.parameter, one.fragment) for one in flat.slices]
+        return found
+
+    # -- the step -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        """Take what has arrived; when it is all there, step the whole model. A collective then."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -110,86 +140,109 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
             self._hand_over_options()
             self.core.step()
             return loss
-        arrived = {id(p): p for group in self.param_groups for p in group["params"]}
+        arrived = {id(p): p.grad for group in self.param_groups for p in group["params"]}
         if arrived.keys() & self._waiting.keys():
             self._waiting.clear()  # a step was given up half-way
-        self._waiting.update({key: p.grad for key, p in arrived.items()})
-        if len(self._waiting) < len(self._flats):
-            return loss
+        self._waiting.update(arrived)
+        if len(self._waiting) == len(self._flats):
+            self._step_flats(self.core, arrived.keys())
+        return loss
+
+    def _step_flats(self, core: kl_dist.KLShampoo, last: Iterable[int]) -> None:
+        """Step all flat tensors; DeepSpeed copies those that came `last` to the model, and has copied the others."""
         for flat in self._flats:
             flat.find(self._waiting[id(flat.master)])
         self._hand_over_options()
-        self.core.step()
+        core.step()
+        copied = set(last)
         for number, flat in enumerate(self._flats):
-            if id(flat.master) not in arrived:  # DeepSpeed has copied it already
+            flat.find(None)
+            if id(flat.master) not in copied:
                 low = partitions.low_precision(self._zero, number, flat.master)
                 if low.data_ptr() != flat.master.data_ptr():
                     low.copy_(flat.master)
-            flat.find(None)
         self._waiting.clear()
         partitions.forget_gradients(self._zero, self._flats)
-        return loss
 
     def _hand_over_options(self) -> None:
+        """Learning rates and the like, as schedulers have set them here."""
         assert self.core is not None
-        for mine, theirs in zip(self._groups, self.core.param_groups, strict=True):
+        for mine, theirs in zip(self._served, self.core.param_groups, strict=True):
             theirs.update({key: mine[key] for key in options.DEFAULTS if key not in options.STRUCTURAL})
 
-    # -- state -------------------------------------------------------------------------------------------------------
+    # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The options, and for DeepSpeed's converter moments of zero; the state goes into a folder of its own."""
-        group_options = [{key: x for key, x in group.items() if key != "params"} for group in self.param_groups]
-        places, packed, state = iter(range(10**9)), [], {}
-        for group, its_options in zip(self.param_groups, group_options, strict=True):
-            numbers = []
-            for p in group["params"]:
-                number = next(places)
-                numbers.append(number)
-                if self._flats:
-                    nothing = p.detach().new_zeros(()).expand(p.numel())
-                    state[number] = {"step": 0, "exp_avg": nothing, "exp_avg_sq": nothing}
-            packed.append({**its_options, "params": numbers})
-        return {"state": state, "param_groups": packed, SIDECAR: "in the checkpoint's folder of this name"}
+        """The options, and moments of zero for DeepSpeed's converter; the state itself goes into a folder of its own.
+
+        See `deepspeed_integration.checkpoint`.
+        """
+        saved: dict[str, Any] = {"state": {}, "param_groups": [], SIDECAR: "in the checkpoint's folder of this name"}
+        for group in self.param_groups:
+            first = len(saved["state"])
+            for number, p in enumerate(group["params"], first):
+                nothing = p.detach().new_zeros(()).expand(p.numel()) if self._flats else None
+                saved["state"][number] = {"step": 0, "exp_avg": nothing, "exp_avg_sq": nothing} if self._flats else {}
+            numbers = list(range(first, len(saved["state"])))
+            saved["param_groups"].append({**group, "params": numbers})
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Called by engine.load_checkpoint, which loads the state itself too; by nobody else.
+
+        Raises:
+            RuntimeError: it was.
+        """
         if not self._is_loading:
             raise RuntimeError("the state of KLShampoo is loaded by engine.load_checkpoint alone")
-        self.take_options([{k: x for k, x in g.items() if k != "params"} for g in state_dict["param_groups"]])
+        self.take_options(state_dict["param_groups"])
 
     @contextmanager
     def loading(self) -> Iterator[None]:
+        """While DeepSpeed loads what it has saved."""
         self._is_loading = True
         try:
             yield
         finally:
             self._is_loading = False
-            self.state.clear()  # what a universal load has put there
-            for flat in self._flats:
-                self.state[flat.master] = {"step": 0}
+            self._clear_state()  # of what a universal load has put there
+
+    def _clear_state(self) -> None:
+        """[Note: moments] DeepSpeed asks for flat moments in places, on some ranks only: where there are none it leaves
+        the others waiting. NaN in no memory says that these are not to be had.
+        """
+        self.state.clear()
+        for flat in self._flats:
+            nothing = torch.full((), float("nan"), device=flat.master.device).expand(flat.master.numel())
+            self.state[flat.master] = {"step": 0, "exp_avg": nothing, "exp_avg_sq": nothing}
 
     def take_options(self, groups: Iterable[Mapping[str, Any]]) -> None:
-        for mine, saved in zip(self._groups, groups, strict=True):
-            mine.update(
-                {
-                    key: tuple(x) if isinstance(x, list) else x
-                    for key, x in saved.items()
-                    if key not in ("params", *options.STRUCTURAL)
-                }
-            )
+        """The options of saved groups, but for those that shape the state."""
+        kept = ("params", *options.STRUCTURAL)
+        for mine, saved in zip(self.groups, groups, strict=True):
+            taken = {key: x for key, x in saved.items() if key not in kept}
+            mine.update({key: tuple(x) if isinstance(x, list) else x for key, x in taken.items()})
 
 
 class KLShampoo(DeepSpeedOptimizer):
+    """`{"type": "KLShampoo"}`."""
+
     method = "kl_shampoo"
 
 
 class KLSOAP(DeepSpeedOptimizer):
+    """`{"type": "KLSOAP"}`."""
+
     method = "kl_soap"
 
 
 class SOAP(DeepSpeedOptimizer):
+    """`{"type": "SOAP"}`."""
+
     method = "soap"
 
 
 class Shampoo(DeepSpeedOptimizer):
+    """`{"type": "Shampoo"}`."""
+
     method = "shampoo"

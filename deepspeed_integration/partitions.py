@@ -48,24 +48,24 @@ def of_stages_1_and_2(zero: Any, device: torch.device) -> Iterator[Flat]:
     me = dist.get_rank(zero.dp_process_group)
     for number, (parameters, buffer, master) in enumerate(zip(lists, buffers, masters, strict=True)):
         flat, size = Flat(master, number), master.numel()
-        assert buffer.numel() == size * len(ranks)
+        _require(buffer.numel() == size * len(ranks), "its flat buffer is not of equal partitions")
         for parameter in parameters:
-            assert parameter.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+            inside = parameter.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+            _require(inside, "a parameter lies outside of its group's flat buffer")
             place = parameter.storage_offset() - buffer.storage_offset()
             first, last = (min(max(place + end - me * size, 0), size) for end in (0, parameter.numel()))
             start = min(max(me * size - place, 0), parameter.numel())
             fragment = Fragment(parameter.shape, master.detach()[first:last], start, ranks, device)
             same = parameter.detach().view(-1)[start : start + last - first] == fragment.local.to(parameter)
-            assert bool(same.all()), "master and parameter differ"
+            _require(bool(same.all()), "the float32 partition and the parameters differ")
             flat.slices.append(Slice(parameter, fragment, first, last))
         yield flat
 
 
 def of_stage_3(zero: Any, device: torch.device) -> Iterator[Flat]:
     """Rank k of a parameter's process group has the elements [k n, (k + 1) n), padded at the end."""
-    for number, (parameters, master) in enumerate(
-        zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)
-    ):
+    pairs = zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)
+    for number, (parameters, master) in enumerate(pairs):
         flat, offset = Flat(master, zero.sub_group_to_group_id[number]), 0
         for parameter in parameters:
             group = parameter.ds_process_group
@@ -74,11 +74,18 @@ def of_stage_3(zero: Any, device: torch.device) -> Iterator[Flat]:
             held = min(start + length, parameter.ds_numel) - start
             fragment = Fragment(parameter.ds_shape, master.detach()[offset : offset + held], start, ranks, device)
             same = parameter.ds_tensor.detach().view(-1)[:held].to(master.device) == fragment.local.to(parameter.dtype)
-            assert bool(same.all()), "master and parameter differ"
+            _require(bool(same.all()), "the float32 partition and the parameters differ")
             flat.slices.append(Slice(parameter, fragment, offset, offset + held))
             offset += length
-        assert offset == master.numel()
+        _require(offset == master.numel(), "a sub-group's partitions do not fill its flat tensor")
         yield flat
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise RuntimeError(
+            f"this version of DeepSpeed lays parameters out in a way KLShampoo does not know: {otherwise}"
+        )
 
 
 def low_precision(zero: Any, number: int, master: Tensor) -> Tensor:

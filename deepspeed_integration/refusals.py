@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 
 def check_config(config: Any) -> None:
-    """Raises ValueError for what the config asks for and cannot be had. `config` is DeepSpeed's DeepSpeedConfig."""
-    zero = config.zero_config
-    stage = int(zero.stage)
-    fp16 = config.float16_config
-    offload, offload_param = zero.offload_optimizer, zero.offload_param
-
-    def refuse(what: str, remedy: str) -> None:
+    """Raises ValueError for the first thing that a DeepSpeedConfig asks for and cannot have, with the way out."""
+    for what, remedy in _refused(config):
         raise ValueError(f"KLShampoo does not work with {what}: {remedy}")
 
-    if stage == 0 and fp16.enabled and (fp16.loss_scale != 1):
-        refuse(
-            "fp16 at ZeRO stage 0 with loss scaling",
-            'DeepSpeed divides by a scale it never applied; use stage 1 or more, bf16, or "loss_scale": 1',
-        )
-    if offload is not None and str(offload.device) in ("nvme", "OffloadDeviceEnum.nvme"):
-        refuse("offload_optimizer to NVMe", 'use "device": "cpu"')
+
+def _refused(config: Any) -> Iterator[tuple[str, str]]:
+    zero, fp16 = config.zero_config, config.float16_config
+    stage = int(zero.stage)
+    if stage == 0 and fp16.enabled and fp16.loss_scale != 1:
+        remedy = 'DeepSpeed divides by a scale that it never applied; use ZeRO stage 1, bf16, or "loss_scale": 1'
+        yield "fp16 at ZeRO stage 0 with loss scaling", remedy
+    for name in ("offload_optimizer", "offload_param"):
+        offload = getattr(zero, name)
+        if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
+            yield f"{name} to NVMe", 'use "device": "cpu"'
+    offload = zero.offload_optimizer
     if offload is not None and stage == 3 and offload.ratio < 1:
-        refuse("offload_optimizer with ratio < 1", 'leave "ratio" at 1')
+        yield "offload_optimizer with a ratio below 1", 'leave "ratio" out'
     if offload is not None and getattr(offload, "super_offload", False):
-        refuse("SuperOffload", 'leave "super_offload" out')
-    if offload_param is not None and str(offload_param.device) in ("nvme", "OffloadDeviceEnum.nvme"):
-        refuse("offload_param to NVMe", 'use "device": "cpu"')
+        yield "SuperOffload", 'leave "super_offload" out'
     if getattr(zero, "zenflow", None) is not None:
-        refuse("ZenFlow", 'leave "zenflow" out')
+        yield "ZenFlow", 'leave "zenflow" out'
     if stage in (1, 2) and zero.elastic_checkpoint:
-        refuse("elastic_checkpoint", "use Universal Checkpoint for another world size")
+        yield "elastic_checkpoint", "another world size is for Universal Checkpoint: deepspeed_integration.universal"
+    autocast = str(config.torch_autocast_dtype).removeprefix("torch.")
+    if stage and config.torch_autocast_enabled and autocast == "float16":
+        yield "torch_autocast in float16 at ZeRO 1 to 3", "DeepSpeed clips scaled gradients there; use bfloat16"
+    for low in (config.bfloat16_config, fp16):
+        for name in ("bf16_master_weights_and_grads", "fp16_master_weights_and_grads"):
+            if getattr(low, name, False):
+                yield name, "its updates need weights in float32; leave it out"
+    if config.tensor_parallel_config.autotp_size > 1:
+        yield "DeepSpeed's tensor parallelism", "use data parallelism alone"
 
 
 def check_engine(engine: Any) -> None:
-    if engine.pipeline_parallelism:
-        raise ValueError("KLShampoo does not work with pipeline parallelism")
-    if engine.has_moe_layers:
-        raise ValueError("KLShampoo does not work with expert parallelism")
-    if engine.autotp_size() > 1 or engine.mp_world_size > 1:
-        raise ValueError("KLShampoo does not work with DeepSpeed's tensor parallelism")
+    """Raises ValueError for what shows in the engine alone."""
+    for found, what in (
+        (engine.pipeline_parallelism, "pipeline parallelism"),
+        (engine.has_moe_layers, "expert parallelism"),
+        (engine.mp_world_size > 1, "model parallelism"),
+    ):
+        if found:
+            raise ValueError(f"KLShampoo does not work with DeepSpeed's {what}: use data parallelism alone")

@@ -1,6 +1,8 @@
 """A checkpoint that other world sizes can load: DeepSpeed's converter, with our folder beside what it makes.
 
-python -m deepspeed_integration.universal CHECKPOINTS/global_step400
+    python -m deepspeed_integration.universal CHECKPOINTS/global_step400
+
+The result is loaded with `"checkpoint": {"load_universal": true}` in the config.
 """
 
 from __future__ import annotations
@@ -15,7 +17,13 @@ from deepspeed_integration import checkpoint
 
 
 def convert(source: Path, target: Path, workers: int = 1) -> None:
-    checkpoint._check(source / checkpoint.FOLDER)
+    """Make a Universal Checkpoint at `target` of the one at `source`, both <save_dir>/<tag>.
+
+    Raises:
+        ValueError: a file of the optimizer's state is missing or damaged.
+    """
+    checkpoint.check(source / checkpoint.FOLDER)
+    shutil.copytree(source / checkpoint.FOLDER, target / checkpoint.FOLDER)  # first: DeepSpeed writes the tag last
     ds_to_universal.main(
         argparse.Namespace(
             input_folder=str(source),
@@ -24,16 +32,19 @@ def convert(source: Path, target: Path, workers: int = 1) -> None:
             num_merge_workers=workers,
             keep_temp_folder=False,
             strict=True,
-            inject_missing_state=True,
+            inject_missing_state=True,  # it wants a step count and moments, which are not where it looks
         )
     )
-    shutil.copytree(source / checkpoint.FOLDER, target / checkpoint.FOLDER)
-    (target.parent / "latest_universal").write_text(target.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=convert.__doc__)
+    parser.add_argument("source", type=Path, help="<save_dir>/<tag> of a checkpoint")
+    parser.add_argument("target", type=Path, nargs="?", help="default: <save_dir>/<tag>_universal")
+    given = parser.parse_args()
+    source = given.source.resolve()
+    convert(source, given.target or source.with_name(f"{source.name}_universal"))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path, nargs="?")
-    given = parser.parse_args()
-    convert(given.source, given.target or given.source.with_name(given.source.name + "_universal"))
+    main()

@@ -128,6 +128,10 @@ class KLShampoo(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: as the constructor; nothing is added then.
         """
+        inner = vars(self).get("_optimizer")
+        if inner is not None:  # a wrapper of Lightning's is of this class too, and what is set here would be lost
+            inner.add_param_group(param_group)
+            return
         if self._engine is None:  # under construction: the constructor tells the other ranks
             super().add_param_group(self._checked_group(param_group))
             return
@@ -260,12 +264,26 @@ class KLShampoo(torch.optim.Optimizer):
         assert self._engine is not None
         return self._engine
 
+    def follow_groups(self) -> None:
+        """Take up a list that was put in the place of `param_groups`, as some libraries do; a collective then.
+
+        `step` does so by itself; call it before loading state for groups that are new.
+        """
+        if self._replaced:
+            self._adopt(self._new_plan(self.plan))
+
+    @property
+    def _replaced(self) -> bool:
+        return self.param_groups is not self._running.groups
+
     def _agree(self) -> Sequence[Gradient]:
         planned = self._planned()
-        problem = self._running.failure or find_problem(self.plan, planned, self.param_groups)
+        moved = self._replaced or _signature(planned) != self._signature
+        groups = self.param_groups[: len(self.plan.structure)] if self._replaced else self.param_groups
+        problem = self._running.failure or find_problem(self.plan, planned, groups)
         if problem is None and self._reduction is not None:
             problem = self._reduction.find_problem()
-        gradients = self._running.agree(problem, _signature(planned) != self._signature)
+        gradients = self._running.agree(problem, moved)
         if gradients is None:
             self._adopt(self._new_plan(self.plan))
             gradients = self._running.agree(None, False)

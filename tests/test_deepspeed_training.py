@@ -3,7 +3,6 @@
 from functools import cache
 
 import pytest
-import torch
 
 from tests.deepspeed_runs import alone, fit
 from tests.models import METHODS, deviation, same_bits
@@ -69,8 +68,10 @@ LOW = {
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", LOW)
 def test_low_precision_to_its_own(worlds, name, stage):
+    """About what float32 trains, and about alike at every stage; fp16 leaves out the steps that overflow."""
     if stage == 0 and name != "bf16":
         pytest.skip("float32 gradients need a ZeRO stage; fp16 at stage 0 is refused")
     found = worlds[2].run(fit, 2, stage, timeout=120, **LOW[name])
-    assert deviation(found[0][0], reference()) <= (0.25 if "bf16" in name else 0.05)
-    assert all(torch.isfinite(weight).all() for weight in found[0][0].values())
+    stage_2 = worlds[2].run(fit, 2, 2, timeout=120, **LOW[name])
+    assert deviation(found[0][0], stage_2[0][0]) <= (0.05 if "bf16" in name else 0.01)
+    assert deviation(found[0][0], reference()) <= (0.1 if "bf16" in name else 0.2)

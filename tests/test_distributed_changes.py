@@ -4,7 +4,19 @@ import pytest
 import torch
 
 from kl_dist import KLShampoo
-from tests.models import Weights, deviation, raising, same_bits, snapshot, train_alone, weights_of, zoo, zoo_groups
+from tests.models import (
+    Weights,
+    backward,
+    deviation,
+    raising,
+    same_bits,
+    samples,
+    snapshot,
+    train_alone,
+    weights_of,
+    zoo,
+    zoo_groups,
+)
 
 LATE = ("odd.weight", "odd.bias", "sometimes.weight")
 
@@ -101,3 +113,28 @@ def a_group_that_differs(group) -> None:
 
 def test_a_parameter_group_that_differs_between_ranks_is_refused_on_all(world):
     world.run(a_group_that_differs, 3)
+
+
+def with_other_groups(group, how: str):
+    """A list of groups put in the place of param_groups half-way, as Lightning's finetuning callbacks do."""
+    model = zoo()
+    named = dict(model.named_parameters())
+    late = named.pop("odd.weight")
+    optimizer = KLShampoo(list(named.items()), lr=1e-2, process_group=group)
+    for step in range(6):
+        backward(model, samples(step))
+        if step == 3 and how == "replaced":
+            fresh = {**optimizer.param_groups[0], "lr": 5e-3}
+            later = {**fresh, "params": [late], "param_names": ["odd.weight"]}
+            optimizer.param_groups = [fresh, later]
+        if step == 3 and how == "changed":
+            optimizer.param_groups[0]["lr"] = 5e-3
+            optimizer.add_param_group({"params": [("odd.weight", late)], "lr": 5e-3})
+        optimizer.step()
+    return weights_of(model)
+
+
+def test_a_list_put_in_the_place_of_param_groups_is_followed(world):
+    expected = world.run(with_other_groups, 1, "changed")[0]
+    for world_size in (1, 2):
+        assert deviation(world.run(with_other_groups, world_size, "replaced")[0], expected) <= 1e-9

@@ -1,0 +1,126 @@
+"""What cannot be had with DeepSpeed is refused at initialisation, with the reason and the way out; what can, works."""
+
+import pytest
+import torch
+
+from tests.deepspeed_runs import OPTIONS, alone, config, deepspeed_here, engine_of, net, train, weights_of
+from tests.models import deviation, same_bits
+
+CPU = {"device": "cpu"}
+REFUSED = {
+    "fp16 at stage 0": (0, {"fp16": {"enabled": True}}, "never applied"),
+    "nvme": (3, {"zero": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}, "NVMe"),
+    "parameters on nvme": (3, {"zero": {"offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}, "NVMe"),
+    "ratio": (3, {"zero": {"offload_optimizer": {**CPU, "ratio": 0.5}}}, "ratio below 1"),
+    "super offload": (3, {"zero": {"offload_optimizer": {**CPU, "super_offload": True}}}, "SuperOffload"),
+    "zenflow": (2, {"zero": {"offload_optimizer": CPU, "zenflow": {"topk_ratio": 0.1}}}, "ZenFlow"),
+    "elastic": (1, {"zero": {"elastic_checkpoint": True}}, "Universal Checkpoint"),
+    "autocast": (2, {"torch_autocast": {"enabled": True, "dtype": "float16"}}, "use bfloat16"),
+    "tensor parallel": (1, {"tensor_parallel": {"autotp_size": 2}}, "tensor parallelism"),
+    "bf16 masters": (2, {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "weights in float32"),
+    "a typing mistake": (1, {"options": {"betass": (0.9, 0.9)}}, "did you mean 'betas'"),
+    "amsgrad": (1, {"options": {"amsgrad": True}}, "no method here has it"),
+    "a bad value": (2, {"options": {"precondition_frequency": 0}}, "at least 1"),
+    "no such head": (2, {"options": {"output_head": "hed"}}, "no module named 'hed'"),
+}
+
+
+def initialised(group, stage: int, more: dict):
+    with deepspeed_here(group) as deepspeed:
+        engine_of(deepspeed, config(stage, ranks=group.size(), **more))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_at_initialisation(worlds, name):
+    stage, more, said = REFUSED[name]
+    errors = worlds[2].run_expecting_errors(initialised, 2, stage, more)
+    assert all(said in str(error) for error in errors), errors
+
+
+def every_way_in(group, stage: int):
+    """The weights after three steps, by the way the optimizer came to the engine."""
+    with deepspeed_here(group) as deepspeed:
+        import deepspeed_integration as ours
+
+        entry = config(stage, ranks=group.size())
+        plain = {key: x for key, x in entry.items() if key != "optimizer"}
+        ways = {
+            "entry": (entry, None),
+            "lower case": ({**entry, "optimizer": {**entry["optimizer"], "type": "kl_shampoo"}}, None),
+            "instance": (plain, lambda model: ours.KLShampoo(list(model.parameters()), **OPTIONS)),
+            "named": (plain, lambda model: ours.KLShampoo(model.named_parameters(), **OPTIONS)),
+            "callable": (plain, lambda model: lambda parameters: ours.KLShampoo(parameters, **OPTIONS)),
+        }
+        found = {}
+        for name, (given, make) in ways.items():
+            model = net()
+            optimizer = None if make is None else make(model)
+            engine = deepspeed.initialize(
+                model=model, optimizer=optimizer, model_parameters=list(model.parameters()), config=given
+            )[0]
+            train(engine, range(3))
+            found[name] = weights_of(deepspeed, engine)
+            engine.destroy()
+        return found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_way_of_giving_the_optimizer_is_the_same(worlds, stage):
+    found = worlds[2].run(every_way_in, 2, stage, timeout=120)[0]
+    assert len(found) == 5 and all(same_bits(weights, found["entry"]) for weights in found.values())
+
+
+def poisoned(group, stage: int, value: float | None, more: dict):
+    """A run with a step whose gradient is not finite on one rank, or that leaves the step out."""
+    with deepspeed_here(group) as deepspeed:
+        engine = engine_of(deepspeed, config(stage, ranks=group.size(), shares=1, gradient_clipping=0.0, **more))
+        for step in range(5):
+            if step == 3 and value is None:
+                continue
+            hook = None
+            if step == 3 and group.rank() == 1:
+                hook = engine.module.mix.register_forward_hook(lambda _, __, output: output * value)
+            train(engine, range(step, step + 1), shares=1)
+            if hook is not None:
+                hook.remove()
+        found = (
+            weights_of(deepspeed, engine),
+            engine.skipped_steps + engine.basic_optimizer.core.stats()["skipped_steps"],
+        )
+        engine.destroy()
+        return found
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_gradient_that_is_not_finite_changes_nothing_on_any_rank(worlds, stage, value, checked):
+    more = {"bf16": {"enabled": True, "check_grad_overflow": checked}}
+    found = worlds[2].run(poisoned, 2, stage, value, more, timeout=120)
+    calm = worlds[2].run(poisoned, 2, stage, None, more, timeout=120)
+    assert all(same_bits(weights, calm[0][0]) for weights, _ in found)
+    assert all(torch.isfinite(x).all() for x in found[0][0].values()) and found[0][1] == 1
+
+
+def traffic(group, stage: int):
+    with deepspeed_here(group) as deepspeed:
+        engine = engine_of(deepspeed, config(stage, ranks=group.size()))
+        plan = engine.basic_optimizer.core.plan
+        engine.destroy()
+        return plan
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_travels_is_at_most_a_share_of_the_parameters(worlds, ranks, stage):
+    plan = worlds[ranks].run(traffic, ranks, stage, timeout=120)[0]
+    share = 4 * sum(parameter.numel for parameter in plan.parameters) / ranks
+    for key in ("gradients_sent", "gradients_received", "updates_sent", "updates_received"):
+        mean = sum(getattr(one, key) for one in plan.traffic_bytes) / ranks
+        assert mean <= share, key
+    assert plan.balance < 1.5
+
+
+def test_the_weights_are_unlike_without_the_optimizer(worlds):
+    """What is compared above moves."""
+    assert deviation(alone(steps=3), {name: p.detach() for name, p in net().named_parameters()}) > 1e-2

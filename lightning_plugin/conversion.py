@@ -48,6 +48,7 @@ def convert(
         TypeError: an optimizer that cannot be converted.
         ValueError: options that cannot be, or that are given twice; a missing `lr` or `weight_decay`.
     """
+    _check_parameters(optimizer, module)
     if isinstance(optimizer, KLShampoo):
         _check_not_given_twice(optimizer, given)
         return optimizer
@@ -60,7 +61,8 @@ def convert(
     converted._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
     converted._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
     hand_over(schedulers, optimizer, converted, conversion.factor)
-    _retire(optimizer)
+    _convert_later_groups(converted, conversion)
+    _retire(optimizer, converted)
     return converted
 
 
@@ -96,7 +98,7 @@ class _Conversion:
 
     @classmethod
     def of(cls, optimizer: Optimizer, module: nn.Module, given: Mapping[str, Any]) -> _Conversion:
-        usual = float(optimizer.defaults["lr"])
+        usual = _usual_lr(optimizer)
         factor = float(given["lr"]) / usual if "lr" in given and usual else 1.0
         names = {id(p): name.replace("_orig_mod.", "") for name, p in module.named_parameters()}
         for name in given.get("adamw_names", ()):
@@ -108,8 +110,16 @@ class _Conversion:
     def defaults(self) -> dict[str, Any]:
         """What KLShampoo is constructed with for all groups, and those that are added later begin with."""
         own = ("lr", "weight_decay", "output_head", "adamw_names")
-        lr = self.lr(float(self.optimizer.defaults["lr"]))
+        lr = self.lr(_usual_lr(self.optimizer))
         return {**({"lr": lr} if lr else {}), **{key: x for key, x in self.given.items() if key not in own}}
+
+    def later_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """A group that is added after the conversion, filled with what AdamW would have filled it with."""
+        filled = {**self.optimizer.defaults, **group}
+        params = filled["params"]
+        filled["params"] = [params] if isinstance(params, Tensor) else list(params)
+        filled["lr"] = group.get("lr", _usual_lr(self.optimizer))
+        return {**self.group(filled).made_with, "lr": filled["lr"] if "lr" in group else self.lr(filled["lr"])}
 
     def group(self, group: Mapping[str, Any]) -> _Group:
         """It is constructed with the learning rate that its schedule begins from: `adamw_lr` keeps in proportion."""
@@ -124,7 +134,7 @@ class _Conversion:
         if "eps" in group and "eps" not in self.given:
             made["eps"] = group["eps"]
         if "adamw_lr" in self.given:
-            usual = float(self.given.get("lr", self.optimizer.defaults["lr"]))
+            usual = float(self.given.get("lr", _usual_lr(self.optimizer)))
             made["adamw_lr"] = float(self.given["adamw_lr"]) * float(begins) / usual
         keeps = {key: x for key, x in group.items() if key not in left | options.DEFAULTS.keys()}
         rates = {key: self.lr(group[key]) for key in ("lr", "initial_lr", "max_lr", "min_lr") if key in group}
@@ -158,10 +168,23 @@ class _Conversion:
 
 
 def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
-    """Parameters that the module does not have keep the name that the optimizer has for them, or get a number."""
+    """Parameters with the names that the optimizer has for them, or numbers."""
     if group.get("param_names"):
         return zip(group["param_names"], group["params"], strict=True)
-    return ((f"parameter {i} of the optimizer alone", p) for i, p in enumerate(group["params"]))
+    return ((f"parameter {i}", p) for i, p in enumerate(group["params"]))
+
+
+def _usual_lr(optimizer: Optimizer) -> float:
+    """The learning rate that an optimizer was made with: where no group has it, that of the largest group."""
+    usual = float(optimizer.defaults["lr"])
+    cycled = ("max_lr", "max_momentum")  # OneCycleLR and CyclicLR have put rates of their own there
+    if any(key in group for group in optimizer.param_groups for key in cycled):
+        return usual
+    rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    if usual in rates:
+        return usual
+    sizes = [sum(p.numel() for p in group["params"]) for group in optimizer.param_groups]
+    return rates[sizes.index(max(sizes))]
 
 
 def _check(optimizer: Optimizer, given: Mapping[str, Any]) -> None:
@@ -188,9 +211,21 @@ def _check(optimizer: Optimizer, given: Mapping[str, Any]) -> None:
                 raise ValueError(f"{kind.__name__}({key}=True) cannot be converted to KLShampoo: {reason}")
 
 
+def _check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
+    known = {id(p) for p in module.parameters()}
+    for number, group in enumerate(optimizer.param_groups):
+        for name, p in _named(group):
+            if id(p) not in known:
+                raise ValueError(
+                    f"{name!r} of parameter group {number}, of shape {tuple(p.shape)}, is no parameter of the module,"
+                    " and no gradient would reach it: make the optimizer of the module's parameters, in"
+                    " configure_optimizers (FSDP2 has put others in the place of those there were before)"
+                )
+
+
 def _check_not_given_twice(optimizer: KLShampoo, given: Mapping[str, Any]) -> None:
     for key, value in given.items():
-        if key == "method" and all(value == group["method"] for group in optimizer.param_groups):
+        if key == "method" and all(group["method"] in (value, "adamw") for group in optimizer.param_groups):
             continue
         raise ValueError(
             f"configure_optimizers returned a KLShampoo, and the strategy has {key}={value!r} for it: give the options"
@@ -198,8 +233,21 @@ def _check_not_given_twice(optimizer: KLShampoo, given: Mapping[str, Any]) -> No
         )
 
 
-def _retire(optimizer: Optimizer) -> None:
-    """Have the converted optimizer say so to those who still step it: it must not train beside its successor."""
+def _convert_later_groups(converted: KLShampoo, conversion: _Conversion) -> None:
+    """Groups that are added to what was AdamW come as AdamW's, from Lightning's finetuning callbacks, say."""
+    add = converted.add_param_group
+
+    def add_param_group(param_group: dict[str, Any]) -> None:
+        add(conversion.later_group(param_group))
+
+    converted.add_param_group = add_param_group  # type: ignore[method-assign]
+
+
+def _retire(optimizer: Optimizer, converted: KLShampoo) -> None:
+    """Have the converted optimizer say so to those who still step it: it must not train beside its successor.
+
+    Its groups are those of its successor, for schedulers that nobody handed over and rates that are set by hand.
+    """
 
     def step(closure: Any = None) -> None:
         raise RuntimeError(
@@ -209,3 +257,4 @@ def _retire(optimizer: Optimizer) -> None:
 
     optimizer.step = step  # type: ignore[method-assign,assignment]
     optimizer.state.clear()
+    optimizer.param_groups = converted.param_groups

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from kl_dist import KLShampoo
+from lightning_plugin.meeting import all_come
 from lightning_plugin.restoring import restore, with_word_to_adamw
 from lightning_plugin.unwrapping import unwrapped
 
@@ -28,6 +30,8 @@ class UnderDDP:
     def __init__(self, *, reduce_to_owners: bool = False, **others: Any) -> None:
         if reduce_to_owners and others.get("ddp_comm_hook") is not None:
             raise ValueError("reduce_to_owners is a communication hook of DDP's itself: leave out ddp_comm_hook")
+        if type(others.get("ddp_comm_state")).__name__ == "PostLocalSGDState":
+            raise ValueError("local SGD lets ranks have gradients of their own, KLShampoo needs one: leave it out")
         self.reduce_to_owners = reduce_to_owners
         super().__init__(**others)
 
@@ -40,15 +44,27 @@ class UnderDDP:
                 "reduce_to_owners does not go with precision='16-mixed', whose GradScaler looks at all gradients on"
                 " every rank: train with bf16-mixed, or without reduce_to_owners"
             )
-        for optimizer in self.optimizers:
-            if isinstance(unwrapped(optimizer), KLShampoo):
-                unwrapped(optimizer).reduce_to_owners(self.model)
+        if len(self.optimizers) != 1:
+            raise ValueError("reduce_to_owners is for one optimizer that has all of the module's parameters")
+        if isinstance(unwrapped(self.optimizers[0]), KLShampoo):
+            unwrapped(self.optimizers[0]).reduce_to_owners(self.model)
 
     def optimizer_state(self: Any, optimizer: Any) -> dict[str, Any]:
-        state = super().optimizer_state(optimizer)  # type: ignore[misc]
-        return with_word_to_adamw(state) if isinstance(unwrapped(optimizer), KLShampoo) else state
+        if not isinstance(unwrapped(optimizer), KLShampoo):
+            return super().optimizer_state(optimizer)  # type: ignore[misc]
+        if self.lightning_module.trainer.interrupted and not all_come("a checkpoint after an exception"):
+            warnings.warn(
+                "not every rank came to save a checkpoint after the exception: it is without the optimizer's state, and"
+                " can be loaded with optimizer_checkpoint='ignore'",
+                stacklevel=2,
+            )
+            return {}
+        return with_word_to_adamw(super().optimizer_state(optimizer))  # type: ignore[misc]
 
     def load_optimizer_state_dict(self: Any, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer in self.optimizers:
+            if isinstance(unwrapped(optimizer), KLShampoo):
+                unwrapped(optimizer).follow_groups()  # callbacks may have put other groups there by now
         restore(self.optimizers, checkpoint["optimizer_states"], self.optimizer_checkpoint)
 
     def on_exception(self: Any, exception: BaseException) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from kl_dist import KLShampoo, clip_grad_norm_, clip_grad_value_
 from lightning_plugin.conversion import announcement, convert
+from lightning_plugin.restoring import REMEDY, restore, with_word_to_adamw
 from lightning_plugin.sharding import shard
 from lightning_plugin.unwrapping import unwrapped
 
@@ -21,6 +24,7 @@ class FabricTrainsWithKLShampoo:
     """The namespace's rank_zero_info."""
 
     optimizer_options: dict[str, Any]
+    optimizer_checkpoint: str
     _modules: tuple[nn.Module, ...] = ()  # those set up so far
 
     def setup_module(self: Any, module: nn.Module) -> Any:
@@ -44,15 +48,41 @@ class FabricTrainsWithKLShampoo:
 
     def _converted(self: Any, optimizer: Any, scheduler: Any) -> KLShampoo:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        module = next(
-            (one for one in reversed(self._modules) if held & {id(p) for p in one.parameters()}),
-            None,
-        )
-        if module is None:
-            raise ValueError("set up the model before its optimizer: no module that was set up has these parameters")
+        modules = [one for one in self._modules if held & {id(p) for p in one.parameters()}]
+        if not modules:
+            raise ValueError(
+                "no module that was set up has these parameters: call setup_module first, then make the optimizer of"
+                " the parameters it has then"
+            )
+        module = modules[0] if len(modules) == 1 else nn.ModuleList(modules)
         converted = convert(optimizer, module, self.optimizer_options, () if scheduler is None else (scheduler,))
         type(self)._say(announcement(optimizer, converted))
         return converted
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def get_optimizer_state(self: Any, optimizer: Any) -> dict[str, Any]:
+        state = super().get_optimizer_state(optimizer)  # type: ignore[misc]
+        return with_word_to_adamw(state) if isinstance(optimizer, KLShampoo) else state
+
+    def load_checkpoint(self: Any, path: Any, state: Any = None, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Optimizers of ours are loaded as `optimizer_checkpoint` says, where the checkpoint is one file."""
+        ours = {key: x for key, x in state.items() if isinstance(x, KLShampoo)} if isinstance(state, dict) else {}
+        if not ours or (Path(path).is_dir() and self.optimizer_checkpoint == "strict"):
+            return super().load_checkpoint(path, state, *arguments, **options)  # type: ignore[misc]
+        others = {key: x for key, x in state.items() if key not in ours}
+        rest = super().load_checkpoint(path, others, *arguments, **options)  # type: ignore[misc]
+        state.update(others)
+        for key, optimizer in ours.items():
+            if self.optimizer_checkpoint == "ignore":
+                rest.pop(key, None)
+            elif key in rest:
+                restore([optimizer], [rest.pop(key)], self.optimizer_checkpoint)
+            else:
+                raise KeyError(f"the checkpoint has no {key!r}. {REMEDY}")
+        return rest
+
+    # -- clipping -----------------------------------------------------------------------------------------------------
 
     def clip_gradients_norm(
         self: Any,
@@ -87,5 +117,11 @@ class FabricShards:
 
 
 def _sharded(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    shard(module, mesh["data_parallel"])
+    shard(module, mesh["data_parallel"], _device_of(mesh))
     return module
+
+
+def _device_of(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from torch import nn
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from kl_dist import KLShampoo
 from lightning_plugin.restoring import REMEDY, restore, with_word_to_adamw
@@ -27,12 +29,12 @@ class SpreadsOverAllRanks:
         self,
         *,
         data_parallel_size: Literal["auto"] | int = "auto",
-        tensor_parallel_size: int = 1,
+        tensor_parallel_size: Literal["auto"] | int = 1,
         **others: Any,
     ) -> None:
         super().__init__(
             data_parallel_size=data_parallel_size,  # type: ignore[call-arg]
-            tensor_parallel_size=tensor_parallel_size,
+            tensor_parallel_size=1 if tensor_parallel_size == "auto" else tensor_parallel_size,
             **others,
         )
 
@@ -59,10 +61,15 @@ class UnderFSDP2:
             return
         if self._tensor_parallel_size != 1:
             raise ValueError("tensor_parallel_size needs a configure_model that says which layers are divided, and how")
-        self.model_to_device()
-        shard(self.model, self.device_mesh["data_parallel"])
+        for part in (module,) if module.automatic_optimization else _called_parts(module):
+            shard(part, self.device_mesh["data_parallel"], self.root_device)
         with _configured(module):
             super().setup(trainer)  # type: ignore[misc]
+
+    def setup_optimizers(self: Any, trainer: Any) -> None:
+        if self.device_mesh["data_parallel"].size() > 1:
+            _check_sharded(self.lightning_module)
+        super().setup_optimizers(trainer)  # type: ignore[misc]
 
     # The sharded parameters are gathered by hooks on forward, which a Trainer's steps do not call by themselves.
 
@@ -84,7 +91,7 @@ class UnderFSDP2:
 
     def _through_forward(self: Any, step: str, *arguments: Any, **options: Any) -> Any:
         module = self.lightning_module
-        if not self._shards_for_module:
+        if not self._shards_for_module or not module.automatic_optimization:
             return getattr(module, step)(*arguments, **options)
         return self._forward_redirection(module, module, step, *arguments, **options)
 
@@ -98,6 +105,8 @@ class UnderFSDP2:
 
     def load_checkpoint(self: Any, checkpoint_path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
         how, optimizers = self.optimizer_checkpoint, self._optimizers
+        if self.lightning_module.trainer.state.fn != "fit":
+            how = "ignore"  # the weights are all that is wanted
         divided = Path(self.broadcast(checkpoint_path)).is_dir()
         if divided and how == "partial":
             raise ValueError(f"optimizer_checkpoint='partial' needs a checkpoint in one file, not {checkpoint_path}")
@@ -115,6 +124,28 @@ class UnderFSDP2:
                 raise KeyError(f"{checkpoint_path} has the weights alone. {REMEDY}")
             restore(optimizers, loaded["optimizer_states"], how)
         return loaded
+
+
+def _check_sharded(module: nn.Module) -> None:
+    for name, p in module.named_parameters():
+        if p.requires_grad and not isinstance(p, DTensor):
+            raise ValueError(
+                f"configure_model left {name!r} whole on every rank, where one rank's samples would train it: shard it"
+                " there (fully_shard), or leave configure_model out and have the strategy shard the module"
+            )
+
+
+def _called_parts(module: Any) -> list[nn.Module]:
+    """What a module that steps its optimizers itself calls: its children, whose outputs gradients flow back through.
+
+    Its own training_step returns nothing, so that no hook on it would be met by a gradient.
+    """
+    for name, _ in module.named_parameters(recurse=False):
+        raise ValueError(
+            f"with manual optimization the strategy shards the submodules, and {name!r} is in none: put it into one, or"
+            " define configure_model"
+        )
+    return [child for child in module.children() if any(True for _ in child.parameters())]
 
 
 @contextmanager

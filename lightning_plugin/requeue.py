@@ -44,5 +44,5 @@ class RequeuesBetweenBatches:
         dist.all_reduce(signalled, op=dist.ReduceOp.MAX)
         if signalled:
             number, frame = self._signalled or (self.cluster_environment.requeue_signal, None)
-            self._signalled = None
-            self._answer(number, frame)
+            answer, self._answer = self._answer, None  # once: a second save would be cut off by the end of the job
+            answer(number, frame)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,17 @@ def without_word_to_adamw(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "state": found}
 
 
+def _without_frozen(state: dict[str, Any], optimizer: KLShampoo) -> dict[str, Any]:
+    """A full state without what is frozen here from the start: Lightning's finetuning callbacks resume so."""
+    served = {parameter.name for parameter in optimizer.plan.parameters}
+    pairs = (zip(group["param_names"], group["params"], strict=True) for group in optimizer.param_groups)
+    frozen = {name for group in pairs for name, p in group if not p.requires_grad} - served
+    dropped = sorted(frozen & state["state"].keys())
+    if dropped:
+        warnings.warn(f"state of parameters that are frozen now is left out: {', '.join(dropped)}", stacklevel=2)
+    return {**state, "state": {name: entries for name, entries in state["state"].items() if name not in frozen}}
+
+
 def restore(optimizers: Sequence[Any], states: Sequence[dict[str, Any]], how: str) -> None:
     """Load full states, which every rank has read, into optimizers; a collective where `how` is "partial".
 
@@ -62,7 +74,7 @@ def restore(optimizers: Sequence[Any], states: Sequence[dict[str, Any]], how: st
         if not isinstance(optimizer, KLShampoo):
             optimizer.load_state_dict(state)
             continue
-        state = without_word_to_adamw(state)
+        state = _without_frozen(without_word_to_adamw(state), optimizer)
         try:
             if how == "partial":
                 load_full_state_dict(optimizer, state, strict=False)

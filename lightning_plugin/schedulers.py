@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 _BY_GROUP = ("base_lrs", "max_lrs", "_last_lr")
 """Where schedulers keep a learning rate for each group (`eta_min`, `min_lrs` and the like are floors, and are left)."""
@@ -20,6 +21,11 @@ def hand_over(schedulers: Iterable[Any], old: Optimizer, new: Optimizer, factor:
     for scheduler in (part for whole in schedulers for part in _parts(whole)):
         if getattr(scheduler, "optimizer", None) is not old:
             continue
+        if factor != 1 and not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
+            raise ValueError(
+                f"{type(scheduler).__name__} keeps learning rates in a way of its own, which the strategy's lr cannot"
+                " scale: set lr in configure_optimizers instead, and adamw_lr in the strategy"
+            )
         scheduler.optimizer = new
         tracked = True
         for key in _BY_GROUP:

@@ -6,10 +6,12 @@ mix. So what is ours stands in mixins that import neither; `lightning_plugin.nam
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 from kl_dist import KLShampoo, clip_grad_norm_, clip_grad_value_
@@ -30,6 +32,11 @@ class TrainsWithKLShampoo:
 
     def setup_optimizers(self: Any, trainer: Any) -> None:
         super().setup_optimizers(trainer)  # type: ignore[misc]
+        if self.optimizer_checkpoint == "ignore" and "lr" in self.optimizer_options and self.lr_scheduler_configs:
+            raise ValueError(
+                "with optimizer_checkpoint='ignore' schedules go on from the checkpoint, with its learning rates: set"
+                " lr in configure_optimizers rather than in the strategy"
+            )
         schedulers = [config.scheduler for config in self.lr_scheduler_configs]
         self.optimizers = [self._converted(unwrapped(optimizer), schedulers) for optimizer in self.optimizers]
         _take_over_clipping(self.precision_plugin)
@@ -43,19 +50,39 @@ class TrainsWithKLShampoo:
 
     def on_exception(self: Any, exception: BaseException) -> None:
         super().on_exception(exception)  # type: ignore[misc]
-        _end_children(self.launcher)
+        if _children(self.launcher):
+            atexit.register(_end_children, self.launcher)
+
+    def on_train_start(self: Any) -> None:
+        """Schedules go on where they were when new optimizer state begins: so must the learning rates."""
+        super().on_train_start()  # type: ignore[misc]
+        if self.optimizer_checkpoint == "ignore" and self.lightning_module.trainer.ckpt_path is not None:
+            for config in self.lr_scheduler_configs:
+                rates = getattr(config.scheduler, "_last_lr", ())
+                for group, rate in zip(config.scheduler.optimizer.param_groups, rates, strict=False):
+                    group["lr"] = rate
+
+    def load_checkpoint(self: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        loaded = super().load_checkpoint(*arguments, **options)  # type: ignore[misc]
+        if self.optimizer_checkpoint == "ignore":
+            loaded.setdefault("lr_schedulers", [])  # a checkpoint of weights alone has none, which Lightning refuses
+        return loaded
 
     @property
     def lightning_restore_optimizer(self: Any) -> bool:
         return self.optimizer_checkpoint != "ignore" and super().lightning_restore_optimizer  # type: ignore[misc]
 
 
+def _children(launcher: Any) -> list[subprocess.Popen]:
+    """The processes that the script itself has started."""
+    return [child for child in getattr(launcher, "procs", ()) if isinstance(child, subprocess.Popen)]
+
+
 def _end_children(launcher: Any) -> None:
-    """The processes that the script itself has started end with it: first by themselves, so that one of them can tell
-    what it died of, and else by force, for they may be waiting in a collective."""
-    children = [child for child in getattr(launcher, "procs", ()) if isinstance(child, subprocess.Popen)]
+    """End them with the script: first by themselves, so that one can tell what it died of, and else by force, for they
+    may be waiting in a collective. Not at the exception, which a script may catch and go on."""
     deadline = time.monotonic() + SECONDS_OF_GRACE
-    for child in children:
+    for child in _children(launcher):
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(max(0.0, deadline - time.monotonic()))
         if child.poll() is None:
@@ -68,19 +95,14 @@ def _take_over_clipping(plugin: Any) -> None:
     The plugin is the strategy's own, and clipping is its business alone; torch's would be wrong where gradients are
     reduced to their owners, or where some parameters are sharded and others are not.
     """
+    kind = type(plugin)
+    plugin.clip_grad_by_norm = partial(_clip, clip_grad_norm_, partial(kind.clip_grad_by_norm, plugin))
+    plugin.clip_grad_by_value = partial(_clip, clip_grad_value_, partial(kind.clip_grad_by_value, plugin))
 
-    def by_norm(optimizer: Any, clip_val: float) -> None:
-        inner = unwrapped(optimizer)
-        if isinstance(inner, KLShampoo):
-            clip_grad_norm_(inner, clip_val)
-        else:
-            type(plugin).clip_grad_by_norm(plugin, optimizer, clip_val)
 
-    def by_value(optimizer: Any, clip_val: float) -> None:
-        inner = unwrapped(optimizer)
-        if isinstance(inner, KLShampoo):
-            clip_grad_value_(inner, clip_val)
-        else:
-            type(plugin).clip_grad_by_value(plugin, optimizer, clip_val)
-
-    plugin.clip_grad_by_norm, plugin.clip_grad_by_value = by_norm, by_value
+def _clip(ours: Callable[..., Any], theirs: Callable[..., Any], optimizer: Any, clip_val: float) -> None:
+    inner = unwrapped(optimizer)
+    if isinstance(inner, KLShampoo):
+        ours(inner, clip_val)
+    else:
+        theirs(optimizer, clip_val)

@@ -16,7 +16,6 @@ REFUSED = {
     "zenflow": (2, {"zero": {"offload_optimizer": CPU, "zenflow": {"topk_ratio": 0.1}}}, "ZenFlow"),
     "elastic": (1, {"zero": {"elastic_checkpoint": True}}, "Universal Checkpoint"),
     "autocast": (2, {"torch_autocast": {"enabled": True, "dtype": "float16"}}, "use bfloat16"),
-    "tensor parallel": (1, {"tensor_parallel": {"autotp_size": 2}}, "tensor parallelism"),
     "bf16 masters": (2, {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "weights in float32"),
     "a typing mistake": (1, {"options": {"betass": (0.9, 0.9)}}, "did you mean 'betas'"),
     "amsgrad": (1, {"options": {"amsgrad": True}}, "no method here has it"),
@@ -83,10 +82,7 @@ def poisoned(group, stage: int, value: float | None, more: dict):
             train(engine, range(step, step + 1), shares=1)
             if hook is not None:
                 hook.remove()
-        found = (
-            weights_of(deepspeed, engine),
-            engine.skipped_steps + engine.basic_optimizer.core.stats()["skipped_steps"],
-        )
+        found = weights_of(deepspeed, engine), engine.global_steps
         engine.destroy()
         return found
 
@@ -99,7 +95,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_on_any_rank(worlds, stage
     found = worlds[2].run(poisoned, 2, stage, value, more, timeout=120)
     calm = worlds[2].run(poisoned, 2, stage, None, more, timeout=120)
     assert all(same_bits(weights, calm[0][0]) for weights, _ in found)
-    assert all(torch.isfinite(x).all() for x in found[0][0].values()) and found[0][1] == 1
+    assert all(torch.isfinite(x).all() for x in found[0][0].values()) and found[0][1] == 5
 
 
 def traffic(group, stage: int):

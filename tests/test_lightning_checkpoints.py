@@ -1,7 +1,6 @@
 """Checkpoints under our strategies: exact at the same number of devices, within rounding at another, or refused."""
 
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,7 +158,7 @@ def test_partial_loads_what_fits(worlds, name, tmp_path):
     worlds[2].run(half, 2, FORMATS[name], path)
     other = with_option(FORMATS[name], max_preconditioner_dim=20, optimizer_checkpoint="partial")
     weights = worlds[2].run(rest, 2, other, path)[0]
-    assert 1e-6 < deviation(weights, reference()) < 0.5
+    assert 1e-6 < deviation(weights, reference()) < 0.3  # 0.47 where nothing is loaded
 
 
 def test_weights_alone_are_refused_but_for_ignore(worlds, tmp_path):
@@ -167,6 +166,8 @@ def test_weights_alone_are_refused_but_for_ignore(worlds, tmp_path):
     worlds[2].run(weights_alone, 2, path)
     errors = worlds[2].run_expecting_errors(rest, 2, "kl_shampoo", path)
     assert all("only the model" in str(error) for error in errors)
+    anew = ("KLShampooStrategy", {"optimizer_checkpoint": "ignore"})
+    assert deviation(worlds[2].run(rest, 2, anew, path)[0], reference()) < 1
 
 
 def weights_alone(group, path: str):
@@ -175,9 +176,3 @@ def weights_alone(group, path: str):
         ran = trainer(pl, max_steps=-1)
         ran.fit(module(pl, adamw), rows(2, group.rank(), HALF))
         ran.save_checkpoint(path, weights_only=True)
-
-
-def test_no_half_written_file_is_left(worlds, tmp_path):
-    path = tmp_path / "half.ckpt"
-    worlds[2].run(half, 2, "kl_shampoo", str(path))
-    assert [one.name for one in Path(tmp_path).iterdir()] == ["half.ckpt"]

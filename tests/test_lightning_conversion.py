@@ -212,6 +212,8 @@ def test_klshampoo_is_returned_as_it_is(net):
     assert convert(optimizer, net, {"method": "soap"}) is optimizer
     with pytest.raises(ValueError, match=r"method='kl_soap'.*one of the two"):
         convert(optimizer, net, {"method": "kl_soap"})
+    mixed = KLShampoo([{"params": net.body.parameters()}, {"params": net.head.parameters(), "method": "adamw"}])
+    assert convert(mixed, net, {"method": "kl_shampoo"}) is mixed
     with pytest.raises(ValueError, match=r"lr=0\.1"):
         convert(optimizer, net, {"lr": 0.1})
 
@@ -257,8 +259,46 @@ def test_the_converted_optimizer_trains_as_one_made_by_hand(net):
     assert all(torch.equal(p, q) for p, q in pairs)
 
 
-def test_a_parameter_that_the_module_does_not_have_is_trained_all_the_same(net):
-    extra = nn.Parameter(torch.ones(3, 3))
-    found = convert(AdamW([*net.parameters(), extra]), net, {})
-    assert any(parameter is extra for group in found.param_groups for parameter in group["params"])
-    assert len(set(found.param_groups[0]["param_names"])) == 7 - 1
+@pytest.mark.parametrize("make", [AdamW, KLShampoo])
+def test_a_parameter_that_the_module_does_not_have_is_refused(net, make):
+    with pytest.raises(ValueError, match=r"of shape \(3, 3\), is no parameter of the module"):
+        convert(make([*net.parameters(), nn.Parameter(torch.ones(3, 3))]), net, {})
+
+
+def test_groups_that_are_added_later_are_converted_as_the_first_were(net):
+    optimizer = AdamW(net.body.parameters(), lr=2e-3, weight_decay=0.3, eps=1e-6, betas=(0.8, 0.97))
+    found = convert(optimizer, net, {})
+    found.add_param_group({"params": [net.embedding.weight], "lr": 1e-4})
+    found.add_param_group({"params": net.head.parameters()})
+    first, second, third = found.param_groups
+    for group in (second, third):
+        assert all(group[key] == first[key] for key in ("weight_decay", "eps", "betas", "adamw_betas"))
+    assert (second["lr"], third["lr"]) == (1e-4, 2e-3)
+    assert routes(found)["embedding.weight"] == "adamw" and routes(found)["head.weight"] == "kl_shampoo"
+
+
+def test_what_is_done_to_the_old_optimizers_groups_reaches_the_new_one(net):
+    optimizer = AdamW(net.parameters(), lr=1e-2)
+    scheduler = schedules.StepLR(optimizer, 1)  # kept by the user alone
+    found = convert(optimizer, net, {})
+    step(net, found)
+    scheduler.step()
+    assert found.param_groups[0]["lr"] == pytest.approx(1e-3)
+    optimizer.param_groups[0]["lr"] = 5e-4
+    assert found.param_groups[0]["lr"] == 5e-4
+
+
+def test_a_learning_rate_is_scaled_by_the_one_that_was_given(net):
+    groups = [{"params": net.body.parameters(), "lr": 3e-4}, {"params": net.head.parameters(), "lr": 1e-4}]
+    found = convert(AdamW(groups), net, {"lr": 1.5e-3})
+    assert [group["lr"] for group in found.param_groups] == [pytest.approx(1.5e-3), pytest.approx(5e-4)]
+
+
+def test_a_scheduler_that_keeps_rates_in_its_own_way_is_refused_where_they_are_scaled(net):
+    class Own:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    optimizer = AdamW(net.parameters())
+    with pytest.raises(ValueError, match="Own keeps learning rates"):
+        convert(optimizer, net, {"lr": 1e-2}, [Own(optimizer)])

@@ -288,14 +288,14 @@ def test_synchronised_layers_are_put_in_before_the_optimizer_and_taken_out_at_th
 
 
 class Adversaries:
-    """A generator and a critic, each with its AdamW, stepped in turn."""
+    """A generator and a critic, each with its AdamW, stepped in turn; FSDP2 cannot bear that they are toggled."""
 
-    def __init__(self) -> None:
+    def __init__(self, toggles: bool = True) -> None:
         super().__init__()
         torch.manual_seed(3)
         self.generator, self.critic = (nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, n)) for n in (4, 1))
         self.double()
-        self.automatic_optimization = False
+        self.automatic_optimization, self.toggles = False, toggles
 
     def configure_optimizers(self):
         return [AdamW(part.parameters(), lr=1e-2) for part in (self.generator, self.critic)]
@@ -304,12 +304,14 @@ class Adversaries:
         noise, real = batch.double(), torch.sin(batch.double())
         first, second = self.optimizers()
         for optimizer, other in ((first, second), (second, first)):
-            self.toggle_optimizer(optimizer)
+            if self.toggles:
+                self.toggle_optimizer(optimizer)
             loss = play(self.generator, self.critic, noise, real, optimizer is first)
             self.manual_backward(loss)
             optimizer.step()
             optimizer.zero_grad()
-            self.untoggle_optimizer(optimizer)
+            if self.toggles:
+                self.untoggle_optimizer(optimizer)
             other.zero_grad()
 
 
@@ -320,11 +322,11 @@ def play(generator, critic, noise, real, generates: bool):
     return (critic(fake.detach()).square() + (critic(real) - 1).square()).mean()
 
 
-def adversaries_on_ranks(group):
+def adversaries_on_ranks(group, strategy: str):
     pl = pytorch()
     with launched(group):
-        made = type("Made", (Adversaries, pl.LightningModule), {})()
-        ran = trainer(pl, "kl_shampoo_find_unused_parameters_true", max_steps=-1)
+        made = type("Made", (Adversaries, pl.LightningModule), {})("fsdp2" not in strategy)
+        ran = trainer(pl, strategy, max_steps=-1)
         ran.fit(made, rows(2, group.rank()))
         kinds = [type(optimizer.optimizer).__name__ for optimizer in made.optimizers()]
         return weights_of(made), kinds
@@ -345,10 +347,62 @@ def adversaries_alone():
     return weights_of(made)
 
 
-def test_manual_optimization_of_two_optimizers(worlds):
-    weights, kinds = worlds[2].run(adversaries_on_ranks, 2)[0]
+@pytest.mark.parametrize("strategy", ["kl_shampoo_find_unused_parameters_true", "kl_shampoo_fsdp2"])
+def test_manual_optimization_of_two_optimizers(worlds, strategy):
+    weights, kinds = worlds[2].run(adversaries_on_ranks, 2, strategy)[0]
     assert kinds == ["KLShampoo", "KLShampoo"]
     assert deviation(weights, adversaries_alone()) <= DOUBLE
+
+
+class Finetuned:
+    """A module whose body joins in the second of three epochs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.backbone = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 6)).double()
+        self.top = nn.Linear(6, 1).double()
+
+    def training_step(self, batch, batch_idx):
+        return (
+            (self.top(torch.tanh(self.backbone(batch)).mean(1)) - torch.sin(batch.double()).sum(1, True))
+            .square()
+            .mean()
+        )
+
+    def configure_optimizers(self: Any):
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = AdamW(parameters, lr=1e-2, weight_decay=0.3, eps=1e-6, betas=(0.8, 0.97))
+        return [optimizer], [schedules.StepLR(optimizer, 1, 0.1)]
+
+
+def finetuned(group, path: str, resumes: bool):
+    """Three epochs, or two and then the third from a checkpoint."""
+    pl = pytorch()
+    with launched(group):
+        for epochs in (2, 3) if resumes else (3,):
+            made = type("Made", (Finetuned, pl.LightningModule), {})()
+            callback = pl.callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=1e-3)
+            strategy = "kl_shampoo_find_unused_parameters_true"
+            ran = trainer(pl, strategy, max_epochs=epochs, max_steps=-1, callbacks=[callback])
+            ran.fit(made, rows(2, group.rank(), 4), ckpt_path=path if epochs == 3 and resumes else None)
+            if epochs == 2:
+                ran.save_checkpoint(path)
+        (optimizer,) = ran.optimizers
+        return weights_of(made), [dict(group, params=None) for group in optimizer.param_groups], optimizer.routes()
+
+
+def test_a_backbone_that_joins_later_trains_as_its_head_and_resumes(worlds, tmp_path):
+    path = str(tmp_path / "two.ckpt")
+    weights, groups, routes = worlds[2].run(finetuned, 2, path, False)[0]
+    assert len(groups) == 2 and groups[1]["weight_decay"] == 0.3 and groups[1]["betas"] == (0.8, 0.97)
+    assert "backbone.1.weight" in routes and groups[1]["adamw_names"] == ("backbone.0.weight",)
+    resumed, again, _ = worlds[2].run(finetuned, 2, path, True)[0]
+    assert [one["lr"] for one in again] == [one["lr"] for one in groups]
+    # Lightning leaves the backbone frozen when it resumes, under its own strategies too: the head alone goes on
+    head = {name: x for name, x in resumed.items() if name.startswith("top")}
+    assert deviation(head, {name: weights[name] for name in head}) <= 1e-3
+    assert deviation(resumed, weights) > 1e-9
 
 
 def without_optimizer(group, strategy: str):

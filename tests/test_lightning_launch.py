@@ -149,3 +149,13 @@ def test_under_torchrun_a_rank_that_fails_ends_the_job(tmp_path):
     output = ended(process)
     assert process.returncode != 0 and "the original error" in output
     assert not running(process.pid)
+
+
+def test_a_checkpoint_after_an_exception_on_one_rank_waits_for_nobody(tmp_path):
+    given = {"how": "raise", "rank": 0, "step": 3, "asleep": 600, "saves": True}
+    process = start([sys.executable, *command(tmp_path, **given)])
+    output = ended(process, timeout=SECONDS_TO_START + SECONDS_TO_END)
+    assert process.returncode != 0 and "ArithmeticError: the original error" in output
+    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
+    assert saved["global_step"] == 3 and saved["optimizer_states"] == [{}]
+    assert not running(process.pid)

@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 from torch.nn.parallel import DistributedDataParallel
 
 import lightning_plugin
 from lightning_plugin.registration import METHODS, installed, register
 from lightning_plugin.sharding import repeated_blocks
 from tests.lightning_runs import adamw, launched, module, pytorch, rows, trainer
+from tests.models import same_bits
+from tests.sharded import layers, weights_of
 
 VARIANTS = ("", "_find_unused_parameters_true", "_spawn", "_fsdp2")
 NAMES = [method + variant for method in METHODS for variant in VARIANTS]
@@ -152,10 +155,20 @@ def refused(group, what: str):
         strategy = lightning_plugin.KLShampooStrategy(output_head="net.hed")
     if what == "twice":
         strategy, configure = lightning_plugin.KLShampooStrategy(lr=1e-3), ours
+    if what in ("whole", "too early"):
+        strategy = "kl_shampoo_fsdp2"
+    if what == "local sgd":
+        strategy = lightning_plugin.KLShampooStrategy(ddp_comm_state=PostLocalSGDState(None, None, 1))
     if what == "tensor parallel":
         strategy = lightning_plugin.KLShampooFSDP2Strategy(tensor_parallel_size=2)
     with launched(group):
-        trainer(pl, strategy, plugins=plugin).fit(module(pl, configure), rows(2, group.rank()))
+        made = module(pl, configure)
+        if what == "whole":
+            made.configure_model = lambda: None
+        if what == "too early":
+            early = adamw(made)
+            made.configure = lambda _: early
+        trainer(pl, strategy, plugins=plugin).fit(made, rows(2, group.rank()))
 
 
 def rms(made: Any) -> Any:
@@ -176,6 +189,9 @@ def ours(made: Any) -> Any:
         ("head", "no module named 'net.hed'"),
         ("twice", "to one of the two"),
         ("tensor parallel", "configure_model"),
+        ("whole", "left 'net.experts' whole on every rank"),
+        ("too early", "is no parameter of the module"),
+        ("local sgd", "local SGD"),
     ],
 )
 def test_what_does_not_go_together_is_refused_on_every_rank(worlds, what, said):
@@ -214,3 +230,23 @@ def scaled(group):
 def test_a_grad_scaler_skips_overflows_on_all_ranks_and_goes_on(worlds):
     (scale, moved, finite), other = worlds[2].run(scaled, 2)
     assert scale == other[0] < 2.0**24 and moved and finite
+
+
+def begun_apart(group):
+    """A module whose ranks were initialised differently, and a buffer, after no step at all."""
+    pl = pytorch()
+    with launched(group):
+        made = module(pl)
+        with torch.no_grad():
+            for p in made.parameters():
+                p.add_(group.rank())
+        made.net.register_buffer("rank", torch.tensor([float(group.rank())]))
+        trainer(pl, "kl_shampoo_fsdp2", max_steps=1, limit_train_batches=0).fit(made, rows(2, group.rank()))
+        trainer(pl, "kl_shampoo_fsdp2").validate(made, rows(2, group.rank()), verbose=False)
+        return weights_of(made.net), float(made.net.rank)
+
+
+def test_sharded_modules_begin_with_the_first_ranks_parameters(worlds):
+    expected = {name: p.detach() for name, p in layers(torch.float64).named_parameters()}
+    for weights, rank in worlds[2].run(begun_apart, 2):
+        assert same_bits(weights, expected) and rank == 0

@@ -12,10 +12,11 @@ The files are the parts of a training job, each readable on its own:
     metrics.py      the progress bar, JSON lines and TensorBoard
     report.py       the loss curve and the closing words
 
-and the same model and text under Lightning:
+and the same model and text under Lightning and DeepSpeed:
 
     train_lightning.py   a LightningModule and its data, started by LightningCLI
-    configs/             YAML files for it: DDP and FSDP2
+    train_deepspeed.py   the same with DeepSpeed's engine
+    configs/             files for these: DDP and FSDP2, ZeRO 0 to 3
 
 and of a comparison of many such jobs:
 

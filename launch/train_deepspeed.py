@@ -1,7 +1,7 @@
 """Train the byte-level GPT of launch/model.py with DeepSpeed, at any ZeRO stage; the config says with which optimizer.
 
-    torchrun --nproc-per-node 2 launch/train_deepspeed.py --config launch/configs/zero2.json
-    deepspeed launch/train_deepspeed.py --config launch/configs/zero3.json
+    torchrun --nproc-per-node 2 launch/train_deepspeed.py --deepspeed_config launch/configs/zero2.json
+    deepspeed launch/train_deepspeed.py --deepspeed_config launch/configs/zero3.json
 
 As in launch/train.py a batch depends on the seed and the step alone, so any number of processes does the same training.
 """
@@ -38,7 +38,7 @@ class Options:
     """A run of DeepSpeed's engine.
 
     Args:
-        config: DeepSpeed's JSON file; its train_batch_size is the windows of a step, over all processes.
+        deepspeed_config: DeepSpeed's JSON file; its train_batch_size is the windows of a step, over all processes.
         layers: transformer blocks.
         width: size of a byte's vector.
         heads: attention heads of a block.
@@ -51,7 +51,7 @@ class Options:
         local_rank: set by the deepspeed launcher.
     """
 
-    config: Path
+    deepspeed_config: Path
     layers: int = 4
     width: int = 128
     heads: int = 4
@@ -71,10 +71,12 @@ class Job:
         self.options = options
         deepspeed.init_distributed()
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        given = json.loads(options.config.read_text())
+        given = json.loads(options.deepspeed_config.read_text())
         self.windows = given.get("train_batch_size", 0)
         if not self.windows or self.windows % self.ranks:
-            raise UsageError(f"train_batch_size {self.windows} of {options.config} must divide over {self.ranks} ranks")
+            raise UsageError(
+                f"train_batch_size {self.windows} of {options.deepspeed_config} must divide over {self.ranks} ranks"
+            )
         self.corpus: Corpus = load_corpus(options.data, options.context)
         torch.manual_seed(options.seed)
         model = GPT(options.layers, options.width, options.heads, options.context)

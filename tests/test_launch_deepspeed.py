@@ -15,7 +15,7 @@ SIZES = "--layers 1 --width 32 --heads 2 --context 32"
 
 def launch(folder: Path, text: Path, stage: int, more: str) -> subprocess.CompletedProcess:
     config = f"launch/configs/zero{stage}.json"
-    arguments = f"--config {config} --out {folder} --data {text} {SIZES} {more}"
+    arguments = f"--deepspeed_config {config} --out {folder} --data {text} {SIZES} {more}"
     return subprocess.run(
         [*TORCHRUN, "launch/train_deepspeed.py", *arguments.split()],
         cwd=ROOT,
@@ -55,5 +55,5 @@ def test_stages_train_alike_and_one_goes_on_from_its_checkpoint(tmp_path, text):
 def test_a_batch_that_does_not_divide_is_refused(tmp_path, text):
     config = json.loads((ROOT / "launch/configs/zero1.json").read_text()) | {"train_batch_size": 15}
     (tmp_path / "odd.json").write_text(json.dumps(config))
-    done = launch(tmp_path, text, 1, f"--config {tmp_path / 'odd.json'}")
+    done = launch(tmp_path, text, 1, f"--deepspeed_config {tmp_path / 'odd.json'}")
     assert done.returncode != 0 and "15" in done.stderr and "must divide over 2 ranks" in done.stderr

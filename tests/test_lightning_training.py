@@ -109,4 +109,4 @@ def test_bfloat16_trains_about_alike(worlds, precision, strategy):
     kept = torch.float32 if precision == "bf16-mixed" else torch.bfloat16
     assert same_bits(*found)
     assert all(weight.dtype == kept for weight in found[0].values())
-    assert 1e-6 < deviation(found[0], reference(torch.float32)) < 0.6
+    assert 1e-6 < deviation(found[0], reference(torch.float32)) < 0.1  # AdamW, had it been kept, is 0.53 off

@@ -246,3 +246,18 @@ class Shampoo(DeepSpeedOptimizer):
     """`{"type": "Shampoo"}`."""
 
     method = "shampoo"
+
+
+NAMES: dict[str, type[DeepSpeedOptimizer]] = {
+    "KLShampoo": KLShampoo,
+    "klshampoo": KLShampoo,
+    "kl_shampoo": KLShampoo,
+    "KLSOAP": KLSOAP,
+    "klsoap": KLSOAP,
+    "kl_soap": KLSOAP,
+    "SOAP": SOAP,
+    "soap": SOAP,
+    "Shampoo": Shampoo,
+    "shampoo": Shampoo,
+}
+"""What `"type"` may be; DeepSpeed's look-up tells upper from lower case."""

@@ -6,20 +6,7 @@ import torch
 from deepspeed.runtime.zero import utils as zero_utils
 
 from deepspeed_integration import wrapping
-from deepspeed_integration.optimizer import KLSOAP, SOAP, KLShampoo, Shampoo
-
-NAMES = {
-    "KLShampoo": KLShampoo,
-    "klshampoo": KLShampoo,
-    "kl_shampoo": KLShampoo,
-    "KLSOAP": KLSOAP,
-    "klsoap": KLSOAP,
-    "kl_soap": KLSOAP,
-    "SOAP": SOAP,
-    "soap": SOAP,
-    "Shampoo": Shampoo,
-    "shampoo": Shampoo,
-}
+from deepspeed_integration.optimizer import NAMES
 
 
 def register() -> None:

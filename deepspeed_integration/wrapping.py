@@ -9,7 +9,7 @@ from typing import Any
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from deepspeed_integration import checkpoint
-from deepspeed_integration.optimizer import CONSTRUCTING, DeepSpeedOptimizer
+from deepspeed_integration.optimizer import CONSTRUCTING, NAMES, DeepSpeedOptimizer
 from deepspeed_integration.refusals import check_config, check_engine
 
 MARK = "_kl_dist_wraps"
@@ -34,9 +34,10 @@ def _init(original: Any) -> Any:
 
     def init(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(original).bind(self, *args, **kwargs).arguments
-        if isinstance(given.get("optimizer"), DeepSpeedOptimizer):
-            check_config(given["config_class"])
-        token = CONSTRUCTING.set(given.get("config_class"))
+        config = given.get("config_class")
+        if isinstance(given.get("optimizer"), DeepSpeedOptimizer) or getattr(config, "optimizer_name", None) in NAMES:
+            check_config(config)  # before DeepSpeed begins: what it sets for all engines to come would stay
+        token = CONSTRUCTING.set(config)
         try:
             original(self, *args, **kwargs)
         finally:

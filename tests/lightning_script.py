@@ -57,8 +57,9 @@ def main() -> None:
     given = json.loads(sys.argv[1])
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     quiet |= {"enable_model_summary": False, "max_epochs": 1, "devices": 2, "default_root_dir": given["out"]}
-    callbacks = [pl.callbacks.OnExceptionCheckpoint(given["out"])] if given.get("saves") else None
-    pl.Trainer(**{**quiet, **given["trainer"]}, callbacks=callbacks).fit(Layers(given))
+    if given.get("saves"):
+        quiet |= {"callbacks": [pl.callbacks.OnExceptionCheckpoint(given["out"])], "enable_checkpointing": True}
+    pl.Trainer(**{**quiet, **given["trainer"]}).fit(Layers(given))
 
 
 if __name__ == "__main__":

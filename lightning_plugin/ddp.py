@@ -52,7 +52,7 @@ class UnderDDP:
     def optimizer_state(self: Any, optimizer: Any) -> dict[str, Any]:
         if not isinstance(unwrapped(optimizer), KLShampoo):
             return super().optimizer_state(optimizer)  # type: ignore[misc]
-        if self.lightning_module.trainer.interrupted and not all_come("a checkpoint after an exception"):
+        if self._is_interrupted and not all_come("a checkpoint after an exception"):
             warnings.warn(
                 "not every rank came to save a checkpoint after the exception: it is without the optimizer's state, and"
                 " can be loaded with optimizer_checkpoint='ignore'",
@@ -60,6 +60,18 @@ class UnderDDP:
             )
             return {}
         return with_word_to_adamw(super().optimizer_state(optimizer))  # type: ignore[misc]
+
+    def barrier(self: Any, *arguments: Any, **options: Any) -> None:
+        """After an exception, of which other ranks may know nothing, it waits for them a few seconds and no more."""
+        if self._is_interrupted:
+            all_come("a barrier after an exception")
+        else:
+            super().barrier(*arguments, **options)  # type: ignore[misc]
+
+    @property
+    def _is_interrupted(self: Any) -> bool:
+        module = self.lightning_module
+        return module is not None and module._trainer is not None and module._trainer.interrupted
 
     def load_optimizer_state_dict(self: Any, checkpoint: Mapping[str, Any]) -> None:
         for optimizer in self.optimizers:

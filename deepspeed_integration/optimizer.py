@@ -28,7 +28,6 @@ from kl_dist.routing import embeddings_and_head
 CONSTRUCTING: ContextVar[Any] = ContextVar("CONSTRUCTING", default=None)
 """The DeepSpeedConfig of the engine under construction."""
 
-ADAMW_DEFAULT_BETAS = (0.9, 0.999)
 SIDECAR = "kl_dist"
 
 
@@ -84,8 +83,8 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.pop("param_names", None)
-        if group["betas"] is not None and tuple(group["betas"]) == ADAMW_DEFAULT_BETAS:
-            group["adamw_betas"] = group["adamw_betas"] or ADAMW_DEFAULT_BETAS
+        if group["betas"] is not None and tuple(group["betas"]) == options.TORCH_ADAMW_BETAS:
+            group["adamw_betas"] = group["adamw_betas"] or options.TORCH_ADAMW_BETAS
             group["betas"] = None
         options.resolve(group)
 

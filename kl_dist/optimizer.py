@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from kl_dist.holdings import holdings
 from kl_dist.layouts.dtensor import place_of, sharding_of
 from kl_dist.layouts.reduced import Reduction
 from kl_dist.partition import Plan, make_plan
-from kl_dist.routing import named_parameters_of, routing_table
+from kl_dist.routing import named_parameters_of, renamed, routing_table
 from kl_dist.stacks import unit_states
 from kl_dist.units import Parameter
 
@@ -147,12 +147,13 @@ class KLShampoo(torch.optim.Optimizer):
 
     def _checked_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
         taken = [pair for group in self.param_groups for pair in self._named(group)]
-        named = named_parameters_of(param_group, len(self.param_groups), taken)
-        group = {key: value for key, value in param_group.items() if key != "param_names"}
-        group["params"] = named
-        for key, default in self.defaults.items():
-            group.setdefault(key, default)
+        given = {key: value for key, value in param_group.items() if key != "param_names"}
+        if isinstance(given.get("params"), Iterator):
+            given["params"] = list(given["params"])
+        named = named_parameters_of(given, len(self.param_groups), taken)
+        group = {**self.defaults, **given, "params": named}
         options.resolve(group)
+        group["adamw_names"] = renamed(group["adamw_names"], given["params"], named)
         if named and self._engine is None:
             self._ranks.settle_on(named[0][1].device)
         return group

@@ -39,6 +39,9 @@ METHOD_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
 
 ADAMW_BETAS = (0.9, 0.95)
 
+TORCH_ADAMW_BETAS = (0.9, 0.999)
+"""The default of torch's AdamW: the plugins take it for betas that nobody chose, and for matrices they are too slow."""
+
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,
     "betas": None,

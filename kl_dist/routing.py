@@ -54,6 +54,15 @@ def named_parameters_of(
     return [(f"group{number}.{name}" if name in names else name, parameter) for name, parameter in named]
 
 
+def renamed(
+    names: Iterable[str] | None, given: Iterable[Any], named: Iterable[tuple[str, Tensor]]
+) -> tuple[str, ...] | None:
+    """Names of parameters as `named_parameters_of` has made them of those that were given."""
+    pairs = zip(given, named, strict=False) if names else ()
+    found = {entry[0]: name for entry, (name, _) in pairs if isinstance(entry, tuple)}
+    return tuple(found.get(name, name) for name in names) if names else None
+
+
 def _unwrapped(named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     """With the names that the parameters have within torch.compile and DistributedDataParallel.
 

@@ -18,8 +18,6 @@ from kl_dist import KLShampoo, options
 from kl_dist.routing import embeddings_and_head
 from lightning_plugin.schedulers import hand_over
 
-ADAMW_DEFAULT_BETAS = (0.9, 0.999)
-
 _IMPLEMENTATION = {"foreach", "fused", "capturable", "decoupled_weight_decay"}
 """Keys of torch's groups that say how AdamW computes, and mean nothing to another optimizer."""
 _CHANGES_THE_UPDATE = {
@@ -157,7 +155,7 @@ class _Conversion:
         found: dict[str, Any] = {"adamw_betas": self.given.get("adamw_betas", chosen)}
         if "betas" in self.given:
             chosen = self.given["betas"]
-        elif chosen == ADAMW_DEFAULT_BETAS:
+        elif chosen == options.TORCH_ADAMW_BETAS:
             method, recipe = self.given.get("method", "kl_shampoo"), self.given.get("recipe", "fresh")
             chosen = options.recipe_defaults(method, recipe)["betas"]
         return {**found, "betas": (group["betas"][0], chosen[1]) if cycled else tuple(chosen)}

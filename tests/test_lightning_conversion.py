@@ -111,6 +111,11 @@ def test_head_by_name_by_the_librarys_word_and_by_tying_goes_to_adamw(net):
     assert "head.weight" not in routes(convert(AdamW(tied.parameters()), tied, {}))
 
 
+def test_a_module_whose_only_part_is_called_module_is_converted(net):
+    whole = nn.ModuleDict({"module": net})
+    assert routes(convert(AdamW(whole.parameters()), whole, {}))["embedding.weight"] == "adamw"
+
+
 def test_names_given_to_the_strategy_go_to_adamw_too(net):
     found = routes(convert(AdamW(net.parameters()), net, {"adamw_names": ["body.weight"]}))
     assert found["body.weight"] == found["embedding.weight"] == "adamw"

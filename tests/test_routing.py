@@ -173,6 +173,18 @@ def test_names_given_go_to_adamw_and_shape_the_plan():
         opt.step()
 
 
+def test_names_given_to_adamw_follow_their_parameters_when_these_are_renamed():
+    """By what wraps a model, and where two models have the same names."""
+    first, second = nn.ModuleDict({"module": Model()}), Model()
+    groups = [
+        {"params": first.named_parameters(), "adamw_names": ["module.table"]},
+        {"params": [(f"module.{name}", p) for name, p in second.named_parameters()], "adamw_names": ["module.table"]},
+    ]
+    opt = KLShampoo(groups)
+    assert methods(opt)["table"] == methods(opt)["group1.table"] == "adamw"
+    assert methods(opt)["linear.weight"] == methods(opt)["group1.linear.weight"] == "kl_shampoo"
+
+
 def test_the_head_of_a_part_of_the_model_goes_to_adamw():
     whole = nn.ModuleDict({"part": Model(has_method=True)})
     assert "part.head.weight" in routed_to_adamw(whole)

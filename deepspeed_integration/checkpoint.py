@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
+from kl_dist.checkpoint import causes_of
+
 FOLDER, MANIFEST, GROUPS = "kl_dist", "manifest.json", "groups.pt"
 
 REMEDY = (
@@ -67,8 +69,7 @@ def load(optimizer: Any, path: Path) -> list[dict[str, Any]]:
     try:
         dcp.load(state, storage_reader=dcp.FileSystemReader(path))
     except dcp.CheckpointException as problem:
-        causes = "; ".join(sorted({str(cause) for cause, _ in problem.failures.values()}))
-        raise ValueError(f"{path} does not fit: {causes}. {REMEDY}") from problem
+        raise ValueError(f"{path} does not fit: {causes_of(problem)}. {REMEDY}") from problem
     groups = [{**group, "params": list(group["param_names"])} for group in core.param_groups]
     core.load_state_dict({"state": state["state"], "param_groups": groups})
     return torch.load(path / GROUPS, weights_only=True)

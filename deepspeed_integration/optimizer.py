@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,13 +19,9 @@ from torch import Tensor
 import kl_dist
 from deepspeed_integration import partitions
 from deepspeed_integration.partitions import Flat
-from deepspeed_integration.refusals import check_config
 from kl_dist import options
 from kl_dist.exchange import Ranks
 from kl_dist.routing import embeddings_and_head
-
-CONSTRUCTING: ContextVar[Any] = ContextVar("CONSTRUCTING", default=None)
-"""The DeepSpeedConfig of the engine under construction."""
 
 SIDECAR = "kl_dist"
 
@@ -43,7 +38,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         given: any option of a group of KLShampoo.
 
     Raises:
-        TypeError, ValueError: a bad option, or a config that cannot be had.
+        TypeError, ValueError: a bad option.
     """
 
     method = "kl_shampoo"
@@ -63,9 +58,6 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         for key in given:
             if key not in options.DEFAULTS:
                 raise options.unknown_option(key, [*options.DEFAULTS, "output_head", "on_nonfinite"])
-        config = CONSTRUCTING.get()
-        if config is not None:
-            check_config(config)
         self.core: kl_dist.KLShampoo | None = None
         self.groups: list[dict[str, Any]] = []  # DeepSpeed puts a list of one in the place of param_groups as it steps
         self._output_head, self._on_nonfinite, self._is_loading = output_head, on_nonfinite, False

@@ -6,16 +6,27 @@ import functools
 import inspect
 from typing import Any
 
+import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from deepspeed_integration import checkpoint
-from deepspeed_integration.optimizer import CONSTRUCTING, NAMES, DeepSpeedOptimizer
+from deepspeed_integration.optimizer import NAMES, DeepSpeedOptimizer
 from deepspeed_integration.refusals import check_config, check_engine
 
 MARK = "_kl_dist_wraps"
 
 
 def wrap() -> None:
+    """Idempotent.
+
+    Raises:
+        RuntimeError: this version of DeepSpeed is made in another way.
+    """
+    takes = inspect.signature(DeepSpeedEngine.__init__).parameters
+    if not {"optimizer", "config_class"} <= takes.keys():
+        raise RuntimeError(
+            f"deepspeed_integration does not know how DeepSpeed {deepspeed.__version__} makes its engine: use 0.19.8"
+        )
     for name, make in (("__init__", _init), ("save_checkpoint", _save), ("load_checkpoint", _load)):
         original = getattr(DeepSpeedEngine, name)
         if not hasattr(original, MARK):
@@ -37,13 +48,10 @@ def _init(original: Any) -> Any:
         config = given.get("config_class")
         if isinstance(given.get("optimizer"), DeepSpeedOptimizer) or getattr(config, "optimizer_name", None) in NAMES:
             check_config(config)  # before DeepSpeed begins: what it sets for all engines to come would stay
-        token = CONSTRUCTING.set(config)
-        try:
-            original(self, *args, **kwargs)
-        finally:
-            CONSTRUCTING.reset(token)
+        original(self, *args, **kwargs)
         optimizer = ours(self)
         if optimizer is not None:
+            check_config(config)  # for an optimizer that a callable has made
             check_engine(self)
             optimizer.attach(self)
 

@@ -59,6 +59,12 @@ def local_form(empty: dict[str, Any], held: Sequence[Holding], ranks: Ranks, fro
     return {**empty, "state": state, ORIGIN: origin_of(held, ranks)}
 
 
+def causes_of(problem: BaseException) -> str:
+    """What torch.distributed.checkpoint says went wrong, each cause once, whichever ranks met it."""
+    failures = getattr(problem, "failures", None)
+    return "; ".join(sorted({str(cause) for cause, _ in failures.values()})) if failures else str(problem)
+
+
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from kl_dist import KLShampoo
+from kl_dist.checkpoint import causes_of
 from lightning_plugin.restoring import REMEDY, restore, with_word_to_adamw
 from lightning_plugin.sharding import shard
 from lightning_plugin.unwrapping import unwrapped
@@ -115,8 +116,7 @@ class UnderFSDP2:
                 self._optimizers = []  # Lightning then loads the module alone
             loaded = super().load_checkpoint(checkpoint_path, *arguments, **options)  # type: ignore[misc]
         except CheckpointException as problem:
-            causes = "; ".join(sorted({str(cause) for cause, _ in problem.failures.values()}))
-            raise ValueError(f"{checkpoint_path} does not fit: {causes}. {REMEDY}") from problem
+            raise ValueError(f"{checkpoint_path} does not fit: {causes_of(problem)}. {REMEDY}") from problem
         finally:
             self._optimizers = optimizers
         if not divided and how != "ignore" and optimizers:

@@ -197,18 +197,8 @@ def make_plan(
     Raises:
         ValueError: a `matrices` declaration that does not fit, naming the parameter.
     """
-    numbers = {parameter.name: i for i, parameter in enumerate(parameters)}
-    units: list[Unit] = []
-    owners: list[int | None] = []
-    known = set()
-    if previous is not None:
-        for unit, owner in zip(previous.units, previous.owners, strict=True):
-            name = previous.parameters[unit.parameter].name
-            if name in numbers:
-                now = parameters[numbers[name]]
-                units.append(recast(unit, numbers[name], now.dtype, groups[unit.group]))
-                owners.append(owner)
-                known.add(name)
+    units, owners = ([], []) if previous is None else _carried_over(previous, parameters, groups)
+    known = {parameters[unit.parameter].name for unit in units}
     seen: dict[tuple[Any, ...], int] = defaultdict(int)
     for unit in units:
         seen[shape_class(unit.method, unit.block)] += 1
@@ -242,6 +232,21 @@ def make_plan(
         tuple(map(describe, groups)),
         structure(groups),
     )
+
+
+def _carried_over(
+    previous: Plan, parameters: Sequence[Parameter], groups: Sequence[Mapping[str, Any]]
+) -> tuple[list[Unit], list[int | None]]:
+    """The units of a plan whose parameters are still there, as they are now, with their owners."""
+    numbers = {parameter.name: i for i, parameter in enumerate(parameters)}
+    units: list[Unit] = []
+    owners: list[int | None] = []
+    for unit, owner in zip(previous.units, previous.owners, strict=True):
+        number = numbers.get(previous.parameters[unit.parameter].name)
+        if number is not None:
+            units.append(recast(unit, number, parameters[number].dtype, groups[unit.group]))
+            owners.append(owner)
+    return units, owners
 
 
 def structure(groups: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

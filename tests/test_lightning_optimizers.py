@@ -1,0 +1,203 @@
+"""Several optimizers under our strategies, optimizers that grow, none at all, and what our callbacks say of them."""
+
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim import lr_scheduler as schedules
+
+from kl_dist import KLShampoo
+from tests.lightning_runs import launched, module, pytorch, rows, trainer
+from tests.models import deviation, same_bits
+from tests.sharded import weights_of
+
+DOUBLE = 1e-9
+both = pytest.mark.parametrize("strategy", ("kl_shampoo", "kl_shampoo_fsdp2"))
+
+
+# -- several optimizers, and none --------------------------------------------------------------------------------------
+
+
+class Adversaries:
+    """A generator and a critic, each with its AdamW, stepped in turn; FSDP2 cannot bear that they are toggled."""
+
+    def __init__(self, toggles: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.generator, self.critic = (nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, n)) for n in (4, 1))
+        self.double()
+        self.automatic_optimization, self.toggles = False, toggles
+
+    def configure_optimizers(self):
+        return [AdamW(part.parameters(), lr=1e-2) for part in (self.generator, self.critic)]
+
+    def training_step(self: Any, batch, batch_idx):
+        noise, real = batch.double(), torch.sin(batch.double())
+        first, second = self.optimizers()
+        for optimizer, other in ((first, second), (second, first)):
+            if self.toggles:
+                self.toggle_optimizer(optimizer)
+            loss = play(self.generator, self.critic, noise, real, optimizer is first)
+            self.manual_backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            if self.toggles:
+                self.untoggle_optimizer(optimizer)
+            other.zero_grad()
+
+
+def play(generator, critic, noise, real, generates: bool):
+    fake = generator(noise)
+    if generates:
+        return -critic(fake).mean()
+    return (critic(fake.detach()).square() + (critic(real) - 1).square()).mean()
+
+
+def adversaries_on_ranks(group, strategy: str):
+    pl = pytorch()
+    with launched(group):
+        made = type("Made", (Adversaries, pl.LightningModule), {})("fsdp2" not in strategy)
+        ran = trainer(pl, strategy, max_steps=-1)
+        ran.fit(made, rows(2, group.rank()))
+        kinds = [type(optimizer.optimizer).__name__ for optimizer in made.optimizers()]
+        return weights_of(made), kinds
+
+
+def adversaries_alone():
+    made = type("Made", (Adversaries, nn.Module), {})()
+    parts = (made.generator, made.critic)
+    optimizers = [
+        KLShampoo(part.named_parameters(), lr=1e-2, adamw_betas=(0.9, 0.999), betas=(0.9, 0.9)) for part in parts
+    ]
+    for batch in rows(1, 0):
+        noise, real = batch.double(), torch.sin(batch.double())
+        for generates, optimizer in zip((True, False), optimizers, strict=True):
+            made.zero_grad()
+            play(*parts, noise, real, generates).backward()
+            optimizer.step()
+    return weights_of(made)
+
+
+@pytest.mark.parametrize("strategy", ["kl_shampoo_find_unused_parameters_true", "kl_shampoo_fsdp2"])
+def test_manual_optimization_of_two_optimizers(worlds, strategy):
+    weights, kinds = worlds[2].run(adversaries_on_ranks, 2, strategy)[0]
+    assert kinds == ["KLShampoo", "KLShampoo"]
+    assert deviation(weights, adversaries_alone()) <= DOUBLE
+
+
+class Finetuned:
+    """A module whose body joins in the second of three epochs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.backbone = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 6)).double()
+        self.top = nn.Linear(6, 1).double()
+
+    def training_step(self, batch, batch_idx):
+        return (
+            (self.top(torch.tanh(self.backbone(batch)).mean(1)) - torch.sin(batch.double()).sum(1, True))
+            .square()
+            .mean()
+        )
+
+    def configure_optimizers(self: Any):
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = AdamW(parameters, lr=1e-2, weight_decay=0.3, eps=1e-6, betas=(0.8, 0.97))
+        return [optimizer], [schedules.StepLR(optimizer, 1, 0.1)]
+
+
+def finetuned(group, path: str, resumes: bool):
+    """Three epochs, or two and then the third from a checkpoint."""
+    pl = pytorch()
+    with launched(group):
+        for epochs in (2, 3) if resumes else (3,):
+            made = type("Made", (Finetuned, pl.LightningModule), {})()
+            callback = pl.callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=1e-3)
+            strategy = "kl_shampoo_find_unused_parameters_true"
+            ran = trainer(pl, strategy, max_epochs=epochs, max_steps=-1, callbacks=[callback])
+            ran.fit(made, rows(2, group.rank(), 4), ckpt_path=path if epochs == 3 and resumes else None)
+            if epochs == 2:
+                ran.save_checkpoint(path)
+        (optimizer,) = ran.optimizers
+        return weights_of(made), [dict(group, params=None) for group in optimizer.param_groups], optimizer.routes()
+
+
+def test_a_backbone_that_joins_later_trains_as_its_head_and_resumes(worlds, tmp_path):
+    path = str(tmp_path / "two.ckpt")
+    weights, groups, routes = worlds[2].run(finetuned, 2, path, False)[0]
+    assert len(groups) == 2 and groups[1]["weight_decay"] == 0.3 and groups[1]["betas"] == (0.8, 0.97)
+    assert "backbone.1.weight" in routes and groups[1]["adamw_names"] == ("backbone.0.weight",)
+    resumed, again, _ = worlds[2].run(finetuned, 2, path, True)[0]
+    assert [one["lr"] for one in again] == [one["lr"] for one in groups]
+    # Lightning leaves the backbone frozen when it resumes, under its own strategies too: the head alone goes on
+    head = {name: x for name, x in resumed.items() if name.startswith("top")}
+    assert deviation(head, {name: weights[name] for name in head}) <= 1e-3
+    assert deviation(resumed, weights) > 1e-9
+
+
+def without_optimizer(group, strategy: str):
+    pl = pytorch()
+    with launched(group):
+        made = module(pl, lambda _: None)
+        before = weights_of(made.net)
+        trainer(pl, strategy, max_steps=2).fit(made, rows(2, group.rank()))
+        return same_bits(before, weights_of(made.net))
+
+
+@both
+def test_no_optimizer_trains_nothing(worlds, strategy):
+    assert all(worlds[2].run(without_optimizer, 2, strategy))
+
+
+# -- our callbacks -----------------------------------------------------------------------------------------------------
+
+
+def monitored(group, folder: str):
+    pl = pytorch()
+    import lightning_plugin
+
+    said = []
+    with launched(group):
+        lightning_plugin.PartitionSummary._say = said.append
+        made = module(pl)
+        callbacks = [lightning_plugin.KLShampooMonitor(), lightning_plugin.PartitionSummary(parameters=True)]
+        logger = pl.loggers.CSVLogger(folder, name="log", version=0)
+        ran = trainer(pl, logger=logger, log_every_n_steps=4, callbacks=callbacks)
+        ran.fit(made, rows(2, group.rank()))
+        return said, {name: float(value) for name, value in ran.progress_bar_metrics.items()}
+
+
+def test_the_monitor_logs_and_the_summary_prints(worlds, tmp_path):
+    (said, shown), (others, _) = worlds[2].run(monitored, 2, str(tmp_path))
+    assert said == others and "balance" in said[0] and "net.mix.weight" in said[0]
+    assert set(shown) >= {"kl_shampoo/update_rms", "kl_shampoo/skipped_steps"}
+    header, *lines = (tmp_path / "log" / "version_0" / "metrics.csv").read_text().splitlines()
+    columns = header.split(",")
+    values = [dict(zip(columns, line.split(","), strict=True)) for line in lines]
+    assert [row["step"] for row in values] == ["3", "7", "11", "15", "19"]
+    for row in values:
+        found = {name.split("/")[1]: float(x) for name, x in row.items() if name.startswith("kl_shampoo/")}
+        assert found.keys() == {"condition", "update_rms", "refreshes", "refresh_seconds", "balance", "skipped_steps"}
+        assert found["condition"] > 1 and 0.1 < found["update_rms"] < 3 and found["balance"] >= 1
+        assert found["skipped_steps"] == 0 and found["refreshes"] > 0 and not math.isnan(found["refresh_seconds"])
+
+
+def monitored_without_klshampoo(group):
+    pl = pytorch()
+    import lightning_plugin
+
+    callbacks = [lightning_plugin.PartitionSummary(), lightning_plugin.KLShampooMonitor()]
+    with launched(group), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(pl, "ddp", callbacks=callbacks, max_steps=2, log_every_n_steps=1).fit(module(pl), rows(2, group.rank()))
+        return [str(one.message) for one in caught]
+
+
+def test_callbacks_of_ours_say_where_they_do_not_belong(worlds):
+    said = worlds[2].run(monitored_without_klshampoo, 2)
+    assert ["strategy='kl_shampoo'" in " ".join(one) for one in said] == [True, False]

@@ -21,6 +21,7 @@ from deepspeed_integration import partitions
 from deepspeed_integration.partitions import Flat
 from kl_dist import options
 from kl_dist.exchange import Ranks
+from kl_dist.partition import Plan
 from kl_dist.routing import embeddings_and_head
 
 SIDECAR = "kl_dist"
@@ -72,9 +73,11 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         """Under construction; afterwards it is an error, for DeepSpeed has laid the parameters out."""
         if self.core is not None:
             raise RuntimeError("parameter groups cannot be added once DeepSpeed has laid the parameters out")
-        super().add_param_group(param_group)
+        # Names come from the engine: torch wants all groups named or none.
+        params = param_group["params"]
+        unnamed = params if isinstance(params, Tensor) else [p[1] if isinstance(p, tuple) else p for p in params]
+        super().add_param_group({**param_group, "params": unnamed})
         group = self.param_groups[-1]
-        group.pop("param_names", None)
         if group["betas"] is not None and tuple(group["betas"]) == options.TORCH_ADAMW_BETAS:
             group["adamw_betas"] = group["adamw_betas"] or options.TORCH_ADAMW_BETAS
             group["betas"] = None
@@ -160,6 +163,27 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         assert self.core is not None
         for mine, theirs in zip(self._served, self.core.param_groups, strict=True):
             theirs.update({key: mine[key] for key in options.DEFAULTS if key not in options.STRUCTURAL})
+
+    # -- what it says of itself ---------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """Who owns what, in flops and bytes."""
+        return self._attached.plan
+
+    def routes(self) -> str:
+        """Which parameter is trained by which method, a line each."""
+        return self._attached.routes()
+
+    def stats(self, all_ranks: bool = False) -> dict[str, Any]:
+        """As `KLShampoo.stats`; a collective with `all_ranks`."""
+        return self._attached.stats(all_ranks)
+
+    @property
+    def _attached(self) -> kl_dist.KLShampoo:
+        if self.core is None:
+            raise RuntimeError("deepspeed.initialize has not made this optimizer ready yet")
+        return self.core
 
     # -- state --------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from kl_dist import KLShampoo
+
+
+def check_client(optimizer: Any) -> None:
+    """Raises TypeError for kl_dist's own optimizer, which steps parameters as PyTorch lays them out."""
+    if isinstance(optimizer, KLShampoo):
+        raise TypeError(
+            "DeepSpeed lays parameters out anew, so kl_dist.KLShampoo cannot step them: hand over"
+            " deepspeed_integration.KLShampoo, which takes the same groups and options"
+        )
+
 
 def check_config(config: Any) -> None:
     """Raises ValueError for the first thing that a DeepSpeedConfig asks for and cannot have, with the way out."""

@@ -11,7 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from deepspeed_integration import checkpoint
 from deepspeed_integration.optimizer import NAMES, DeepSpeedOptimizer
-from deepspeed_integration.refusals import check_config, check_engine
+from deepspeed_integration.refusals import check_client, check_config, check_engine
 
 MARK = "_kl_dist_wraps"
 
@@ -45,13 +45,15 @@ def _init(original: Any) -> Any:
 
     def init(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(original).bind(self, *args, **kwargs).arguments
-        config = given.get("config_class")
-        if isinstance(given.get("optimizer"), DeepSpeedOptimizer) or getattr(config, "optimizer_name", None) in NAMES:
+        config, client = given.get("config_class"), given.get("optimizer")
+        check_client(client)
+        if isinstance(client, DeepSpeedOptimizer) or getattr(config, "optimizer_name", None) in NAMES:
             check_config(config)  # before DeepSpeed begins: what it sets for all engines to come would stay
         original(self, *args, **kwargs)
+        check_client(getattr(self, "basic_optimizer", None))  # which a callable has made
         optimizer = ours(self)
         if optimizer is not None:
-            check_config(config)  # for an optimizer that a callable has made
+            check_config(config)  # as above
             check_engine(self)
             optimizer.attach(self)
 

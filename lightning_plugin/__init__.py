@@ -13,6 +13,7 @@ _FIRST = next((classes for classes, _, _ in installed()), None)
 if _FIRST is None:
     raise ImportError("lightning_plugin needs Lightning: pip install 'kl-shampoo[lightning]'")
 
+KLShampooDeepSpeedStrategy = _FIRST.KLShampooDeepSpeedStrategy
 KLShampooFSDP2Strategy = _FIRST.KLShampooFSDP2Strategy
 KLShampooFabricFSDP2Strategy = _FIRST.KLShampooFabricFSDP2Strategy
 KLShampooFabricStrategy = _FIRST.KLShampooFabricStrategy
@@ -21,6 +22,7 @@ KLShampooStrategy = _FIRST.KLShampooStrategy
 PartitionSummary = _FIRST.PartitionSummary
 
 __all__ = [
+    "KLShampooDeepSpeedStrategy",
     "KLShampooFSDP2Strategy",
     "KLShampooFabricFSDP2Strategy",
     "KLShampooFabricStrategy",

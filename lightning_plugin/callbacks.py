@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from kl_dist import KLShampoo
-from lightning_plugin.unwrapping import unwrapped
+from lightning_plugin.unwrapping import kl_shampoo_in
 
 
 class MonitorsKLShampoo:
@@ -74,8 +74,8 @@ class SummarizesPartition:
 
 def _optimizers(trainer: Any) -> list[KLShampoo]:
     """Those of ours; without any, a callback has nothing to say, so that a strategy can be changed by itself."""
-    found = [unwrapped(optimizer) for optimizer in trainer.optimizers]
-    ours = [optimizer for optimizer in found if isinstance(optimizer, KLShampoo)]
+    found = [kl_shampoo_in(optimizer) for optimizer in trainer.optimizers]
+    ours = [optimizer for optimizer in found if optimizer is not None]
     if not ours and trainer.is_global_zero:
         warnings.warn("nothing here is trained with KLShampoo: give the Trainer strategy='kl_shampoo'", stacklevel=2)
     return ours

@@ -31,8 +31,12 @@ _SHARED = {"lr", "weight_decay", "eps", "betas"}
 
 
 def convert(
-    optimizer: Optimizer, module: nn.Module, given: Mapping[str, Any], schedulers: Iterable[Any] = ()
-) -> KLShampoo:
+    optimizer: Optimizer,
+    module: nn.Module,
+    given: Mapping[str, Any],
+    schedulers: Iterable[Any] = (),
+    kind: type[Optimizer] = KLShampoo,
+) -> Any:
     """KLShampoo in the place of an optimizer; a collective.
 
     Args:
@@ -41,19 +45,20 @@ def convert(
         module: has the parameters; tells their names, and which are embeddings or output head.
         given: options of KLShampoo that go before what the optimizer has, and `output_head`.
         schedulers: those of `optimizer` drive KLShampoo afterwards.
+        kind: of optimizer to make: KLShampoo, or one that takes its options and groups.
 
     Raises:
         TypeError: an optimizer that cannot be converted.
         ValueError: options that cannot be, or that are given twice; a missing `lr` or `weight_decay`.
     """
     _check_parameters(optimizer, module)
-    if isinstance(optimizer, KLShampoo):
+    if isinstance(optimizer, kind):
         _check_not_given_twice(optimizer, given)
         return optimizer
-    _check(optimizer, given)
+    _check(optimizer, given, kind)
     conversion = _Conversion.of(optimizer, module, given)
     groups = [conversion.group(group) for group in optimizer.param_groups]
-    converted = KLShampoo([group.made_with for group in groups], **conversion.defaults)
+    converted = kind([group.made_with for group in groups], **conversion.defaults)
     for group, of_old in zip(converted.param_groups, groups, strict=True):
         group.update(of_old.keeps)
     converted._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
@@ -64,11 +69,12 @@ def convert(
     return converted
 
 
-def announcement(before: Optimizer, after: KLShampoo) -> str:
+def announcement(before: Optimizer | None, after: Any) -> str:
     """What to say of a conversion, once: where each parameter goes, and betas that may not be meant for KLShampoo."""
-    what = "KLShampoo" if after is before else f"KLShampoo in the place of {type(before).__name__}"
+    kept = before is None or after is before
+    what = "KLShampoo" if kept else f"KLShampoo in the place of {type(before).__name__}"
     said = [f"{what}, where each parameter goes:", after.routes()]
-    for number, group in enumerate(after.param_groups if after is not before else ()):
+    for number, group in enumerate(() if kept else after.param_groups):
         usual = options.recipe_defaults(group["method"], group["recipe"])["betas"]
         if group["betas"] != usual and group["betas"] == group["adamw_betas"]:
             said.append(
@@ -162,7 +168,7 @@ class _Conversion:
 
     def adamw_names(self, named: Iterable[tuple[str, Tensor]]) -> tuple[str, ...]:
         chosen = self.given.get("adamw_names", ())
-        return tuple(name for name, p in named if p.ndim >= 2 and (id(p) in self.elementwise or name in chosen))
+        return tuple(name for name, p in named if _dimensions(p) >= 2 and (id(p) in self.elementwise or name in chosen))
 
 
 def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
@@ -170,6 +176,11 @@ def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
     if group.get("param_names"):
         return zip(group["param_names"], group["params"], strict=True)
     return ((f"parameter {i}", p) for i, p in enumerate(group["params"]))
+
+
+def _dimensions(p: Tensor) -> int:
+    """DeepSpeed's zero.Init leaves an empty tensor, with the parameter's shape beside it."""
+    return len(getattr(p, "ds_shape", p.shape))
 
 
 def _usual_lr(optimizer: Optimizer) -> float:
@@ -185,12 +196,13 @@ def _usual_lr(optimizer: Optimizer) -> float:
     return rates[sizes.index(max(sizes))]
 
 
-def _check(optimizer: Optimizer, given: Mapping[str, Any]) -> None:
+def _check(optimizer: Optimizer, given: Mapping[str, Any], wanted: type) -> None:
     kind = type(optimizer)
     if kind not in (AdamW, Adam, SGD):
         raise TypeError(
             f"configure_optimizers returned {kind.__module__}.{kind.__qualname__}, which cannot be converted to"
-            " KLShampoo: return torch.optim.AdamW, which is converted, or kl_dist.KLShampoo, or choose another strategy"
+            " KLShampoo: return torch.optim.AdamW, which is converted, or"
+            f" {wanted.__module__.partition('.')[0]}.{wanted.__qualname__}, or choose another strategy"
         )
     if kind is SGD and "lr" not in given:
         raise ValueError(
@@ -221,7 +233,7 @@ def _check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
                 )
 
 
-def _check_not_given_twice(optimizer: KLShampoo, given: Mapping[str, Any]) -> None:
+def _check_not_given_twice(optimizer: Optimizer, given: Mapping[str, Any]) -> None:
     for key, value in given.items():
         if key == "method" and all(group["method"] in (value, "adamw") for group in optimizer.param_groups):
             continue
@@ -231,7 +243,7 @@ def _check_not_given_twice(optimizer: KLShampoo, given: Mapping[str, Any]) -> No
         )
 
 
-def _convert_later_groups(converted: KLShampoo, conversion: _Conversion) -> None:
+def _convert_later_groups(converted: Optimizer, conversion: _Conversion) -> None:
     """Groups that are added to what was AdamW come as AdamW's, from Lightning's finetuning callbacks, say."""
     add = converted.add_param_group
 
@@ -241,7 +253,7 @@ def _convert_later_groups(converted: KLShampoo, conversion: _Conversion) -> None
     converted.add_param_group = add_param_group  # type: ignore[method-assign]
 
 
-def _retire(optimizer: Optimizer, converted: KLShampoo) -> None:
+def _retire(optimizer: Optimizer, converted: Optimizer) -> None:
     """Have the converted optimizer say so to those who still step it: it must not train beside its successor.
 
     Its groups are those of its successor, for schedulers that nobody handed over and rates that are set by hand.

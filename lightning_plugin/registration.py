@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,20 @@ NAMESPACES["of_pytorch_lightning"] = ("pytorch_lightning", "lightning_fabric")
 """Modules of `lightning_plugin.namespaces`, and the two packages that each is for."""
 
 METHODS = ("kl_shampoo", "kl_soap", "soap", "shampoo")
+
+Variant = tuple[type, dict[str, Any]]
+"""A strategy's class and what its name gives it."""
+
+_OFFLOADED = {"offload_optimizer": True}
+DEEPSPEED: dict[str, dict[str, Any]] = {
+    "_deepspeed": {},
+    "_deepspeed_stage_1": {"stage": 1},
+    "_deepspeed_stage_2": {"stage": 2},
+    "_deepspeed_stage_2_offload": {"stage": 2, **_OFFLOADED},
+    "_deepspeed_stage_3": {"stage": 3},
+    "_deepspeed_stage_3_offload": {"stage": 3, **_OFFLOADED, "offload_parameters": True},
+}
+"""The endings that Lightning's own DeepSpeed strategy has, apart from that for NVMe, and what they mean."""
 
 
 def installed() -> Iterator[tuple[ModuleType, str, str]]:
@@ -27,20 +42,23 @@ def register() -> None:
     for classes, trainer, fabric in installed():
         of_trainer = import_module(f"{trainer}.strategies").StrategyRegistry
         of_fabric = import_module(f"{fabric}.strategies").STRATEGY_REGISTRY
-        for method in METHODS:
-            given = {} if method == "kl_shampoo" else {"method": method}
-            _register(of_trainer, classes.KLShampooStrategy, classes.KLShampooFSDP2Strategy, method, given)
-            _register(of_fabric, classes.KLShampooFabricStrategy, classes.KLShampooFabricFSDP2Strategy, method, given)
+        _register(of_trainer, _variants(classes.KLShampooStrategy, classes.KLShampooFSDP2Strategy))
+        _register(of_fabric, _variants(classes.KLShampooFabricStrategy, classes.KLShampooFabricFSDP2Strategy))
+        _register(of_trainer, {end: (classes.KLShampooDeepSpeedStrategy, given) for end, given in DEEPSPEED.items()})
 
 
-def _register(registry: Any, ddp: type, fsdp2: type, method: str, given: dict[str, Any]) -> None:
-    variants: dict[str, tuple[type, dict[str, Any]]] = {
-        method: (ddp, {}),
-        f"{method}_find_unused_parameters_true": (ddp, {"find_unused_parameters": True}),
-        f"{method}_spawn": (ddp, {"start_method": "spawn"}),
-        f"{method}_fsdp2": (fsdp2, {}),
+def _variants(ddp: type, fsdp2: type) -> dict[str, Variant]:
+    return {
+        "": (ddp, {}),
+        "_find_unused_parameters_true": (ddp, {"find_unused_parameters": True}),
+        "_spawn": (ddp, {"start_method": "spawn"}),
+        "_fsdp2": (fsdp2, {}),
     }
-    for name, (kind, options) in variants.items():
-        if name not in registry:
+
+
+def _register(registry: Any, variants: Mapping[str, Variant]) -> None:
+    for method, (ending, (kind, options)) in product(METHODS, variants.items()):
+        given = {} if method == "kl_shampoo" else {"method": method}
+        if method + ending not in registry:
             said = (kind.__doc__ or "").partition(":")[0]
-            registry.register(name, kind, description=f"{said}, method {method}", **options, **given)
+            registry.register(method + ending, kind, description=f"{said}, method {method}", **options, **given)

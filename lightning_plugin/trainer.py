@@ -10,7 +10,7 @@ import atexit
 import contextlib
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -32,14 +32,17 @@ class TrainsWithKLShampoo:
 
     def setup_optimizers(self: Any, trainer: Any) -> None:
         super().setup_optimizers(trainer)  # type: ignore[misc]
-        if self.optimizer_checkpoint == "ignore" and "lr" in self.optimizer_options and self.lr_scheduler_configs:
+        self._check_schedules(self.lr_scheduler_configs)
+        schedulers = [config.scheduler for config in self.lr_scheduler_configs]
+        self.optimizers = [self._converted(unwrapped(optimizer), schedulers) for optimizer in self.optimizers]
+        _take_over_clipping(self.precision_plugin)
+
+    def _check_schedules(self, schedules: Sequence[Any]) -> None:
+        if schedules and self.optimizer_checkpoint == "ignore" and "lr" in self.optimizer_options:
             raise ValueError(
                 "with optimizer_checkpoint='ignore' schedules go on from the checkpoint, with its learning rates: set"
                 " lr in configure_optimizers rather than in the strategy"
             )
-        schedulers = [config.scheduler for config in self.lr_scheduler_configs]
-        self.optimizers = [self._converted(unwrapped(optimizer), schedulers) for optimizer in self.optimizers]
-        _take_over_clipping(self.precision_plugin)
 
     def _converted(self: Any, optimizer: Any, schedulers: list[Any]) -> Any:
         if type(optimizer).__name__ == "_MockOptimizer":  # Lightning's, where configure_optimizers returned None

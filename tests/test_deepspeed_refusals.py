@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kl_dist import KLShampoo, param_groups
 from tests.deepspeed_runs import OPTIONS, alone, config, deepspeed_here, engine_of, net, train, weights_of
 from tests.models import deviation, same_bits
 
@@ -67,6 +68,60 @@ def every_way_in(group, stage: int):
 def test_every_way_of_giving_the_optimizer_is_the_same(worlds, stage):
     found = worlds[2].run(every_way_in, 2, stage, timeout=120)[0]
     assert len(found) == 5 and all(same_bits(weights, found["entry"]) for weights in found.values())
+
+
+def with_named_groups(group, named: bool):
+    with deepspeed_here(group) as deepspeed:
+        import deepspeed_integration as ours
+
+        model = net()
+        groups = param_groups(model, **OPTIONS)
+        if not named:
+            groups = [{**one, "params": [p for _, p in one["params"]]} for one in groups]
+        given = {key: x for key, x in config(2, ranks=group.size()).items() if key != "optimizer"}
+        engine = deepspeed.initialize(model=model, optimizer=ours.KLShampoo(groups), config=given)[0]
+        train(engine, range(3))
+        found = weights_of(deepspeed, engine)
+        engine.destroy()
+        return found
+
+
+def test_groups_may_have_names(worlds):
+    found = worlds[2].run(with_named_groups, 2, True, timeout=120)
+    assert same_bits(found[0], worlds[2].run(with_named_groups, 2, False, timeout=120)[0])
+
+
+def other_clients(group, how: str, stage: int, more: dict):
+    with deepspeed_here(group) as deepspeed:
+        import deepspeed_integration as ours
+
+        model = net()
+        make = {
+            "kl_dist's": lambda parameters: KLShampoo(parameters, lr=1e-2),
+            "ours": lambda parameters: ours.KLShampoo(parameters, lr=1e-2),
+        }[how.removeprefix("callable, ")]
+        optimizer = make if how.startswith("callable") else make(list(model.parameters()))
+        given = {key: x for key, x in config(stage, ranks=group.size(), **more).items() if key != "optimizer"}
+        deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=list(model.parameters()), config=given)
+
+
+ELASTIC = {"zero": {"elastic_checkpoint": True}}
+UNTESTED = {"zero_allow_untested_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    ("how", "stage", "more", "said"),
+    [
+        ("kl_dist's", 2, UNTESTED, "hand over deepspeed_integration.KLShampoo"),
+        ("callable, kl_dist's", 2, UNTESTED, "hand over deepspeed_integration.KLShampoo"),
+        ("callable, kl_dist's", 0, {}, "hand over deepspeed_integration.KLShampoo"),
+        ("ours", 1, ELASTIC, "Universal Checkpoint"),
+        ("callable, ours", 1, ELASTIC, "Universal Checkpoint"),
+    ],
+)
+def test_clients_are_looked_at_as_the_entry_is(worlds, how, stage, more, said):
+    errors = worlds[2].run_expecting_errors(other_clients, 2, how, stage, more)
+    assert all(said in str(error) for error in errors), errors
 
 
 def poisoned(group, stage: int, value: float | None, more: dict):

@@ -12,7 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostL
 from torch.nn.parallel import DistributedDataParallel
 
 import lightning_plugin
-from lightning_plugin.registration import METHODS, installed, register
+from lightning_plugin.registration import DEEPSPEED, METHODS, installed, register
 from lightning_plugin.sharding import repeated_blocks
 from tests.lightning_runs import adamw, launched, module, pytorch, rows, trainer
 from tests.models import same_bits
@@ -39,6 +39,16 @@ def test_every_name_is_known_to_both_lightnings_and_their_fabrics(name):
             assert type(made) is expected and isinstance(made, strategies.Strategy)
             method = next(method for method in METHODS if name.startswith(method))
             assert made.optimizer_options == ({} if method == "kl_shampoo" else {"method": method})
+
+
+@pytest.mark.parametrize("name", [method + ending for method in METHODS for ending in DEEPSPEED])
+def test_the_names_with_deepspeed_are_as_lightnings_own(name):
+    for classes, of_trainer, _ in installed():
+        registry = import_module(f"{of_trainer}.strategies").StrategyRegistry
+        method, _, theirs = name.partition("_deepspeed")
+        made, own = registry.get(name), registry.get(f"deepspeed{theirs}")
+        assert type(made) is classes.KLShampooDeepSpeedStrategy and made.config == own.config
+        assert made.optimizer_options == ({} if method == "kl_shampoo" else {"method": method})
 
 
 @pytest.mark.parametrize("classes", [classes for classes, _, _ in installed()], ids=lambda classes: classes.__name__)

@@ -3,12 +3,13 @@
 from lightning.fabric.strategies import DDPStrategy as FabricDDPStrategy
 from lightning.fabric.strategies import ModelParallelStrategy as FabricModelParallelStrategy
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_plugin.callbacks import MonitorsKLShampoo, SummarizesPartition
 from lightning_plugin.ddp import UnderDDP
+from lightning_plugin.deepspeed import UnderDeepSpeed
 from lightning_plugin.fabric import FabricShards, FabricTrainsWithKLShampoo
 from lightning_plugin.fsdp2 import SpreadsOverAllRanks, UnderFSDP2
 from lightning_plugin.options import TakesOptimizerOptions
@@ -38,6 +39,16 @@ class KLShampooFSDP2Strategy(
     _say = staticmethod(rank_zero_info)
     _is_overridden = staticmethod(is_overridden)
     _parent = ModelParallelStrategy
+
+
+class KLShampooDeepSpeedStrategy(
+    UnderDeepSpeed, TrainsWithKLShampoo, RequeuesBetweenBatches, TakesOptimizerOptions, DeepSpeedStrategy
+):
+    """DeepSpeed, trained with KLShampoo: `Trainer(strategy="kl_shampoo_deepspeed_stage_2")`."""
+
+    strategy_name = "kl_shampoo_deepspeed"
+    _say = staticmethod(rank_zero_info)
+    _parent = DeepSpeedStrategy
 
 
 class KLShampooFabricStrategy(FabricTrainsWithKLShampoo, TakesOptimizerOptions, FabricDDPStrategy):

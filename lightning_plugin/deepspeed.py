@@ -1,0 +1,96 @@
+"""DeepSpeed under a Trainer: what Lightning's DeepSpeedStrategy needs to train with KLShampoo at ZeRO 0 to 3.
+
+DeepSpeed lays parameters out anew and steps, clips and saves by itself. So what is made of the module's AdamW is the
+optimizer that DeepSpeed constructs from a config's `"optimizer": {"type": "KLShampoo"}`, and all else is left to it.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lightning_plugin.conversion import announcement, convert
+
+GROUP = "kl_shampoo.deepspeed"
+"""Entry points whose loading makes KLShampoo known to DeepSpeed."""
+METHODS = ("klshampoo", "klsoap", "soap", "shampoo")
+
+
+def optimizer_of_deepspeed() -> type[Optimizer]:
+    """KLShampoo where DeepSpeed looks for optimizers by name: in torch.optim.
+
+    Raises:
+        ImportError: nothing has put it there, and nothing that is installed can.
+    """
+    if not hasattr(torch.optim, "KLShampoo"):
+        for integration in entry_points(group=GROUP):
+            integration.load()
+    if not hasattr(torch.optim, "KLShampoo"):
+        raise ImportError(
+            "DeepSpeed does not know KLShampoo: pip install 'kl-shampoo[deepspeed]', or import deepspeed_integration"
+        )
+    return torch.optim.KLShampoo
+
+
+class UnderDeepSpeed:
+    """Mixin of a Trainer's strategy: converts what DeepSpeed is handed.
+
+    `optimizer_checkpoint` may be "strict" or "ignore" here.
+    """
+
+    optimizer_options: dict[str, Any]
+    optimizer_checkpoint: str
+
+    def __init__(self: Any, **options: Any) -> None:
+        super().__init__(**options)
+        if self.optimizer_checkpoint == "partial":
+            raise ValueError("optimizer_checkpoint='partial' needs a checkpoint in one file, which DeepSpeed has not")
+        self._check_entry(self.config.get("optimizer"))
+        optimizer_of_deepspeed()
+
+    def _check_entry(self, entry: dict[str, Any] | None) -> None:
+        """A config's own entry goes before `configure_optimizers`, so it must be ours and the only one."""
+        if entry is None:
+            return
+        asked, given = str(entry.get("type")), dict(self.optimizer_options)
+        wanted = [given.pop("method").replace("_", "")] if "method" in given else METHODS
+        if asked.lower().replace("_", "") not in wanted:
+            raise ValueError(
+                f"the DeepSpeed config asks for {asked!r}, and the strategy trains with KLShampoo: leave the config's"
+                ' "optimizer" out, and AdamW of configure_optimizers is converted, or have it say "type": "KLShampoo"'
+            )
+        if given:
+            raise ValueError(
+                f"the DeepSpeed config has an optimizer, and the strategy has {', '.join(given)} for it: give these to"
+                " one of the two"
+            )
+
+    def _init_optimizers(self: Any) -> tuple[Any, Any]:
+        optimizer, schedule = super()._init_optimizers()  # type: ignore[misc]
+        if type(optimizer).__name__ == "_MockOptimizer":  # Lightning's, where configure_optimizers returned None
+            raise ValueError(
+                "configure_optimizers returned None, and the DeepSpeed config has no optimizer: return"
+                ' torch.optim.AdamW, or give the strategy a config with {"optimizer": {"type": "KLShampoo"}}'
+            )
+        self._check_schedules([schedule] if schedule else [])
+        schedulers = [schedule.scheduler] if schedule else []
+        kind = optimizer_of_deepspeed()
+        return convert(optimizer, self.lightning_module, self.optimizer_options, schedulers, kind), schedule
+
+    def _setup_model_and_optimizer(self: Any, model: Any, optimizer: Any, *scheduler: Any) -> tuple[Any, Any]:
+        engine, stepped = super()._setup_model_and_optimizer(model, optimizer, *scheduler)  # type: ignore[misc]
+        type(self)._say(announcement(optimizer, engine.basic_optimizer))  # it can tell now what goes where
+        return engine, stepped
+
+    def load_checkpoint(self: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        engine = self.deepspeed_engine
+        if self.optimizer_checkpoint == "ignore":
+            load = engine.load_checkpoint
+            engine.load_checkpoint = lambda *given, **more: load(*given, **{**more, "load_optimizer_states": False})
+        try:
+            return super().load_checkpoint(*arguments, **options)  # type: ignore[misc]
+        finally:
+            vars(engine).pop("load_checkpoint", None)

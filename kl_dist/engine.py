@@ -171,7 +171,7 @@ class Engine:
             if stack.waits(row)
         ]
         if waits:
-            said[waits] = 1.0
+            said.index_fill_(0, torch.tensor(waits).to(said.device, non_blocking=True), 1.0)
 
     def _compute(
         self, stacks: Sequence[Stack], said: Sequence[Gradient], gradients: Gradients, updates: Tensor

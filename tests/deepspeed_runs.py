@@ -54,7 +54,8 @@ def data(step: int, share: int) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(model: Any, step: int, share: int, rank: int = 0, ranks: int = 1, use: bool = True) -> Tensor:
-    tokens, target = (part.chunk(ranks)[rank] for part in data(step, share))
+    device = getattr(model, "device", "cpu")  # of an engine
+    tokens, target = (part.chunk(ranks)[rank].to(device) for part in data(step, share))
     return (model(tokens, use).float() - target).square().mean()
 
 
@@ -104,12 +105,14 @@ def alone(
 
 
 @contextlib.contextmanager
-def deepspeed_here(group: dist.ProcessGroup) -> Iterator[Any]:
-    """DeepSpeed on the default process group and CPUs, quiet; fp16 allowed, which its CPU accelerator refuses."""
+def deepspeed_here(group: dist.ProcessGroup, device: str = "cpu") -> Iterator[Any]:
+    """DeepSpeed on the default process group, quiet; fp16 allowed on CPUs, which its accelerator there refuses."""
     assert group.size() == dist.get_world_size(), "DeepSpeed takes the default process group"
     given = {"RANK": str(group.rank()), "LOCAL_RANK": str(group.rank()), "WORLD_SIZE": str(group.size())}
     given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ.update(given | {"DS_ACCELERATOR": "cpu", "DS_IGNORE_CUDA_DETECTION": "1"})
+    if device == "cuda":
+        given["LOCAL_RANK"] = "0"  # the ranks share a GPU
+    os.environ.update(given | {"DS_ACCELERATOR": device, "DS_IGNORE_CUDA_DETECTION": "1"})
     try:
         import deepspeed
 
@@ -165,7 +168,7 @@ def weights_of(deepspeed: Any, engine: Any) -> Weights:
     for name, p in engine.module.named_parameters():
         gathered = deepspeed.zero.GatheredParameters([p]) if hasattr(p, "ds_id") else contextlib.nullcontext()
         with gathered:
-            found[name] = p.detach().float().clone()
+            found[name] = p.detach().float().cpu().clone()
     return found
 
 
@@ -174,7 +177,7 @@ def fit(group: dist.ProcessGroup, stage: int, method: str = "kl_shampoo", steps:
     made = {key: more.pop(key) for key in ("zero_init", "one_group") if key in more}
     unused = more.pop("unused", ())
     shares = more.get("shares", SHARES)
-    with deepspeed_here(group) as deepspeed:
+    with deepspeed_here(group, more.pop("device", "cpu")) as deepspeed:
         engine = engine_of(deepspeed, config(stage, method, group.size(), **more), **made)
         train(engine, range(steps), shares, unused)
         found = weights_of(deepspeed, engine), engine.basic_optimizer.core.stats()

@@ -98,8 +98,8 @@ def trainer(pl: ModuleType | None = None, strategy: Any = "kl_shampoo", **option
     """A quiet Trainer over all ranks of the default process group."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "max_steps": STEPS, "max_epochs": 1}
-    devices = dist.get_world_size() if dist.is_initialized() else 1
-    return (pl or pytorch()).Trainer(accelerator="cpu", devices=devices, strategy=strategy, **{**quiet, **options})
+    quiet |= {"accelerator": "cpu", "devices": dist.get_world_size() if dist.is_initialized() else 1}
+    return (pl or pytorch()).Trainer(strategy=strategy, **{**quiet, **options})
 
 
 @contextlib.contextmanager

@@ -38,6 +38,28 @@ def test_orthogonal_iteration_rotates_the_factor_it_is_given(dtype, d, damping):
     assert float((rotation.mT @ shifted).tril(-1).abs().max() / S.abs().max()) < tolerance
 
 
+@pytest.mark.parametrize("rank", [None, 1])
+@pytest.mark.parametrize("d", [1, 7, 64, 300])
+def test_qr_by_cholesky_is_qr_in_float32(d, rank, monkeypatch):
+    """The worst condition that the damping leaves is that of rank one."""
+    monkeypatch.setattr(linalg, "ELEMENTS_AT_ONCE", 2 * d * d)
+    S = factor(d, rank, batch=5, dtype=torch.float32)
+    S.diagonal(dim1=1, dim2=2).add_(0.01 * linalg.mean_diagonal(S))
+    rotation, upper = linalg.qr_by_cholesky(S)
+    identity = torch.eye(d).expand_as(S)
+    assert error(rotation.double().mT @ rotation.double(), identity.double()) < max(1e-7, d * 1e-8)
+    assert error(rotation @ upper, S) < 1e-6 and torch.equal(upper, upper.triu())
+    signs = torch.diagonal(linalg.qr_by_reflections(S)[1], dim1=1, dim2=2).sign()
+    assert error(linalg.qr_by_reflections(S)[0] * signs[:, None, :], rotation) < 1e-3
+
+
+def test_qr_by_cholesky_leaves_a_matrix_of_zero_alone():
+    S = torch.stack([torch.zeros(6, 6), factor(6, dtype=torch.float32)[0]])
+    rotation, upper = linalg.qr_by_cholesky(S)
+    assert torch.equal(rotation[0], torch.eye(6)) and torch.equal(upper[0], S[0])
+    assert error(rotation @ upper, S) < 1e-6
+
+
 def test_orthogonal_iteration_converges_to_the_eigenvectors():
     S = factor(6)
     rotated = S

@@ -103,8 +103,9 @@ def test_it_learns_under_torchrun(whole: Runner) -> None:
 
 def test_accelerate_hands_over_its_config_and_stage_3_trains_like_stage_2(whole: Runner) -> None:
     stage_3 = whole(f"{ACCELERATE} --deepspeed_config_file launch/configs/hf_zero3.json")
-    (states,) = (stage_3 / "checkpoint-8/global_step8").glob("zero_pp_rank_1_*model_states.pt")
-    assert states.is_file(), "only stage 3 divides the model's states"
+    divided = "checkpoint-8/global_step8/zero_pp_rank_1_mp_rank_00_model_states.pt"
+    assert (stage_3 / divided).is_file(), "its config was not taken"
+    assert (stage_3 / "checkpoint-8/model.safetensors").is_file()
     assert losses(stage_3) == pytest.approx(losses(whole(TORCHRUN)), rel=1e-4)
 
 

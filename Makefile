@@ -29,7 +29,7 @@ demo:
 	$(RUN) torch.distributed.run --standalone --nproc-per-node "$$gpus" launch/train.py $(ARGS)
 
 test:
-	@.ci/environment "$(ENVIRONMENT)" "$(PYTHON)" job,dev,lightning,deepspeed
+	@.ci/environment "$(ENVIRONMENT)" "$(PYTHON)" job,dev,lightning,deepspeed,huggingface
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy

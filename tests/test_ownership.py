@@ -1,32 +1,14 @@
 """Owners: evenly, and near to where matrices lie as long as that costs little."""
 
 import pytest
-import torch
 
-from kl_dist import options
 from kl_dist.ownership import UNEVENNESS
-from kl_dist.partition import make_plan
-from kl_dist.shards import Sharding, boxes_of_range
-from kl_dist.units import Parameter
+from kl_dist.partition import Plan
+from tests.zero_plans import zero_plan
 
 
-def flat_plan(shapes: list[tuple[int, ...]], world_size: int):
-    """A plan for parameters that lie end to end, cut into equal ranges as ZeRO 1 and 2 do."""
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    part = -(-sum(sizes) // world_size)
-    parameters, offset = [], 0
-    for i, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
-        ends = [
-            (min(max(r * part - offset, 0), size), min(max((r + 1) * part - offset, 0), size))
-            for r in range(world_size)
-        ]
-        boxes = tuple(tuple(boxes_of_range(shape, start, stop)) for start, stop in ends)
-        sharding = Sharding((tuple(range(world_size)),), boxes, flat=True)
-        parameters.append(Parameter(f"w{i}", shape, torch.float32, 0, sharding))
-        offset += size
-    group = dict(options.DEFAULTS)
-    options.resolve(group)
-    return make_plan(parameters, [group], world_size)
+def flat_plan(shapes: list[tuple[int, ...]], world_size: int, stage: int = 1) -> Plan:
+    return zero_plan({f"w{i}": shape for i, shape in enumerate(shapes)}, world_size, stage)
 
 
 def sent(plan) -> float:
@@ -50,16 +32,9 @@ def test_of_a_matrix_that_straddles_only_the_smaller_part_travels():
 @pytest.mark.parametrize("world_size", [2, 3, 4, 8])
 def test_balance_suffers_by_no_more_than_is_said(world_size):
     shapes = [(64, 16), (16, 64), (48, 48), (128, 32), (32, 32), (32, 32), (96, 16), (64, 64), (16, 16)] * 3
-    near = flat_plan(shapes, world_size)
-    even = make_plan([Parameter(p.name, p.shape, p.dtype, p.group) for p in near.parameters], [resolved()], world_size)
+    near, even = flat_plan(shapes, world_size), flat_plan(shapes, world_size, stage=0)
     assert max(near.cost) <= (1 + UNEVENNESS) * max(even.cost) + 1
     assert set(near.owners) == set(range(world_size))
-
-
-def resolved() -> dict:
-    group = dict(options.DEFAULTS)
-    options.resolve(group)
-    return group
 
 
 def test_with_one_matrix_too_large_the_others_leave_its_rank():

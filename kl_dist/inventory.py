@@ -23,7 +23,7 @@ import torch
 from kl_dist.methods import rule
 from kl_dist.methods.state import Side, state_dtype
 from kl_dist.partition import Plan
-from kl_dist.shards import Box, boxes_of_range, whole
+from kl_dist.shards import Box, boxes_of_range, joined, whole
 from kl_dist.units import Parameter, Unit
 
 FORM = "form"
@@ -129,7 +129,7 @@ def _fields(
 def _boxes_of(units: Sequence[Unit], parameter: Parameter) -> Iterator[Box]:
     """What a rank's units under AdamW have of their parameter: a shard, or ranges of the elements in C order."""
     if parameter.sharding is not None:
-        yield from (unit.block.ranges or ((0, 1),) for unit in units)
+        yield from joined([unit.block.ranges or ((0, 1),) for unit in units])
         return
     ranges: list[tuple[int, int]] = []
     for start, stop in (unit.block.ranges[0] for unit in units):

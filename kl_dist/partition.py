@@ -217,7 +217,7 @@ def make_plan(
     sharded = [i for i in elementwise if parameters[i].sharding is not None]
     for unit, rank in (
         *adamw_units(flat, parameters, world_size, BUCKET_BYTES),
-        *sharded_adamw_units(sharded, parameters),
+        *sharded_adamw_units(sharded, parameters, BUCKET_BYTES / world_size),
     ):
         units.append(unit)
         assigned.append(rank)

@@ -243,5 +243,15 @@ def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]
     yield from _within(last, boxes_of_range(shape[1:], 0, stop - last * row))
 
 
+def joined(boxes: Sequence[Box]) -> list[Box]:
+    """Boxes that lie end to end in memory, those that follow each other along the first axis as one."""
+    found: list[Box] = []
+    for box in boxes:
+        if found and found[-1][0][1] == box[0][0] and found[-1][1:] == box[1:]:
+            box = ((found.pop()[0][0], box[0][1]), *box[1:])
+        found.append(box)
+    return found
+
+
 def _within(row: int, boxes: Iterator[Box] | tuple[()]) -> Iterator[Box]:
     return (((row, row + 1), *box) for box in boxes)

@@ -13,7 +13,7 @@ import torch
 
 from kl_dist import costs
 from kl_dist.matrices import Block, Reading, cut, flat_reading, near_equal, plain_reading, read_matrices
-from kl_dist.shards import Sharding
+from kl_dist.shards import Box, Sharding, volume
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,12 @@ def adamw_units(
                     yield _adamw_slice(i, parameters[i], first, last), place % world_size
 
 
-def sharded_adamw_units(indices: Sequence[int], parameters: Sequence[Parameter]) -> Iterator[tuple[Unit, int]]:
-    """Flat parameters that are sharded already: what each rank holds is a unit of its own, and never travels.
+def sharded_adamw_units(
+    indices: Sequence[int], parameters: Sequence[Parameter], most: float
+) -> Iterator[tuple[Unit, int]]:
+    """Flat parameters that are sharded already: each rank has units of its own for what it holds, which never travel.
+
+    They are rows of a shard, of `most` bytes together if they can be: their updates take as much memory at a time.
 
     Yields:
         A unit and the first of the ranks that hold it.
@@ -153,10 +157,22 @@ def sharded_adamw_units(indices: Sequence[int], parameters: Sequence[Parameter])
         assert sharding is not None
         reading = plain_reading(parameter.shape)
         for rank in sharding.grid[0]:
-            for box, _ in sharding.held(rank):
+            boxes = (rows for box, _ in sharding.held(rank) for rows in _rows_of(box, most / parameter.dtype.itemsize))
+            for box in boxes:
                 block = Block(0, box, tuple("identity" for _ in box))
                 if math.prod(block.shape):
                     yield _adamw_unit(i, parameter, reading, block, block.suffix(reading)), rank
+
+
+def _rows_of(box: Box, most: float) -> Iterator[Box]:
+    """A box cut along its first axis into boxes of `most` elements, or of one row; end to end they are the box."""
+    if not box:
+        yield box
+        return
+    (first, last), *others = box
+    count = min(math.ceil(volume(box) / most), last - first)
+    for start, stop in near_equal(last - first, max(count, 1)):
+        yield ((first + start, first + stop), *others)
 
 
 def keepers_of(unit: Unit, parameter: Parameter, owner: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kl_dist import KLShampoo, Plan, param_groups, partition, plan
+from kl_dist.inventory import inventory
 from kl_dist.methods import MATRIX_METHODS
 from kl_dist.options import RECIPE_DEFAULTS
 from kl_dist.partition import make_plan
@@ -215,6 +216,20 @@ def test_buckets_divide_the_bytes(gpt2, monkeypatch):
     assert found.padding_bytes < 0.03 * sum(sizes)
     monkeypatch.setattr(partition, "BUCKET_BYTES", 1 << 40)
     assert len(plan(gpt2, 8).buckets) == 2
+
+
+@pytest.mark.parametrize("world_size", [2, 8, 64])
+def test_what_adamw_has_of_shards_is_updated_in_parts(gpt2, world_size):
+    """An embedding's update takes no more memory at a time than a bucket; what is held of it stays one box."""
+    found = plan(gpt2, world_size, shard_size=world_size)
+    row = 4 * 768
+    assert max(unit.nbytes for unit in found.units if unit.method == "adamw") <= 64 * 2**20 / world_size + row
+    for entry in inventory(found):
+        if entry.key == "exp_avg" and len(entry.shape) == 2:
+            assert all(len(entry.boxes(rank)) <= 1 for rank in range(world_size))
+            assert sum(math.prod(b - a for a, b in box) for box, _ in entry.places) == math.prod(entry.shape)
+    whole = plan(gpt2, world_size)
+    assert max(map(found.working_bytes, range(world_size))) <= 3 * max(map(whole.working_bytes, range(world_size)))
 
 
 def test_a_printed_plan_has_a_row_per_rank(gpt2):

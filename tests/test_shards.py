@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kl_dist import options
 from kl_dist.matrices import cut, near_equal, read_matrices
-from kl_dist.shards import Sharding, narrowed, pieces, whole
+from kl_dist.shards import Sharding, joined, narrowed, pieces, whole
 
 READINGS = [
     ((12, 5), {}),
@@ -98,3 +98,8 @@ def test_a_shard_that_cannot_be_viewed_is_written_all_the_same():
 def test_a_sharding_knows_rows_columns_and_boxes():
     hsdp = Sharding(((0, 1), (2, 3)), ((((0, 2), (0, 5)),), (((2, 3), (0, 5)),)))
     assert hsdp.row(3) == (2, 3) and hsdp.column(3) == (1, 3) and list(hsdp.held(2)) == [(((0, 2), (0, 5)), None)]
+
+
+def test_rows_that_follow_each_other_are_joined():
+    rows = [((0, 2), (0, 3)), ((2, 5), (0, 3)), ((5, 6), (0, 1)), ((5, 6), (1, 3)), ((8, 9), (0, 3))]
+    assert joined(rows) == [((0, 5), (0, 3)), *rows[2:]]

@@ -13,10 +13,10 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_plugin.conversion import announcement, convert
+from lightning_plugin.registration import METHODS
 
 GROUP = "kl_shampoo.deepspeed"
 """Entry points whose loading makes KLShampoo known to DeepSpeed."""
-METHODS = ("klshampoo", "klsoap", "soap", "shampoo")
 
 
 def optimizer_of_deepspeed() -> type[Optimizer]:
@@ -58,8 +58,8 @@ class UnderDeepSpeed:
         if entry is None:
             return
         asked, given = str(entry.get("type")), dict(self.optimizer_options)
-        wanted = [given.pop("method").replace("_", "")] if "method" in given else METHODS
-        if asked.lower().replace("_", "") not in wanted:
+        methods = [given.pop("method")] if "method" in given else METHODS
+        if asked.lower().replace("_", "") not in [method.replace("_", "") for method in methods]:
             raise ValueError(
                 f"the DeepSpeed config asks for {asked!r}, and the strategy trains with KLShampoo: leave the config's"
                 ' "optimizer" out, and AdamW of configure_optimizers is converted, or have it say "type": "KLShampoo"'

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from deepspeed.moe.layer import MoE
+from deepspeed.runtime.pipe.module import PipelineModule
+
 from kl_dist import KLShampoo
+
+ALONE = "use data parallelism alone"
 
 
 def check_client(optimizer: Any) -> None:
@@ -50,15 +55,18 @@ def _refused(config: Any) -> Iterator[tuple[str, str]]:
             if getattr(low, name, False):
                 yield name, "its updates need weights in float32; leave it out"
     if config.tensor_parallel_config.autotp_size > 1:
-        yield "DeepSpeed's tensor parallelism", "use data parallelism alone"
+        yield "DeepSpeed's tensor parallelism", ALONE
+
+
+def check_model(model: Any) -> None:
+    """Raises ValueError for a model whose parameters DeepSpeed would not treat alike on all ranks."""
+    if isinstance(model, PipelineModule):
+        raise ValueError(f"KLShampoo does not work with DeepSpeed's pipeline parallelism: {ALONE}")
+    if any(isinstance(part, MoE) for part in model.modules()):
+        raise ValueError(f"KLShampoo does not work with DeepSpeed's expert parallelism: {ALONE}")
 
 
 def check_engine(engine: Any) -> None:
     """Raises ValueError for what shows in the engine alone."""
-    for found, what in (
-        (engine.pipeline_parallelism, "pipeline parallelism"),
-        (engine.has_moe_layers, "expert parallelism"),
-        (engine.mp_world_size > 1, "model parallelism"),
-    ):
-        if found:
-            raise ValueError(f"KLShampoo does not work with DeepSpeed's {what}: use data parallelism alone")
+    if engine.mp_world_size > 1:
+        raise ValueError(f"KLShampoo does not work with DeepSpeed's model parallelism: {ALONE}")

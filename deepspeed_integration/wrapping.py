@@ -11,7 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from deepspeed_integration import checkpoint
 from deepspeed_integration.optimizer import NAMES, DeepSpeedOptimizer
-from deepspeed_integration.refusals import check_client, check_config, check_engine
+from deepspeed_integration.refusals import check_client, check_config, check_engine, check_model
 
 MARK = "_kl_dist_wraps"
 
@@ -49,11 +49,13 @@ def _init(original: Any) -> Any:
         check_client(client)
         if isinstance(client, DeepSpeedOptimizer) or getattr(config, "optimizer_name", None) in NAMES:
             check_config(config)  # before DeepSpeed begins: what it sets for all engines to come would stay
+            check_model(given["model"])
         original(self, *args, **kwargs)
         check_client(getattr(self, "basic_optimizer", None))  # which a callable has made
         optimizer = ours(self)
         if optimizer is not None:
             check_config(config)  # as above
+            check_model(self.module)
             check_engine(self)
             optimizer.attach(self)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from kl_dist import KLShampoo, param_groups
 from tests.deepspeed_runs import OPTIONS, alone, config, deepspeed_here, engine_of, net, train, weights_of
@@ -175,3 +176,34 @@ def test_what_travels_is_at_most_a_share_of_the_parameters(worlds, ranks, stage)
 def test_the_weights_are_unlike_without_the_optimizer(worlds):
     """What is compared above moves."""
     assert deviation(alone(steps=3), {name: p.detach() for name, p in net().named_parameters()}) > 1e-2
+
+
+def with_experts(deepspeed):
+    from deepspeed.moe.layer import MoE
+
+    deepspeed.utils.groups._create_expert_and_data_parallel(1)
+    return nn.Sequential(nn.Linear(4, 4), MoE(4, nn.Linear(4, 4), num_experts=2))
+
+
+def as_pipeline(deepspeed):
+    return deepspeed.pipe.PipelineModule([nn.Linear(4, 4), nn.Linear(4, 4)], num_stages=1, loss_fn=nn.MSELoss())
+
+
+def of_another_kind(group, make, stage: int, more: dict):
+    with deepspeed_here(group) as deepspeed:
+        model = make(deepspeed) if make else net()
+        given = config(stage, ranks=group.size(), **more)
+        deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=given)
+
+
+@pytest.mark.parametrize(
+    ("make", "more", "said"),
+    [
+        (as_pipeline, {}, "pipeline parallelism"),
+        (with_experts, {}, "expert parallelism"),
+        (None, {"tensor_parallel": {"autotp_size": 2}}, "tensor parallelism"),
+    ],
+)
+def test_other_kinds_of_parallelism_are_refused(worlds, make, more, said):
+    errors = worlds[2].run_expecting_errors(of_another_kind, 2, make, 1, more, timeout=120)
+    assert all(said in str(error) and "use data parallelism alone" in str(error) for error in errors), errors

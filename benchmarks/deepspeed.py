@@ -141,11 +141,13 @@ def run_all(args: argparse.Namespace) -> list[report.Line]:
     runs: dict[Any, list[Any]] = {(contender, *case): [] for contender in args.contenders for case in cases}
     for _ in range(args.repeats):
         for (contender, stage, noise), found in runs.items():
-            if not found or "error" not in found[0][0]:
+            if not found or "error" not in found[-1][0]:
                 found.append(run(contender, stage, len(found) if noise else None, args))
     lines = []
     for (contender, stage, noise), found in runs.items():
-        line = {"contender": contender, "stage": stage, "noise": NOISE * noise, "ranks": args.ranks, **found[0][0]}
+        failed = next((one for one, _ in found if "error" in one), {})
+        line = {"contender": contender, "stage": stage, "noise": NOISE * noise, "ranks": args.ranks}
+        line |= failed or found[0][0]
         if "error" not in line:
             seconds = [one["seconds"] for one, _ in found]
             line |= {"seconds": median(seconds), "seconds_of_runs": seconds, "against": first}

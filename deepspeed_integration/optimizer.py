@@ -88,7 +88,11 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         self._zero = engine.optimizer if engine.optimizer is not self else None
         self.groups = list(self.param_groups)
         stand_ins = self._stand_ins(engine.zero_optimization_stage(), torch.device(engine.device))
-        names, elementwise = engine.param_names, embeddings_and_head(engine.module, self._output_head)
+        elementwise = embeddings_and_head(engine.module, self._output_head)
+        names = {p: name.replace("_orig_mod.", "") for p, name in engine.param_names.items()}
+        for name in (name for group in self.groups for name in group["adamw_names"] or ()):
+            if name not in names.values():
+                raise ValueError(f"adamw_names has {name!r}, but no parameter has this name")
         made = []
         for i, (group, pairs) in enumerate(zip(self.groups, stand_ins, strict=True)):
             named = [(names.get(p, f"group{i}.param{j}"), p, s) for j, (p, s) in enumerate(pairs)]

@@ -50,6 +50,7 @@ def _init(original: Any) -> Any:
         if isinstance(client, DeepSpeedOptimizer) or getattr(config, "optimizer_name", None) in NAMES:
             check_config(config)  # before DeepSpeed begins: what it sets for all engines to come would stay
             check_model(given["model"])
+            config.zero_force_ds_cpu_optimizer = False  # offload refuses what is handed over but is not its own Adam
         original(self, *args, **kwargs)
         check_client(getattr(self, "basic_optimizer", None))  # which a callable has made
         optimizer = ours(self)
@@ -83,8 +84,13 @@ def _load(original: Any) -> Any:
         given = inspect.signature(original).bind(self, load_dir, tag, *args, **kwargs)
         given.apply_defaults()
         wanted = given.arguments["load_optimizer_states"] and not given.arguments["load_module_only"]
-        if optimizer is None or not wanted:
+        if optimizer is None:
             return original(self, load_dir, tag, *args, **kwargs)
+        if not wanted:
+            found = original(self, load_dir, tag, *args, **kwargs)
+            if not self.zero_optimization() and hasattr(self.optimizer, "refresh_fp32_params"):
+                self.optimizer.refresh_fp32_params()  # else the next step puts the old weights back
+            return found
         tag = checkpoint.newest(load_dir, self.load_universal_checkpoint()) if tag is None else tag
         if tag is None:
             return original(self, load_dir, tag, *args, **kwargs)

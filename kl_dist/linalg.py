@@ -10,7 +10,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-ELEMENTS_AT_ONCE = 2**24  # of float64 copies: half a gigabyte beside the state at most, and no slower
+ELEMENTS_AT_ONCE = 2**24  # of the matrices that are copied to float64 at a time; five copies, 0.7 GB, is the most
 
 fallbacks: Counter[str] = Counter()
 """How often a decomposition had to be computed another way, by the reason; read by ``KLShampoo.stats()``."""
@@ -60,12 +60,12 @@ def qr_by_reflections(symmetric: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def qr_by_cholesky(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """A = O P of a batch (B, d, d) of symmetric matrices of condition up to 1e5: A^T A = P^T P (Cholesky), O = A P^-1.
+    """A = O P of a batch (B, d, d) of damped symmetric matrices: A^T A = P^T P (Cholesky), O = A P^-1.
 
     For GPUs, where QR by reflections takes one matrix after the other and a column at a time, and this is products
-    alone, thirty times faster at d = 768. It squares the condition, so it is done in float64; to float32 the result is
-    orthogonal within d 1e-8. A matrix that has no such factorisation (zero) keeps the identity for O, and no rank waits
-    to hear of it.
+    alone, thirty times faster at d = 768. It squares the condition, so it is done in float64: with one of 100 d, which
+    a damping of 0.01 leaves of rank one, O^T O is off by 7e-7 at d = 2048, less than by reflections in float32.
+    A matrix of zero, which has no such factorisation, gets O = I, and no rank waits to hear of it.
     """
     rotation, upper = torch.empty_like(symmetric), torch.empty_like(symmetric)
     at_once = max(1, ELEMENTS_AT_ONCE // symmetric[0].numel())

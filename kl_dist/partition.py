@@ -37,6 +37,8 @@ from kl_dist.units import (
 BUCKET_BYTES = 64 << 20
 """Size of a bucket over all ranks: large enough to fill a link, small enough to overlap with compute. It is exceeded
 where one unit per rank is more than that."""
+SMALLEST_ROWS = 4 << 20
+"""Bytes of a part of a shard under AdamW, at least: every unit costs the host time in every step."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ def make_plan(
     sharded = [i for i in elementwise if parameters[i].sharding is not None]
     for unit, rank in (
         *adamw_units(flat, parameters, world_size, BUCKET_BYTES),
-        *sharded_adamw_units(sharded, parameters, BUCKET_BYTES / world_size),
+        *sharded_adamw_units(sharded, parameters, max(BUCKET_BYTES / world_size, SMALLEST_ROWS)),
     ):
         units.append(unit)
         assigned.append(rank)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -168,7 +169,7 @@ class _Conversion:
 
     def adamw_names(self, named: Iterable[tuple[str, Tensor]]) -> tuple[str, ...]:
         chosen = self.given.get("adamw_names", ())
-        return tuple(name for name, p in named if _dimensions(p) >= 2 and (id(p) in self.elementwise or name in chosen))
+        return tuple(name for name, p in named if len(_shape(p)) >= 2 and (id(p) in self.elementwise or name in chosen))
 
 
 def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
@@ -178,9 +179,9 @@ def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
     return ((f"parameter {i}", p) for i, p in enumerate(group["params"]))
 
 
-def _dimensions(p: Tensor) -> int:
+def _shape(p: Tensor) -> torch.Size:
     """DeepSpeed's zero.Init leaves an empty tensor, with the parameter's shape beside it."""
-    return len(getattr(p, "ds_shape", p.shape))
+    return torch.Size(getattr(p, "ds_shape", p.shape))
 
 
 def _usual_lr(optimizer: Optimizer) -> float:
@@ -192,7 +193,7 @@ def _usual_lr(optimizer: Optimizer) -> float:
     rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
     if usual in rates:
         return usual
-    sizes = [sum(p.numel() for p in group["params"]) for group in optimizer.param_groups]
+    sizes = [sum(_shape(p).numel() for p in group["params"]) for group in optimizer.param_groups]
     return rates[sizes.index(max(sizes))]
 
 
@@ -227,7 +228,7 @@ def _check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
         for name, p in _named(group):
             if id(p) not in known:
                 raise ValueError(
-                    f"{name!r} of parameter group {number}, of shape {tuple(p.shape)}, is no parameter of the module,"
+                    f"{name!r} of parameter group {number}, of shape {tuple(_shape(p))}, is no parameter of the module,"
                     " and no gradient would reach it: make the optimizer of the module's parameters, in"
                     " configure_optimizers (FSDP2 has put others in the place of those there were before)"
                 )

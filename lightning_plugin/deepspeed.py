@@ -39,6 +39,10 @@ class UnderDeepSpeed:
     """Mixin of a Trainer's strategy: converts what DeepSpeed is handed.
 
     `optimizer_checkpoint` may be "strict" or "ignore" here.
+
+    Raises:
+        ValueError: it is "partial"; or the config has another optimizer, or one beside options of the strategy.
+        ImportError: DeepSpeed or its integration is not installed.
     """
 
     optimizer_options: dict[str, Any]
@@ -49,8 +53,7 @@ class UnderDeepSpeed:
         if self.optimizer_checkpoint == "partial":
             raise ValueError("optimizer_checkpoint='partial' needs a checkpoint in one file, which DeepSpeed has not")
         self._check_entry(self.config.get("optimizer"))
-        # Offload is for DeepSpeed's own Adam alone, it thinks, where an optimizer is handed over.
-        self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+        self.config = {"zero_allow_untested_optimizer": True, **self.config}  # Lightning asks for it at stage 3
         optimizer_of_deepspeed()
 
     def _check_entry(self, entry: dict[str, Any] | None) -> None:
@@ -79,12 +82,13 @@ class UnderDeepSpeed:
             )
         self._check_schedules([schedule] if schedule else [])
         schedulers = [schedule.scheduler] if schedule else []
-        kind = optimizer_of_deepspeed()
+        kind, self._converted_from = optimizer_of_deepspeed(), optimizer
         return convert(optimizer, self.lightning_module, self.optimizer_options, schedulers, kind), schedule
 
     def _setup_model_and_optimizer(self: Any, model: Any, optimizer: Any, *scheduler: Any) -> tuple[Any, Any]:
         engine, stepped = super()._setup_model_and_optimizer(model, optimizer, *scheduler)  # type: ignore[misc]
-        type(self)._say(announcement(optimizer, engine.basic_optimizer))  # it can tell now what goes where
+        before = self._converted_from if optimizer is not None else None
+        type(self)._say(announcement(before, engine.basic_optimizer))  # it can tell now what goes where
         return engine, stepped
 
     def load_checkpoint(self: Any, *arguments: Any, **options: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from kl_dist.partition import Plan
 from tests.zero_plans import zero_plan
 
 WIDTH, LAYERS = 16, 1
-SIZES = f"--layers {LAYERS} --width {WIDTH} --steps 3 --warmup 1 --repeats 1 --contenders KLShampoo".split()
+SIZES = f"--layers {LAYERS} --width {WIDTH} --steps 3 --warmup 1 --repeats 2 --contenders KLShampoo".split()
 
 
 def planned(stage: int) -> Plan:

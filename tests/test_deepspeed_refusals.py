@@ -23,6 +23,7 @@ REFUSED = {
     "amsgrad": (1, {"options": {"amsgrad": True}}, "no method here has it"),
     "a bad value": (2, {"options": {"precondition_frequency": 0}}, "at least 1"),
     "no such head": (2, {"options": {"output_head": "hed"}}, "no module named 'hed'"),
+    "no such name": (2, {"options": {"adamw_names": ["up.wieght"]}}, "adamw_names has 'up.wieght'"),
 }
 
 

@@ -9,6 +9,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from kl_dist import KLShampoo, clip_grad_norm_
@@ -129,14 +130,14 @@ def made_later(made):
     return adamw(made)
 
 
-def built_in_configure_model(group):
+def built_in_configure_model(group, configure, **options):
     with there(group) as deepspeed:
         pl = pytorch()
         kind = type(module(pl))
 
         class Late(kind):
             def __init__(self):
-                super().__init__(made_later, torch.float32)
+                super().__init__(configure, torch.float32)
                 del self.net
 
             def configure_model(self):
@@ -144,20 +145,48 @@ def built_in_configure_model(group):
                     self.net = layers(torch.float32)
 
         made = Late()
-        fitted = trainer(pl, on_cpu("lightning.pytorch", stage=3))
+        fitted = trainer(pl, on_cpu("lightning.pytorch", stage=3, **options))
         fitted.fit(made, rows(group.size(), group.rank()))
         engine = fitted.strategy.deepspeed_engine
         found = {name.removeprefix("net."): x for name, x in weights_of(deepspeed, engine).items()}
-        routes = engine.basic_optimizer.routes()
+        said = engine.basic_optimizer.routes(), [one["lr"] for one in engine.basic_optimizer.groups]
         engine.destroy()
-        return found, routes
+        return found, *said
 
 
 def test_a_model_made_in_configure_model_at_stage_3(worlds):
-    found, routes = worlds[2].run(built_in_configure_model, 2, timeout=120)[0]
+    found, routes, _ = worlds[2].run(built_in_configure_model, 2, made_later, timeout=120)[0]
     assert deviation(found, reference(torch.float32)) <= float32_limit()
-    (embedding,) = (line for line in routes.splitlines() if "embedding" in line)
-    assert "adamw" in embedding.lower()
+    assert route_of("net.embedding.weight", routes) == "adamw"
+
+
+def route_of(name: str, routes: str) -> str:
+    (line,) = (line for line in routes.splitlines() if line.startswith(name))
+    return next(word for word in line.split() if word in ("adamw", *METHODS))
+
+
+def with_two_rates(made):
+    small = [p for name, p in made.named_parameters() if "norm" in name]
+    large = [p for name, p in made.named_parameters() if "norm" not in name]
+    return AdamW([{"params": small, "lr": 1e-4}, {"params": large, "lr": 1e-2}])
+
+
+def test_which_group_is_the_largest_is_known_at_stage_3_too(worlds):
+    """`lr` scales all groups by its ratio to that of the largest."""
+    *_, rates = worlds[2].run(built_in_configure_model, 2, with_two_rates, lr=2e-2, timeout=120)[0]
+    assert rates == [pytest.approx(2e-4), pytest.approx(2e-2)]
+
+
+def compiled_in_part(made):
+    made.net.up = torch.compile(made.net.up, backend="aot_eager")
+    return adamw(made)
+
+
+def test_names_are_those_of_the_module_whether_compiled_or_not(worlds):
+    names = {"adamw_names": ["net.up.weight", "net.embedding.weight"], "steps": 1}
+    for configure in (compiled_in_part, adamw):
+        found = worlds[2].run(fit, 2, configure=configure, stage=2, timeout=120, **names)
+        assert route_of("net.up.weight", found[0][1]) == "adamw"
 
 
 def nothing(made):
@@ -187,16 +216,23 @@ def test_a_fit_goes_on_to_the_last_bit(worlds, tmp_path, stage):
     assert same_bits(found[0][0], whole[0][0]) and found[0][2] == whole[0][2] == [LR * falling(8)]
 
 
-def test_weights_alone_go_on_with_a_new_optimizer(worlds, tmp_path):
+@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16-true"), (2, "32-true"), (3, "bf16-true")])
+def test_weights_alone_go_on_with_a_new_optimizer(worlds, tmp_path, stage, precision):
     path = str(tmp_path / "soap.ckpt")
-    some = {"stage": 2, "steps": 4, "trainer_max_steps": -1, "timeout": 120}
+    some = {"stage": stage, "steps": 4, "trainer_max_steps": -1, "trainer_precision": precision, "timeout": 120}
     saved = worlds[2].run(fit, 2, method="soap", save=path, **some)
     errors = worlds[2].run_expecting_errors(fit, 2, resume=path, trainer_max_epochs=2, **some)
     assert all("soap.ckpt/checkpoint/kl_dist does not fit" in str(error) for error in errors), errors
     loaded = worlds[2].run(fit, 2, resume=path, optimizer_checkpoint="ignore", **some)  # its only epoch is done
     assert same_bits(loaded[0][0], saved[0][0])
-    found = worlds[2].run(fit, 2, resume=path, optimizer_checkpoint="ignore", trainer_max_epochs=2, **some)
-    assert deviation(found[0][0], saved[0][0]) > 0.01
+    more = {"optimizer_checkpoint": "ignore", "trainer_max_epochs": 2, "configure": barely, **some}
+    found = worlds[2].run(fit, 2, resume=path, **more)
+    assert deviation(found[0][0], saved[0][0]) <= 1e-6
+
+
+def barely(made):
+    """Steps that change next to nothing: what comes of them is what was loaded."""
+    return adamw(made, lr=1e-12)
 
 
 def other_uses(group, path: str):
@@ -243,6 +279,36 @@ def test_callbacks_find_it_inside_of_deepspeeds(worlds):
     for metrics, said in worlds[2].run(watched, 2, timeout=120):
         assert metrics["kl_shampoo/update_rms"] > 0 and metrics["kl_shampoo/skipped_steps"] == 0
         assert "over 2 ranks" in said[0] and "net.embedding.weight" in said[0]
+
+
+def said_of(group, configure):
+    with there(group):
+        said = []
+        made = on_cpu("lightning.pytorch", stage=1)
+        type(made)._say = staticmethod(said.append)
+        fitted = trainer(pytorch(), made, max_steps=1)
+        fitted.fit(module(pytorch(), configure, torch.float32), rows(group.size(), group.rank()))
+        return said
+
+
+def slow_betas(made):
+    return adamw(made, betas=(0.9, 0.95))
+
+
+def test_it_says_what_was_converted(worlds):
+    (said,) = worlds[1].run(said_of, 1, slow_betas, timeout=120)[0]
+    assert "KLShampoo in the place of AdamW" in said and "betas=(0.9, 0.95) of group 0 were set" in said
+
+
+def with_an_own_config(group):
+    with there(group):
+        given = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 4}
+        fitted = trainer(pytorch(), on_cpu("lightning.pytorch", config=given))
+        return fitted.validate(module(dtype=torch.float32), rows(group.size(), group.rank(), 1), verbose=False)
+
+
+def test_validation_with_a_config_of_ones_own_at_stage_3(worlds):
+    assert worlds[2].run(with_an_own_config, 2, timeout=120)[0][0]["validation"] > 0
 
 
 def by_hand(made):

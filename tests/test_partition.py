@@ -223,13 +223,16 @@ def test_what_adamw_has_of_shards_is_updated_in_parts(gpt2, world_size):
     """An embedding's update takes no more memory at a time than a bucket; what is held of it stays one box."""
     found = plan(gpt2, world_size, shard_size=world_size)
     row = 4 * 768
-    assert max(unit.nbytes for unit in found.units if unit.method == "adamw") <= 64 * 2**20 / world_size + row
+    assert (
+        max(unit.nbytes for unit in found.units if unit.method == "adamw")
+        <= max(64 * 2**20 / world_size, 4 * 2**20) + row
+    )
     for entry in inventory(found):
         if entry.key == "exp_avg" and len(entry.shape) == 2:
             assert all(len(entry.boxes(rank)) <= 1 for rank in range(world_size))
             assert sum(math.prod(b - a for a, b in box) for box, _ in entry.places) == math.prod(entry.shape)
     whole = plan(gpt2, world_size)
-    assert max(map(found.working_bytes, range(world_size))) <= 3 * max(map(whole.working_bytes, range(world_size)))
+    assert max(map(found.working_bytes, range(world_size))) <= 1.01 * max(map(whole.working_bytes, range(world_size)))
 
 
 def test_a_printed_plan_has_a_row_per_rank(gpt2):

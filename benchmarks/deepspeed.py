@@ -145,7 +145,7 @@ def run_all(args: argparse.Namespace) -> list[report.Line]:
                 found.append(run(contender, stage, len(found) if noise else None, args))
     lines = []
     for (contender, stage, noise), found in runs.items():
-        failed = next((one for one, _ in found if "error" in one), {})
+        failed: report.Line = next((one for one, _ in found if "error" in one), {})
         line = {"contender": contender, "stage": stage, "noise": NOISE * noise, "ranks": args.ranks}
         line |= failed or found[0][0]
         if "error" not in line:

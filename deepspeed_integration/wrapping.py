@@ -44,8 +44,9 @@ def _init(original: Any) -> Any:
     """Reason: names, modules and partitions are known when the engine is whole; refusals come before it is."""
 
     def init(self: DeepSpeedEngine, *args: Any, **kwargs: Any) -> None:
-        given = inspect.signature(original).bind(self, *args, **kwargs).arguments
-        config, client = given.get("config_class"), given.get("optimizer")
+        given: dict[str, Any] = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        config: Any = given.get("config_class")
+        client = given.get("optimizer")
         check_client(client)
         if isinstance(client, DeepSpeedOptimizer) or getattr(config, "optimizer_name", None) in NAMES:
             check_config(config)  # before DeepSpeed begins: what it sets for all engines to come would stay

@@ -47,6 +47,7 @@ class UnderDeepSpeed:
 
     optimizer_options: dict[str, Any]
     optimizer_checkpoint: str
+    config: dict[str, Any] | None
 
     def __init__(self: Any, **options: Any) -> None:
         super().__init__(**options)

@@ -72,6 +72,29 @@ def test_every_way_of_giving_the_optimizer_is_the_same(worlds, stage):
     assert len(found) == 5 and all(same_bits(weights, found["entry"]) for weights in found.values())
 
 
+def offloaded(group, by_hand: bool):
+    """The weights after three steps with CPU offload, for which DeepSpeed wants its own Adam to be handed over."""
+    with deepspeed_here(group) as deepspeed:
+        import deepspeed_integration as ours
+
+        model, given = net(), config(2, ranks=group.size(), zero={"offload_optimizer": CPU})
+        optimizer = ours.KLShampoo(list(model.parameters()), **OPTIONS) if by_hand else None
+        if by_hand:
+            del given["optimizer"]
+        engine = deepspeed.initialize(
+            model=model, optimizer=optimizer, model_parameters=list(model.parameters()), config=given
+        )[0]
+        train(engine, range(3))
+        found = weights_of(deepspeed, engine)
+        engine.destroy()
+        return found
+
+
+def test_one_made_by_hand_can_be_offloaded(worlds):
+    found = worlds[2].run(offloaded, 2, True, timeout=120)
+    assert same_bits(found[0], worlds[2].run(offloaded, 2, False, timeout=120)[0])
+
+
 def with_named_groups(group, named: bool):
     with deepspeed_here(group) as deepspeed:
         import deepspeed_integration as ours

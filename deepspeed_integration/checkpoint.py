@@ -22,6 +22,7 @@ FOLDER, MANIFEST, GROUPS = "kl_dist", "manifest.json", "groups.pt"
 
 REMEDY = (
     "engine.load_checkpoint(.., load_optimizer_states=False) loads the weights alone, and the optimizer starts anew"
+    " (optimizer_checkpoint='ignore' of a Lightning strategy)"
 )
 
 
@@ -77,6 +78,8 @@ def load(optimizer: Any, path: Path) -> list[dict[str, Any]]:
 
 def check(path: Path) -> None:
     """Raises ValueError, naming the file, unless all that the manifest lists is there and as it was written."""
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no checkpoint {path.parent}")
     try:
         sums = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:

@@ -35,7 +35,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         lr, betas, eps, weight_decay: as KLShampoo's. Betas of (0.9, 0.999), AdamW's default and HF Trainer's, become
             KLShampoo's own for matrices, and stay what they are for what AdamW serves.
         output_head: name of the module that is the model's output head, which AdamW serves; embeddings go there too.
-        on_nonfinite: "skip" or "raise".
+        on_nonfinite: "skip"; or "raise" at stage 0 in float32, elsewhere DeepSpeed leaves such steps out by itself.
         given: any option of a group of KLShampoo.
 
     Raises:
@@ -62,6 +62,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         self.core: kl_dist.KLShampoo | None = None
         self.groups: list[dict[str, Any]] = []  # DeepSpeed puts a list of one in the place of param_groups as it steps
         self._output_head, self._on_nonfinite, self._is_loading = output_head, on_nonfinite, False
+        self._engine: Any = None
         self._zero: Any = None
         self._served: list[dict[str, Any]] = []  # the groups that have something to train, as the core has them
         self._flats: list[Flat] = []
@@ -78,14 +79,24 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         unnamed = params if isinstance(params, Tensor) else [p[1] if isinstance(p, tuple) else p for p in params]
         super().add_param_group({**param_group, "params": unnamed})
         group = self.param_groups[-1]
-        if group["betas"] is not None and tuple(group["betas"]) == options.TORCH_ADAMW_BETAS:
+        if isinstance(group["betas"], (list, tuple)) and tuple(group["betas"]) == options.TORCH_ADAMW_BETAS:
             group["adamw_betas"] = group["adamw_betas"] or options.TORCH_ADAMW_BETAS
             group["betas"] = None
         options.resolve(group)
 
     def attach(self, engine: Any) -> None:
-        """Take up what DeepSpeed made of the parameters, and plan; a collective."""
+        """Take up what DeepSpeed made of the parameters, and plan; a collective.
+
+        Raises:
+            ValueError: names that no parameter or module has; on_nonfinite="raise" where DeepSpeed looks first.
+        """
+        self._engine = engine
         self._zero = engine.optimizer if engine.optimizer is not self else None
+        if self._zero is not None and self._on_nonfinite == "raise":
+            raise ValueError(
+                'on_nonfinite="raise" is for ZeRO stage 0 in float32: elsewhere DeepSpeed leaves a step out that is not'
+                " finite before KLShampoo hears of it; watch engine.skipped_steps"
+            )
         self.groups = list(self.param_groups)
         stand_ins = self._stand_ins(engine.zero_optimization_stage(), torch.device(engine.device))
         elementwise = embeddings_and_head(engine.module, self._output_head)
@@ -180,8 +191,9 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         return self._attached.routes()
 
     def stats(self, all_ranks: bool = False) -> dict[str, Any]:
-        """As `KLShampoo.stats`; a collective with `all_ranks`."""
-        return self._attached.stats(all_ranks)
+        """As `KLShampoo.stats`, the steps that DeepSpeed has left out counted in; a collective with `all_ranks`."""
+        found = self._attached.stats(all_ranks)
+        return {**found, "skipped_steps": found["skipped_steps"] + self._engine.skipped_steps}
 
     @property
     def _attached(self) -> kl_dist.KLShampoo:

@@ -15,7 +15,7 @@ ALONE = "use data parallelism alone"
 
 def check_client(optimizer: Any) -> None:
     """Raises TypeError for kl_dist's own optimizer, which steps parameters as PyTorch lays them out."""
-    if isinstance(optimizer, KLShampoo):
+    if isinstance(optimizer, KLShampoo) or (isinstance(optimizer, type) and issubclass(optimizer, KLShampoo)):
         raise TypeError(
             "DeepSpeed lays parameters out anew, so kl_dist.KLShampoo cannot step them: hand over"
             " deepspeed_integration.KLShampoo, which takes the same groups and options"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 from deepspeed.checkpoint import ds_to_universal
@@ -19,10 +20,16 @@ from deepspeed_integration import checkpoint
 def convert(source: Path, target: Path, workers: int = 1) -> None:
     """Make a Universal Checkpoint at `target` of the one at `source`, both <save_dir>/<tag>.
 
+    What an earlier conversion has left at `target` is replaced.
+
     Raises:
-        ValueError: a file of the optimizer's state is missing or damaged.
+        ValueError: a file of the optimizer's state is missing or damaged; or `source` is of stage 0.
     """
     checkpoint.check(source / checkpoint.FOLDER)
+    if not any(source.glob("*zero_pp_rank_*_optim_states.pt")):
+        raise ValueError(f"{source} is of ZeRO stage 0, which loads at any world size as it is")
+    if (target / checkpoint.FOLDER).is_dir():
+        shutil.rmtree(target)
     shutil.copytree(source / checkpoint.FOLDER, target / checkpoint.FOLDER)  # first: DeepSpeed writes the tag last
     ds_to_universal.main(
         argparse.Namespace(
@@ -43,7 +50,10 @@ def main() -> None:
     parser.add_argument("target", type=Path, nargs="?", help="default: <save_dir>/<tag>_universal")
     given = parser.parse_args()
     source = given.source.resolve()
-    convert(source, given.target or source.with_name(f"{source.name}_universal"))
+    try:
+        convert(source, given.target or source.with_name(f"{source.name}_universal"))
+    except ValueError as problem:
+        sys.exit(f"error: {problem}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ As in launch/train.py a batch depends on the seed and the step alone, so any num
 
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +70,19 @@ class Job:
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        if "RANK" not in os.environ:
+            raise UsageError("start this with torchrun, deepspeed, or accelerate launch --use_deepspeed")
+        if not options.deepspeed_config.is_file():
+            raise UsageError(f"there is no file {options.deepspeed_config}")
         deepspeed.init_distributed()
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         given = json.loads(options.deepspeed_config.read_text())
         self.windows = given.get("train_batch_size", 0)
-        if not self.windows or self.windows % self.ranks:
+        if not self.windows:
+            raise UsageError(
+                f"{options.deepspeed_config} needs a train_batch_size: the windows of a step, over all ranks"
+            )
+        if self.windows % self.ranks:
             raise UsageError(
                 f"train_batch_size {self.windows} of {options.deepspeed_config} must divide over {self.ranks} ranks"
             )

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from kl_dist import KLShampoo
 from lightning_plugin.unwrapping import kl_shampoo_in
 
 
@@ -72,7 +71,7 @@ class SummarizesPartition:
             type(self)._say(f"{said}\n{optimizer.routes()}" if self.parameters else said)
 
 
-def _optimizers(trainer: Any) -> list[KLShampoo]:
+def _optimizers(trainer: Any) -> list[Any]:
     """Those of ours; without any, a callback has nothing to say, so that a strategy can be changed by itself."""
     found = [kl_shampoo_in(optimizer) for optimizer in trainer.optimizers]
     ours = [optimizer for optimizer in found if optimizer is not None]

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from kl_dist import KLShampoo
-
 
 def unwrapped(optimizer: Any) -> Any:
     """The optimizer inside a LightningOptimizer or a _FabricOptimizer, or what is none of these as it is."""
@@ -11,9 +9,9 @@ def unwrapped(optimizer: Any) -> Any:
     return optimizer if inner is None else inner
 
 
-def kl_shampoo_in(optimizer: Any) -> KLShampoo | None:
-    """The KLShampoo inside Lightning's wrapper, or inside DeepSpeed's and of what DeepSpeed constructs; else None."""
-    while optimizer is not None and not isinstance(optimizer, KLShampoo):
+def kl_shampoo_in(optimizer: Any) -> Any:
+    """What has KLShampoo's plan, routes and stats inside the wrappers of Lightning and DeepSpeed; else None."""
+    while optimizer is not None and not hasattr(optimizer, "routes"):
         inside = vars(optimizer)
-        optimizer = inside.get("_optimizer") or inside.get("optimizer") or inside.get("core")
+        optimizer = inside.get("_optimizer") or inside.get("optimizer")
     return optimizer

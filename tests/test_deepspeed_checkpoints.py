@@ -73,9 +73,20 @@ def test_a_universal_checkpoint_goes_on_at_another_world_size(worlds, name, rank
     from deepspeed_integration.universal import convert
 
     (_, weights, lrs), _ = worlds[2].run(saved, 2, name, str(tmp_path), timeout=120)
-    convert(tmp_path / "global_step6", tmp_path / "global_step6_universal")
+    for _ in range(2):  # what a first conversion has left is replaced
+        convert(tmp_path / "global_step6", tmp_path / "global_step6_universal")
     found = worlds[ranks].run(resumed, ranks, name, str(tmp_path), True, timeout=120)[0]
     assert deviation(found[1], weights) <= 1e-3 and found[2] == lrs
+
+
+def test_what_cannot_be_converted_is_said(worlds, tmp_path):
+    from deepspeed_integration.universal import convert
+
+    worlds[2].run(saved, 2, "stage 0", str(tmp_path), timeout=120)
+    for source, said in (("global_step6", "as it is"), ("global_step7", "there is no checkpoint")):
+        with pytest.raises(ValueError, match=said):
+            convert(tmp_path / source, tmp_path / "universal")
+    assert not (tmp_path / "universal").exists()
 
 
 def loading_fails(group, name: str, folder: str):

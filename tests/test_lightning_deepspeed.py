@@ -342,7 +342,11 @@ def test_options_that_contradict_are_refused_at_once(options, said):
         KLShampooDeepSpeedStrategy(**options)
 
 
-def test_gpus_are_wanted_by_lightning():
-    made = pytorch().Trainer(accelerator="cpu", devices=1, strategy="kl_shampoo_deepspeed", logger=False)
-    with pytest.raises(RuntimeError, match="only supported on CUDA GPUs"):
-        made.fit(module(), rows(1, 0))
+def by_name(group):
+    with launched(group):
+        trainer(pytorch(), "kl_shampoo_deepspeed").fit(module(dtype=torch.float32), rows(1, 0))
+
+
+def test_gpus_are_wanted_by_lightning(worlds):
+    (error,) = worlds[1].run_expecting_errors(by_name, 1)
+    assert "only supported on CUDA GPUs" in str(error)

@@ -74,14 +74,12 @@ def test_every_way_of_giving_the_optimizer_is_the_same(worlds, stage):
     assert len(found) == 5 and all(same_bits(weights, found["entry"]) for weights in found.values())
 
 
-def offloaded(group, by_hand: bool):
-    """The weights after three steps with CPU offload, for which DeepSpeed wants its own Adam to be handed over."""
+def made_by_hand(group, make, **zero):
+    """The weights after three steps of an optimizer that is handed over; without `make`, of the config's entry."""
     with deepspeed_here(group) as deepspeed:
-        import deepspeed_integration as ours
-
-        model, given = net(), config(2, ranks=group.size(), zero={"offload_optimizer": CPU})
-        optimizer = ours.KLShampoo(list(model.parameters()), **OPTIONS) if by_hand else None
-        if by_hand:
+        model, given = net(), config(2, ranks=group.size(), zero=zero)
+        optimizer = None if make is None else make(model)
+        if make is not None:
             del given["optimizer"]
         engine = deepspeed.initialize(
             model=model, optimizer=optimizer, model_parameters=list(model.parameters()), config=given
@@ -92,30 +90,36 @@ def offloaded(group, by_hand: bool):
         return found
 
 
+def one_group(model):
+    from deepspeed_integration import KLShampoo as Ours
+
+    return Ours(list(model.parameters()), **OPTIONS)
+
+
+def named_groups(model):
+    from deepspeed_integration import KLShampoo as Ours
+
+    return Ours(param_groups(model, **OPTIONS))
+
+
+def unnamed_groups(model):
+    from deepspeed_integration import KLShampoo as Ours
+
+    groups = param_groups(model, **OPTIONS)
+    return Ours([{**one, "params": [p for _, p in one["params"]]} for one in groups])
+
+
 def test_one_made_by_hand_can_be_offloaded(worlds):
-    found = worlds[2].run(offloaded, 2, True, timeout=120)
-    assert same_bits(found[0], worlds[2].run(offloaded, 2, False, timeout=120)[0])
-
-
-def with_named_groups(group, named: bool):
-    with deepspeed_here(group) as deepspeed:
-        import deepspeed_integration as ours
-
-        model = net()
-        groups = param_groups(model, **OPTIONS)
-        if not named:
-            groups = [{**one, "params": [p for _, p in one["params"]]} for one in groups]
-        given = {key: x for key, x in config(2, ranks=group.size()).items() if key != "optimizer"}
-        engine = deepspeed.initialize(model=model, optimizer=ours.KLShampoo(groups), config=given)[0]
-        train(engine, range(3))
-        found = weights_of(deepspeed, engine)
-        engine.destroy()
-        return found
+    """For offload DeepSpeed wants its own Adam to be handed over."""
+    found, expected = (
+        worlds[2].run(made_by_hand, 2, make, offload_optimizer=CPU, timeout=120) for make in (one_group, None)
+    )
+    assert same_bits(found[0], expected[0])
 
 
 def test_groups_may_have_names(worlds):
-    found = worlds[2].run(with_named_groups, 2, True, timeout=120)
-    assert same_bits(found[0], worlds[2].run(with_named_groups, 2, False, timeout=120)[0])
+    found, expected = (worlds[2].run(made_by_hand, 2, make, timeout=120) for make in (named_groups, unnamed_groups))
+    assert same_bits(found[0], expected[0])
 
 
 def other_clients(group, how: str, stage: int, more: dict):

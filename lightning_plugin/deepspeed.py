@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_plugin.conversion import announcement, convert
 from lightning_plugin.registration import METHODS
+from lightning_plugin.unwrapping import is_missing
 
 GROUP = "kl_shampoo.deepspeed"
 """Entry points whose loading makes KLShampoo known to DeepSpeed."""
@@ -76,7 +77,7 @@ class UnderDeepSpeed:
 
     def _init_optimizers(self: Any) -> tuple[Any, Any]:
         optimizer, schedule = super()._init_optimizers()  # type: ignore[misc]
-        if type(optimizer).__name__ == "_MockOptimizer":  # Lightning's, where configure_optimizers returned None
+        if is_missing(optimizer):
             raise ValueError(
                 "configure_optimizers returned None, and the DeepSpeed config has no optimizer: return"
                 ' torch.optim.AdamW, or give the strategy a config with {"optimizer": {"type": "KLShampoo"}}'

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from kl_dist import KLShampoo, clip_grad_norm_, clip_grad_value_
 from lightning_plugin.conversion import announcement, convert
-from lightning_plugin.unwrapping import unwrapped
+from lightning_plugin.unwrapping import is_missing, unwrapped
 
 SECONDS_OF_GRACE = 5.0
 
@@ -45,7 +45,7 @@ class TrainsWithKLShampoo:
             )
 
     def _converted(self: Any, optimizer: Any, schedulers: list[Any]) -> Any:
-        if type(optimizer).__name__ == "_MockOptimizer":  # Lightning's, where configure_optimizers returned None
+        if is_missing(optimizer):
             return optimizer
         converted = convert(optimizer, self.lightning_module, self.optimizer_options, schedulers)
         type(self)._say(announcement(optimizer, converted))

@@ -9,6 +9,11 @@ def unwrapped(optimizer: Any) -> Any:
     return optimizer if inner is None else inner
 
 
+def is_missing(optimizer: Any) -> bool:
+    """Whether this is Lightning's stand-in, where `configure_optimizers` returned None."""
+    return type(optimizer).__name__ == "_MockOptimizer"
+
+
 def kl_shampoo_in(optimizer: Any) -> Any:
     """What has KLShampoo's plan, routes and stats inside the wrappers of Lightning and DeepSpeed; else None."""
     while optimizer is not None and not hasattr(optimizer, "routes"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.world import RemoteTraceback, World, WorldFailure
+from tests.world import RemoteTraceback, World, WorldFailure, patience
 
 
 def total(group, start: float, step: float = 1.0) -> torch.Tensor:
@@ -31,6 +31,11 @@ def fail_before_the_collective(group, rank: int) -> None:
 def hang_on(group, rank: int) -> None:
     if group.rank() == rank:
         time.sleep(3600)
+
+
+def slow(group, seconds: float) -> int:
+    time.sleep(seconds)
+    return group.rank()
 
 
 def die_on(group, rank: int) -> None:
@@ -58,6 +63,20 @@ class Unpicklable(Exception):
 
 def raise_unpicklable(group) -> None:
     raise Unpicklable(1, 2)
+
+
+def test_patience_grows_with_the_load_and_by_an_environment_variable(monkeypatch):
+    monkeypatch.delenv("TEST_PATIENCE", raising=False)
+    for load, said, expected in ((0.1, None, 1.0), (3.0, None, 3.0), (3.0, "2", 6.0), (0.0, "5", 5.0)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load * os.cpu_count(), 0.0, 0.0))
+        if said is not None:
+            monkeypatch.setenv("TEST_PATIENCE", said)
+        assert patience() == expected
+
+
+def test_who_is_slow_on_a_busy_machine_is_waited_for(world, monkeypatch):
+    monkeypatch.setenv("TEST_PATIENCE", "100")
+    assert world.run(slow, 2, 1.0, timeout=0.1) == [0, 1]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -97,7 +116,7 @@ def test_only_functions_with_an_importable_name_are_sent(world):
 @pytest.fixture(scope="module")
 def doomed():
     """A pool of its own, so that killing it does not cost the session's."""
-    ranks = World()
+    ranks = World(3)
     yield ranks
     ranks.stop()
 
@@ -105,9 +124,9 @@ def doomed():
 @pytest.mark.parametrize(
     ("fn", "args", "complaint"),
     [
-        (hang_on, (1,), r"no answer in 1 s from rank 1;"),
+        (hang_on, (1,), r"no answer in \d+ s from rank 1;"),
         (die_on, (2,), r"died \(exit code 7\), so no answer from rank 2;"),
-        (fail_before_the_collective, (0,), r"(?s)no answer in 1 s from rank 1, 2;.*in fail_before_the_collective"),
+        (fail_before_the_collective, (0,), r"(?s)no answer in \d+ s from rank 1, 2;.*in fail_before_the_collective"),
         (send_to_nobody, (), r"did not issue the same collectives"),
     ],
     ids=["hang", "death", "error while others wait", "collectives differ"],

@@ -15,12 +15,13 @@ RUN := "$(ENVIRONMENT)/bin/python" -m
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test clean
+.PHONY: help demo test test-full checked clean
 
 help:
-	@echo "make demo    train a small language model with KL-Shampoo, a few minutes; ARGS= goes to launch/train.py"
-	@echo "make test    lint, type-check and test; ARGS= goes to pytest"
-	@echo "make clean   remove what these made here: .venv, runs and caches"
+	@echo "make demo        train a small language model with KL-Shampoo, a few minutes; ARGS= goes to launch/train.py"
+	@echo "make test        lint, type-check and test; ARGS= goes to pytest"
+	@echo "make test-full   the same with all cases of every test, not some of them"
+	@echo "make clean       remove what these made here: .venv, runs and caches"
 
 demo:
 	@.ci/environment "$(ENVIRONMENT)" "$(PYTHON)" job
@@ -28,13 +29,21 @@ demo:
 	if [ "$$gpus" -gt 8 ]; then gpus=8; fi; \
 	$(RUN) torch.distributed.run --standalone --nproc-per-node "$$gpus" launch/train.py $(ARGS)
 
-test:
+checked:
 	@.ci/environment "$(ENVIRONMENT)" "$(PYTHON)" job,dev,lightning,deepspeed,huggingface
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 	"$(ENVIRONMENT)/bin/lint-imports"
-	$(RUN) pytest $(ARGS)
+
+# One worker for what runs on ranks, which are several processes themselves, and one for all else.
+PYTEST := $(RUN) pytest --numprocesses 2 --dist loadgroup
+
+test: checked
+	$(PYTEST) $(ARGS)
+
+test-full: checked
+	$(PYTEST) -m "not slow" $(ARGS)
 
 clean:
 	rm -rf .venv runs build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

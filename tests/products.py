@@ -9,9 +9,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 PARTNERS = 2
 """So many values of every other parameter meet each value in the cases of `make test`, or all where there are fewer."""
+
+SPEAKING = (str, int, float, tuple, torch.dtype)
+"""Values that name a case by themselves."""
 
 Case = tuple[int, ...]  # by parameter, which of its values
 
@@ -28,7 +32,8 @@ def product(**values: Iterable[Any]) -> pytest.MarkDecorator:
         flat: list[Any] = []
         for key, of_one, index in zip(values, lists, case, strict=True):
             flat += of_one[index] if "," in key else [of_one[index]]
-        params.append(pytest.param(*flat, marks=() if case in some else pytest.mark.full))
+        told = "-".join(map(str, flat)) if all(isinstance(x, SPEAKING) for x in flat) else None
+        params.append(pytest.param(*flat, id=told, marks=() if case in some else pytest.mark.full))
     return pytest.mark.parametrize(names, params)
 
 

@@ -80,11 +80,17 @@ def furthest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 # -- as any optimizer --------------------------------------------------------------------------------------------------
 
 
-def test_it_is_an_optimizer():
-    params = parameters()
-    for given in (params.values(), params.items(), [{"params": params.values()}]):
-        assert isinstance(KLShampoo(given), torch.optim.Optimizer)
-    assert "KLShampoo" in repr(KLShampoo(params.values()))
+def test_parameters_in_any_form_that_torch_takes_are_trained_alike():
+    """And repr, where users look for what they gave, shows the options as they were resolved."""
+    trained = []
+    for form in (dict.values, dict.items, lambda params: [{"params": params.values()}]):
+        params = parameters()
+        opt = KLShampoo(form(params), lr=1e-2)
+        train(opt, params, range(5))
+        trained.append(values(params))
+    assert same(trained[0], trained[1]) and same(trained[0], trained[2])
+    assert furthest(trained[0], parameters()) > 1e-3
+    assert "KLShampoo" in repr(opt) and "precondition_frequency: 2\n" in repr(opt)
 
 
 @pytest.mark.parametrize(

@@ -134,9 +134,17 @@ def test_same_input_same_plan_other_input_other_plan(gpt2):
     assert len(told) == len(others) and first.lines not in told
 
 
-def test_a_plan_is_frozen():
-    with pytest.raises(AttributeError):
-        plan(SMALL, 2).world_size = 3
+def test_a_plan_is_data_that_nothing_changes_afterwards():
+    """It has no list or dict in it, at any depth, and does not look at what it was made of again."""
+    first, groups = plan(SMALL, 2), [dict(DEFAULT_GROUP)]
+    assert hash(first) == hash(plan(SMALL, 2)) != hash(plan(SMALL, 3))
+    parameters = list(first.parameters)
+    second = make_plan(parameters, groups, 2)
+    before = second.digest(), str(second), second.traffic_bytes
+    parameters.clear()
+    groups[0].update(method="soap", precondition_frequency=7)
+    groups.clear()
+    assert (second.digest(), str(second), second.traffic_bytes) == before
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

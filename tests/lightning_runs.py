@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -19,7 +21,7 @@ from kl_dist import KLShampoo
 from tests.models import Weights
 from tests.sharded import SAMPLES, layers, loss_of, tokens_of, weights_of
 
-STEPS = 20
+STEPS = 12
 LR, DECAY = 1e-2, 0.02
 SMOOTH = {"betas": (0.9, 0.9), "adamw_betas": (0.9, 0.999)}
 """What AdamW's default betas become."""
@@ -119,6 +121,22 @@ def launched(group: dist.ProcessGroup) -> Iterator[None]:
             os.environ.pop(key, None)
 
 
+def on_ranks(worlds: dict[int, Any], ranks: int, run: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
+    """`run` on a pool, or where it is one rank in this process, which keeps nothing of it."""
+    if ranks > 1:
+        return worlds[ranks].run(run, ranks, *arguments, timeout=120, **options)
+    before = dict(os.environ)  # a Trainer leaves LOCAL_RANK behind
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return [run(dist.group.WORLD, *arguments, **options)]
+    finally:
+        dist.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def fit(
     group: dist.ProcessGroup,
     strategy: Any = "kl_shampoo",
@@ -145,20 +163,26 @@ def made_strategy(strategy: Any, pl: ModuleType) -> Any:
     return getattr(import_module(f"lightning_plugin.namespaces.{namespace}"), kind)(**options)
 
 
+@cache
 def alone(
     dtype: torch.dtype = torch.float64,
     noise: float = 0.0,
     seed: int = 0,
     steps: int = STEPS,
     period: int = STEPS,
+    start: Callable[[Any, KLShampoo], None] | None = None,
     change: Callable[[Any, int], None] = lambda optimizer, step: None,
     schedule: Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> Weights:
-    """Plain kl_dist on one process, on the same samples and as AdamW is converted; noise on the gradients if asked."""
+    """Plain kl_dist on one process, on the same samples and as AdamW is converted; noise on the gradients if asked.
+
+    `start` may alter model and optimizer before the first step, `change` the gradients of a step.
+    """
     model = layers(dtype)
-    given = {"lr": LR, "weight_decay": DECAY, "adamw_names": ("embedding.weight",), **SMOOTH, **options}
-    optimizer = KLShampoo(model.named_parameters(), **given)
+    optimizer = plain(model, **options)
+    if start is not None:
+        start(model, optimizer)
     scheduler = None if schedule is None else schedule(optimizer)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
@@ -172,3 +196,17 @@ def alone(
         if scheduler is not None:
             scheduler.step()
     return weights_of(model)
+
+
+def plain(model: Any, **options: Any) -> KLShampoo:
+    """What AdamW is converted to."""
+    given = {"lr": LR, "weight_decay": DECAY, "adamw_names": ("embedding.weight",), **SMOOTH, **options}
+    return KLShampoo(model.named_parameters(), **given)
+
+
+def train(model: Any, optimizer: Any, steps: int) -> None:
+    """Any optimizer's first steps, on one process."""
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, tokens_of(step)).backward()
+        optimizer.step()

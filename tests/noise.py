@@ -25,6 +25,7 @@ MODULES = (
     "test_distributed_reduced",
     "test_distributed_sharded",
     "test_lightning_checkpoints",
+    "test_lightning_deepspeed",
     "test_lightning_training",
 )
 NOISE = 1e-7

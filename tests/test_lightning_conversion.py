@@ -9,7 +9,8 @@ from torch.optim import SGD, Adam, AdamW, NAdam
 from torch.optim import lr_scheduler as schedules
 
 from kl_dist import KLShampoo
-from kl_dist.options import RECIPE_DEFAULTS
+from kl_dist.options import DEFAULTS, RECIPE_DEFAULTS
+from lightning_plugin import KLShampooStrategy
 from lightning_plugin.conversion import announcement, convert
 
 
@@ -85,6 +86,28 @@ def test_default_betas_become_those_of_the_method_and_recipe(net, method, recipe
     (group,) = convert(AdamW(net.parameters()), net, {"method": method, "recipe": recipe}).param_groups
     (plain,) = KLShampoo(net.named_parameters(), method=method, recipe=recipe).param_groups
     assert group["betas"] == plain["betas"] and group["method"] == method and group["recipe"] == recipe
+
+
+OPTIONS = {
+    **{"lr": 2e-3, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1, "method": "shampoo", "recipe": "paper"},
+    **{"precondition_frequency": 3, "shampoo_beta": 0.7, "nesterov": True, "stagger": True, "blocking": "square"},
+    **{"max_preconditioner_dim": 5, "long_side": "diagonal", "merge_dims": True, "matrices": {"rows": (1,)}},
+    **{"shampoo_exponent": 0.3, "adamw_lr": 1e-4, "adamw_betas": (0.7, 0.8), "adamw_names": ("body.weight",)},
+}
+
+
+def test_every_option_of_the_strategy_is_the_groups(net):
+    assert OPTIONS.keys() == DEFAULTS.keys()
+    given = KLShampooStrategy(**OPTIONS, on_nonfinite="raise", output_head="head").optimizer_options
+    found = convert(AdamW(net.parameters()), net, given)
+    (group,) = found.param_groups
+    assert {name: group[name] for name in OPTIONS if name != "adamw_names"} == {
+        name: x for name, x in OPTIONS.items() if name != "adamw_names"
+    }
+    assert {name for name, method in routes(found).items() if method == "adamw"} >= {"body.weight", "head.weight"}
+    net.body.weight.grad = torch.full_like(net.body.weight, torch.nan)
+    with pytest.raises(FloatingPointError):
+        found.step()
 
 
 def test_every_group_keeps_its_keys(net):

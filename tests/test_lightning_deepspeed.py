@@ -4,7 +4,8 @@ Lightning wants GPUs for it; what makes it take CPUs stands here, and nothing el
 """
 
 import contextlib
-from functools import cache
+import gc
+from functools import cache, partial
 from importlib import import_module
 
 import pytest
@@ -18,18 +19,48 @@ from lightning_plugin import KLShampooDeepSpeedStrategy
 from tests.deepspeed_runs import deepspeed_here, weights_of
 from tests.lightning_runs import LR, STEPS, adamw, alone, launched, module, pytorch, rows, trainer
 from tests.models import METHODS, deviation, same_bits
+from tests.noise import NOISE, float32_limit
+from tests.products import product
 from tests.sharded import layers
 
 STAGES = (0, 1, 2, 3)
 NAMESPACES = {"lightning.pytorch": "of_lightning", "pytorch_lightning": "of_pytorch_lightning"}
-reference = cache(alone)
 
 
-@cache
-def float32_limit(**options) -> float:
-    """Three times what relative noise of 1e-7 on the gradients does to a run."""
-    expected = reference(torch.float32, **options)
-    return 3 * max(deviation(reference(torch.float32, 1e-7, seed, **options), expected) for seed in range(1, 6))
+# -- what is expected --------------------------------------------------------------------------------------------------
+
+
+def falling(step: int) -> float:
+    return 1 / (1 + step)
+
+
+def of_reference(optimizer):
+    return LambdaLR(optimizer, falling)
+
+
+def clipped(optimizer, step):
+    clip_grad_norm_(optimizer, 0.5)
+
+
+REFERENCES = {
+    **{method: {"method": method, "betas": recipe_defaults(method, "fresh")["betas"]} for method in METHODS},
+    "scheduled": {"lr": 2 * LR, "schedule": of_reference},
+    "clipped": {"change": clipped},
+}
+
+
+def reference(name: str, seed: int = 0):
+    return alone(torch.float32, NOISE if seed else 0.0, seed, **REFERENCES[name])
+
+
+YARDSTICKS = {f"lightning {name}": partial(reference, name) for name in REFERENCES if name != "kl_shampoo"}
+
+
+def assert_trained(found, name: str = "kl_shampoo") -> None:
+    assert deviation(found, reference(name)) <= float32_limit(f"lightning {name}")
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
 
 
 def on_cpu(namespace: str, **options):
@@ -52,7 +83,14 @@ def on_cpu(namespace: str, **options):
 @contextlib.contextmanager
 def there(group):
     with launched(group), deepspeed_here(group) as deepspeed:
+        freeze_what_is_imported()
         yield deepspeed
+
+
+@cache
+def freeze_what_is_imported() -> None:
+    """DeepSpeed collects garbage for every engine of stage 3: half a second over all of these modules."""
+    gc.freeze()
 
 
 def fit(group, namespace="lightning.pytorch", configure=None, resume=None, save=None, steps=STEPS, **options):
@@ -74,21 +112,20 @@ def fit(group, namespace="lightning.pytorch", configure=None, resume=None, save=
         return found, *said
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_adamw_is_converted_and_trains_as_on_one_process(worlds, ranks, stage):
-    found = worlds[ranks].run(fit, ranks, stage=stage, timeout=120)
+@product(stage=STAGES, method=METHODS, namespace=NAMESPACES)
+def test_adamw_is_converted_and_trains_as_on_one_process(worlds, stage, method, namespace):
+    found = worlds[2].run(fit, 2, namespace, stage=stage, method=method, timeout=120)
     assert all(same_bits(weights, found[0][0]) for weights, *_ in found)
-    assert deviation(found[0][0], reference(torch.float32)) <= float32_limit()
-    assert found[0][3] == ranks
+    assert_trained(found[0][0], method)
+    assert found[0][3] == 2
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_by_either_lightning(worlds, method):
-    namespace = list(NAMESPACES)[METHODS.index(method) % 2]
-    found = worlds[2].run(fit, 2, namespace, stage=2, method=method, timeout=120)
-    options = {"method": method, "betas": recipe_defaults(method, "fresh")["betas"]}
-    assert deviation(found[0][0], reference(torch.float32, **options)) <= float32_limit(**options)
+@pytest.mark.full
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_device_trains_alike(worlds, stage):
+    found = worlds[1].run(fit, 1, stage=stage, timeout=120)
+    assert_trained(found[0][0])
+    assert found[0][3] == 1
 
 
 def scheduled(made):
@@ -97,31 +134,18 @@ def scheduled(made):
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def falling(step: int) -> float:
-    return 1 / (1 + step)
-
-
-def of_reference(optimizer):
-    return LambdaLR(optimizer, falling)
-
-
 @pytest.mark.parametrize("stage", [1, 3])
 def test_schedules_drive_it_and_lr_scales_them(worlds, stage):
     found = worlds[2].run(fit, 2, configure=scheduled, stage=stage, lr=2 * LR, timeout=120)
-    expected = reference(torch.float32, lr=2 * LR, schedule=of_reference)
-    assert deviation(found[0][0], expected) <= float32_limit(lr=2 * LR, schedule=of_reference)
+    assert_trained(found[0][0], "scheduled")
     assert found[0][2] == [pytest.approx(2 * LR * falling(STEPS))]
 
 
-def clipped(optimizer, step):
-    clip_grad_norm_(optimizer, 0.5)
-
-
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [0, 3, *(pytest.param(stage, marks=pytest.mark.full) for stage in (1, 2))])
 def test_clipping_and_accumulation_are_deepspeeds_and_alike(worlds, stage):
     more = {"trainer_gradient_clip_val": 0.5, "trainer_accumulate_grad_batches": 2}
     found = worlds[2].run(fit, 2, stage=stage, timeout=120, **more)
-    assert deviation(found[0][0], reference(torch.float32, change=clipped)) <= float32_limit(change=clipped)
+    assert_trained(found[0][0], "clipped")
 
 
 def made_later(made):
@@ -156,7 +180,7 @@ def built_in_configure_model(group, configure, **options):
 
 def test_a_model_made_in_configure_model_at_stage_3(worlds):
     found, routes, _ = worlds[2].run(built_in_configure_model, 2, made_later, timeout=120)[0]
-    assert deviation(found, reference(torch.float32)) <= float32_limit()
+    assert_trained(found)
     assert route_of("net.embedding.weight", routes) == "adamw"
 
 
@@ -201,13 +225,13 @@ def from_the_entry(type_: str = "KLShampoo", **more) -> dict:
 @pytest.mark.parametrize("configure", [nothing, adamw])
 def test_a_config_with_an_entry_of_its_own(worlds, configure):
     found = worlds[2].run(fit, 2, configure=configure, config=from_the_entry(), timeout=120)
-    assert deviation(found[0][0], reference(torch.float32)) <= float32_limit()
+    assert_trained(found[0][0])
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.full), 2, 3])  # 1 saves as 2 does
 def test_a_fit_goes_on_to_the_last_bit(worlds, tmp_path, stage):
     epoch = {"stage": stage, "configure": scheduled, "steps": 4, "trainer_max_steps": -1, "timeout": 120}
     whole = worlds[2].run(fit, 2, trainer_max_epochs=2, **epoch)
@@ -223,11 +247,9 @@ def test_weights_alone_go_on_with_a_new_optimizer(worlds, tmp_path, stage, preci
     saved = worlds[2].run(fit, 2, method="soap", save=path, **some)
     errors = worlds[2].run_expecting_errors(fit, 2, resume=path, trainer_max_epochs=2, **some)
     assert all("soap.ckpt/checkpoint/kl_dist does not fit" in str(error) for error in errors), errors
-    loaded = worlds[2].run(fit, 2, resume=path, optimizer_checkpoint="ignore", **some)  # its only epoch is done
-    assert same_bits(loaded[0][0], saved[0][0])
     more = {"optimizer_checkpoint": "ignore", "trainer_max_epochs": 2, "configure": barely, **some}
     found = worlds[2].run(fit, 2, resume=path, **more)
-    assert deviation(found[0][0], saved[0][0]) <= 1e-6
+    assert deviation(found[0][0], saved[0][0]) <= 1e-9
 
 
 def barely(made):
@@ -296,7 +318,8 @@ def slow_betas(made):
 
 
 def test_it_says_what_was_converted(worlds):
-    (said,) = worlds[1].run(said_of, 1, slow_betas, timeout=120)[0]
+    ((said,), others) = worlds[2].run(said_of, 2, slow_betas, timeout=120)
+    assert others == [said]
     assert "KLShampoo in the place of AdamW" in said and "betas=(0.9, 0.95) of group 0 were set" in said
 
 
@@ -344,9 +367,9 @@ def test_options_that_contradict_are_refused_at_once(options, said):
 
 def by_name(group):
     with launched(group):
-        trainer(pytorch(), "kl_shampoo_deepspeed").fit(module(dtype=torch.float32), rows(1, 0))
+        trainer(pytorch(), "kl_shampoo_deepspeed").fit(module(dtype=torch.float32), rows(2, group.rank()))
 
 
 def test_gpus_are_wanted_by_lightning(worlds):
-    (error,) = worlds[1].run_expecting_errors(by_name, 1)
-    assert "only supported on CUDA GPUs" in str(error)
+    errors = worlds[2].run_expecting_errors(by_name, 2)
+    assert all("only supported on CUDA GPUs" in str(error) for error in errors)

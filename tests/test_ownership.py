@@ -37,6 +37,13 @@ def test_balance_suffers_by_no_more_than_is_said(world_size):
     assert set(near.owners) == set(range(world_size))
 
 
+def test_what_would_be_uneven_with_matrices_at_home_is_divided_evenly():
+    """Each has room at home when its turn comes, and what has none in the end lies a ninth above the evenest."""
+    shapes = [(56, 56), (16, 16), (56, 56), (48, 48), (48, 48), (48, 48), (48, 48)]
+    near, even = flat_plan(shapes, 2), flat_plan(shapes, 2, stage=0)
+    assert max(near.cost) <= (1 + UNEVENNESS) * max(even.cost) + 1
+
+
 def test_with_one_matrix_too_large_the_others_leave_its_rank():
     plan = flat_plan([(64, 64), (8, 8), (8, 8), (8, 8)], 2)
     assert plan.owner["w0"] == 0 and {plan.owner[f"w{i}"] for i in (1, 2, 3)} == {1}

@@ -12,10 +12,15 @@ from tests.models import small_buckets
 from tests.sharded import Layers, groups_of, lay_out, layers, loss_of, tokens_of, weights_of
 
 EVERY = 3
-"""T: a run is stopped in each of the steps between two refreshes."""
+"""T: every so many steps a refresh."""
+
+STOPS = range(EVERY, 2 * EVERY)
+"""A run is stopped in each of the steps between two refreshes."""
+
+FURTHER = EVERY + 1
+"""So many steps it goes on, of which one refreshes and another follows a refresh, wherever it was stopped."""
 
 LAYOUTS = (("ddp", 2), ("ddp", 3), ("ddp", 4), ("fsdp", 1), ("fsdp", 2), ("fsdp", 3), ("fsdp", 4), ("hsdp", 4))
-CROSSED = (*LAYOUTS, ("tp", 2), ("fsdp+tp", 4))
 
 
 class Run:

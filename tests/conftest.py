@@ -35,8 +35,8 @@ def gpt2() -> GPT2:
     return gpt2_on_meta()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Two workers side by side (pytest-xdist, --dist loadgroup): one has the pools, the other all the rest."""
-    for item in items:
+    for item in items if config.pluginmanager.hasplugin("xdist") else ():
         on_ranks = not POOLS.isdisjoint(getattr(item, "fixturenames", ()))
         item.add_marker(pytest.mark.xdist_group("ranks" if on_ranks else "one process"))

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from kl_dist import KLShampoo
 from tests.models import Weights
+from tests.noise import NOISE
 
-STEPS, SHARES, SAMPLES = 20, 2, 12
+STEPS, SHARES, SAMPLES = 12, 2, 12
 LR, DECAY, CLIP = 2e-2, 0.1, 0.5
 OPTIONS = {"lr": LR, "weight_decay": DECAY}
 TYPES = {"kl_shampoo": "KLShampoo", "kl_soap": "KLSOAP", "soap": "SOAP", "shampoo": "Shampoo"}
@@ -78,9 +79,13 @@ def alone(
     seed: int = 0,
     unused: tuple[int, ...] = (),
     left_out: tuple[int, ...] = (),
+    schedule: Callable[[int], float] | None = None,
     **options: Any,
 ) -> Weights:
-    """Plain kl_dist on one process, on the same samples; what is unused has a gradient of zero, as in ZeRO."""
+    """Plain kl_dist on one process, on the same samples; what is unused has a gradient of zero, as in ZeRO.
+
+    A schedule says the learning rate of every step.
+    """
     model = net()
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [{**group, "params": [(names[id(p)], p) for p in group["params"]]} for group in two_groups(model)]
@@ -99,9 +104,16 @@ def alone(
                 parameter.grad *= 1 + noise * torch.randn(parameter.shape, generator=generator)
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
+        for group in optimizer.param_groups if schedule else ():
+            group["lr"] = schedule(step)
         optimizer.step()
         optimizer.zero_grad()
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def noisy(seed: int, method: str = "kl_shampoo", **options: Any) -> Weights:
+    """The same with noise on the gradients, which the seed 0 leaves alone: a yardstick of tests.noise."""
+    return alone(method, noise=NOISE if seed else 0.0, seed=seed, **options)
 
 
 @contextlib.contextmanager
@@ -180,6 +192,6 @@ def fit(group: dist.ProcessGroup, stage: int, method: str = "kl_shampoo", steps:
     with deepspeed_here(group, more.pop("device", "cpu")) as deepspeed:
         engine = engine_of(deepspeed, config(stage, method, group.size(), **more), **made)
         train(engine, range(steps), shares, unused)
-        found = weights_of(deepspeed, engine), engine.basic_optimizer.core.stats()
+        found = weights_of(deepspeed, engine), engine.basic_optimizer.stats()
         engine.destroy()
         return found

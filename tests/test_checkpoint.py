@@ -148,6 +148,7 @@ HOWS = [
 ]
 SAVED = {form: save(make()) for form, (save, _) in FORMS.items()}
 LOADED = state_of(make())
+BEGUN = make(steps=1)
 
 
 @settings(max_examples=500, derandomize=True, suppress_health_check=list(HealthCheck), deadline=None)
@@ -162,7 +163,7 @@ def test_a_mutated_state_dict_loads_to_the_same_or_is_refused_with_nothing_chang
         del holder[last]
     else:
         holder[last] = changed(holder[last], how)
-    optimizer = make(steps=1)
+    optimizer = copy.deepcopy(BEGUN)
     before, options = state_of(optimizer), options_of(optimizer)
     try:
         FORMS[form][1](optimizer, saved)

@@ -1,14 +1,21 @@
 """Checkpoints of DeepSpeed's engine with our optimizer: exact, at another world size too, or refused by name."""
 
+import math
+import shutil
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from tests.deepspeed_runs import SHARES, alone, config, deepspeed_here, engine_of, train, weights_of
-from tests.models import deviation, same_bits
+from tests.deepspeed_runs import alone, config, deepspeed_here, engine_of, noisy, train, weights_of
+from tests.models import Weights, deviation, same_bits
+from tests.noise import float32_limit
+from tests.world import World
 
-HALF, ALL = range(6), range(6, 12)
+STOP, STEPS = 4, 8
 BF16 = {"bf16": {"enabled": True}}
 CASES = {
     "stage 0": (0, {}),
@@ -18,7 +25,26 @@ CASES = {
     "stage 2": (2, {}),
     "stage 3": (3, {"zero": {"sub_group_size": 500}}),
 }
-SCHEDULE = {"type": "WarmupLR", "params": {"warmup_min_lr": 1e-3, "warmup_max_lr": 2e-2, "warmup_num_steps": 8}}
+FIRST, LAST = 1e-3, 2e-2
+SCHEDULE = {"type": "WarmupLR", "params": {"warmup_min_lr": FIRST, "warmup_max_lr": LAST, "warmup_num_steps": STEPS}}
+
+
+def rate(step: int) -> float:
+    """DeepSpeed's WarmupLR, whose first step is not of the warm-up."""
+    return FIRST + (LAST - FIRST) * math.log(max(step, 1)) / math.log(STEPS)
+
+
+SCHEDULED = {"steps": STEPS, "schedule": rate}
+YARDSTICKS = {"deepspeed scheduled": partial(noisy, **SCHEDULED)}
+reference = cache(alone)
+
+
+class Seen(NamedTuple):
+    """Of one run: the weights where it was saved or loaded and at its end, and the groups' options at its end."""
+
+    stopped: Weights
+    ended: Weights
+    options: list[tuple[float, float]]
 
 
 def made(deepspeed, group, name: str, **more):
@@ -27,113 +53,147 @@ def made(deepspeed, group, name: str, **more):
     return engine_of(deepspeed, given)
 
 
-def saved(group, name: str, folder: str):
-    """The weights at the save, and of the run that went on."""
+def go_on(deepspeed, engine) -> Seen:
+    stopped = weights_of(deepspeed, engine)
+    train(engine, range(STOP, STEPS))
+    options = [(group["lr"], group["weight_decay"]) for group in engine.basic_optimizer.groups]
+    seen = Seen(stopped, weights_of(deepspeed, engine), options)
+    engine.destroy()
+    return seen
+
+
+def saved(group, name: str, folder: str) -> Seen:
     with deepspeed_here(group) as deepspeed:
         engine = made(deepspeed, group, name)
-        train(engine, HALF)
+        train(engine, range(STOP))
         engine.save_checkpoint(folder)
-        at_save = weights_of(deepspeed, engine)
-        train(engine, ALL)
-        found = at_save, weights_of(deepspeed, engine), rates(engine)
-        engine.destroy()
-        return found
+        return go_on(deepspeed, engine)
 
 
-def resumed(group, name: str, folder: str, universal: bool = False):
-    """The same, of a run that had begun otherwise and loaded the checkpoint."""
+def resumed(group, name: str, folder: str, universal: bool = False) -> Seen:
+    """Of a run that had begun otherwise and loaded the checkpoint."""
     with deepspeed_here(group) as deepspeed:
         engine = made(deepspeed, group, name, **({"checkpoint": {"load_universal": True}} if universal else {}))
         if not universal:
             train(engine, range(2))
         path, _ = engine.load_checkpoint(folder)
         assert path is not None
-        at_load = weights_of(deepspeed, engine)
-        train(engine, ALL)
-        found = at_load, weights_of(deepspeed, engine), rates(engine)
-        engine.destroy()
-        return found
+        return go_on(deepspeed, engine)
 
 
-def rates(engine):
-    return [(group["lr"], group["weight_decay"]) for group in engine.basic_optimizer.groups]
+class Checkpoints:
+    """Each is saved once, and lent as a copy."""
+
+    def __init__(self, worlds: dict[int, World], folder_of: Callable[[str], Path]) -> None:
+        self.worlds, self.folder_of = worlds, folder_of
+        self.made: dict[tuple[str, int], tuple[Path, Seen]] = {}
+
+    def lend(self, name: str, to: Path, ranks: int = 2) -> tuple[Path, Seen]:
+        """The folder for engine.load_checkpoint, and what rank 0 saw of the run that saved it."""
+        if (name, ranks) not in self.made:
+            folder = self.folder_of("checkpoint")
+            self.made[name, ranks] = folder, self.worlds[ranks].run(saved, ranks, name, str(folder), timeout=120)[0]
+        folder, seen = self.made[name, ranks]
+        return shutil.copytree(folder, to), seen
+
+
+@pytest.fixture(scope="module")
+def checkpoints(worlds, tmp_path_factory) -> Checkpoints:
+    return Checkpoints(worlds, tmp_path_factory.mktemp)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_resumed_run_is_to_the_bit_the_undisturbed_one(worlds, name, tmp_path):
-    (at_save, weights, lrs), _ = worlds[2].run(saved, 2, name, str(tmp_path), timeout=120)
-    (at_load, others, theirs), _ = worlds[2].run(resumed, 2, name, str(tmp_path), timeout=120)
-    assert same_bits(at_load, at_save)
-    assert same_bits(others, weights) and theirs == lrs
+def test_a_resumed_run_is_to_the_bit_the_undisturbed_one(worlds, checkpoints, name, tmp_path):
+    folder, expected = checkpoints.lend(name, tmp_path / "saved")
+    found = worlds[2].run(resumed, 2, name, str(folder), timeout=120)[0]
+    assert same_bits(found.stopped, expected.stopped)
+    assert same_bits(found.ended, expected.ended) and found.options == expected.options
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("name", ["stage 1", "stage 2", "stage 3"])
-def test_a_universal_checkpoint_goes_on_at_another_world_size(worlds, name, ranks, tmp_path):
+@pytest.mark.parametrize("name", ["stage 0", "stage 1", "stage 2", "stage 3"])
+def test_the_undisturbed_run_is_that_of_one_process_on_this_schedule(checkpoints, name, tmp_path):
+    """So that the comparisons above are of the right thing."""
+    _, seen = checkpoints.lend(name, tmp_path / "saved")
+    assert deviation(seen.ended, reference(**SCHEDULED)) <= float32_limit("deepspeed scheduled")
+
+
+RESIZED = [
+    *[("stage 1", 2, 4), ("stage 2", 4, 2), ("stage 3", 2, 4)],
+    *[pytest.param(f"stage {stage}", 2, after, marks=pytest.mark.full) for stage in (1, 2, 3) for after in (1, 3)],
+]
+
+
+@pytest.mark.parametrize(("name", "before", "after"), RESIZED)
+def test_a_universal_checkpoint_goes_on_at_another_world_size(worlds, checkpoints, name, before, after, tmp_path):
     from deepspeed_integration.universal import convert
 
-    (_, weights, lrs), _ = worlds[2].run(saved, 2, name, str(tmp_path), timeout=120)
+    folder, seen = checkpoints.lend(name, tmp_path / "saved", before)
     for _ in range(2):  # what a first conversion has left is replaced
-        convert(tmp_path / "global_step6", tmp_path / "global_step6_universal")
-    found = worlds[ranks].run(resumed, ranks, name, str(tmp_path), True, timeout=120)[0]
-    assert deviation(found[1], weights) <= 1e-3 and found[2] == lrs
+        convert(folder / f"global_step{STOP}", folder / f"global_step{STOP}_universal")
+    found = worlds[after].run(resumed, after, name, str(folder), True, timeout=120)[0]
+    assert same_bits(found.stopped, seen.stopped) and found.options == seen.options
+    assert deviation(found.ended, reference(**SCHEDULED)) <= float32_limit("deepspeed scheduled")
 
 
-def test_what_cannot_be_converted_is_said(worlds, tmp_path):
+def test_what_cannot_be_converted_is_said(checkpoints, tmp_path):
     from deepspeed_integration.universal import convert
 
-    worlds[2].run(saved, 2, "stage 0", str(tmp_path), timeout=120)
-    for source, said in (("global_step6", "as it is"), ("global_step7", "there is no checkpoint")):
+    folder, _ = checkpoints.lend("stage 0", tmp_path / "saved")
+    for tag, said in ((f"global_step{STOP}", "as it is"), ("global_step77", "there is no checkpoint")):
         with pytest.raises(ValueError, match=said):
-            convert(tmp_path / source, tmp_path / "universal")
+            convert(folder / tag, tmp_path / "universal")
     assert not (tmp_path / "universal").exists()
 
 
-def loading_fails(group, name: str, folder: str):
-    """The error, and whether weights and state are as they were."""
+def loading_fails(group, name: str, folders: list[str]) -> tuple[list[tuple[str, bool]], Weights]:
+    """By folder the error, and whether weights and state are as they were; then the weights one step later."""
     with deepspeed_here(group) as deepspeed:
         engine = made(deepspeed, group, name)
         train(engine, range(2))
-        before, state = weights_of(deepspeed, engine), copies(engine)
-        try:
-            engine.load_checkpoint(folder)
-        except ValueError as problem:
-            error = str(problem)
-        same = same_bits(before, weights_of(deepspeed, engine)) and same_bits(state, copies(engine))
+        before, state, found = weights_of(deepspeed, engine), copies(engine), []
+        for folder in folders:
+            error = ""
+            try:
+                engine.load_checkpoint(folder)
+            except ValueError as problem:
+                error = str(problem)
+            same = same_bits(before, weights_of(deepspeed, engine)) and same_bits(state, copies(engine))
+            found.append((error, same))
         train(engine, range(2, 3))
+        weights = weights_of(deepspeed, engine)
         engine.destroy()
-        return error, same
+        return found, weights
 
 
-def copies(engine):
-    core = engine.basic_optimizer.core
-    pairs = ((p, entries) for p, entries in core.state.items())
-    return {f"{i} {key}": x.clone() for i, (_, entries) in enumerate(pairs) for key, x in entries.items()}
+def copies(engine) -> Weights:
+    entries = enumerate(engine.basic_optimizer.core.state.values())
+    return {f"{number} {key}": x.clone() for number, one in entries for key, x in one.items()}
 
 
-@pytest.mark.parametrize("name", ["stage 0", "stage 2", "stage 3"])
-@pytest.mark.parametrize("damage", ["missing", "changed", "no manifest"])
-def test_damaged_state_is_refused_by_name_and_leaves_the_run_as_it_was(worlds, name, damage, tmp_path):
-    worlds[2].run(saved, 2, name, str(tmp_path), timeout=120)
-    folder = tmp_path / "global_step6" / "kl_dist"
-    victim = next(folder.glob("__1_*")) if damage != "no manifest" else folder / "manifest.json"
-    if damage == "changed":
+def damaged(folder: Path, how: str) -> Path:
+    """The file of a checkpoint that is not as it should be."""
+    inside = folder / f"global_step{STOP}" / "kl_dist"
+    victim = next(inside.glob("__1_*")) if how != "no manifest" else inside / "manifest.json"
+    if how == "changed":
         raw = bytearray(victim.read_bytes())
         raw[len(raw) // 2] ^= 255
         victim.write_bytes(raw)
     else:
         victim.unlink()
-    for error, same in worlds[2].run(loading_fails, 2, name, str(tmp_path), timeout=120):
-        assert victim.name in error and "load_optimizer_states=False" in error and same
+    return victim
 
 
-def test_another_methods_checkpoint_is_refused(worlds, tmp_path):
-    worlds[2].run(saved_with_soap, 2, str(tmp_path), timeout=120)
-    for error, same in worlds[2].run(loading_fails, 2, "stage 2", str(tmp_path), timeout=120):
-        assert "does not fit" in error and same
+@pytest.mark.parametrize("name", ["stage 0", "stage 2", "stage 3"])
+def test_damaged_state_is_refused_by_name_and_leaves_the_run_as_it_was(worlds, checkpoints, name, tmp_path):
+    folders = [checkpoints.lend(name, tmp_path / how)[0] for how in ("missing", "changed", "no manifest")]
+    victims = [damaged(folder, folder.name) for folder in folders]
+    for found, weights in worlds[2].run(loading_fails, 2, name, list(map(str, folders)), timeout=120):
+        for (error, same), victim in zip(found, victims, strict=True):
+            assert str(victim) in error and "load_optimizer_states=False" in error and same
+        assert deviation(weights, reference(**{**SCHEDULED, "steps": 3})) <= float32_limit("deepspeed scheduled")
 
 
-def saved_with_soap(group, folder: str):
+def saved_with_soap(group, folder: str) -> None:
     with deepspeed_here(group) as deepspeed:
         engine = engine_of(deepspeed, config(2, "soap", group.size(), scheduler=SCHEDULE))
         train(engine, range(2))
@@ -141,15 +201,16 @@ def saved_with_soap(group, folder: str):
         engine.destroy()
 
 
-def test_nothing_half_written_is_left(worlds, tmp_path):
-    worlds[2].run(saved, 2, "stage 1", str(tmp_path), timeout=120)
-    folder = tmp_path / "global_step6"
-    assert not list(folder.glob("*.partial")) and (folder / "kl_dist" / "manifest.json").exists()
-    assert torch.load(folder / "kl_dist" / "groups.pt", weights_only=True)[1]["weight_decay"] == 0.0
-    assert Path(tmp_path / "latest").read_text() == "global_step6"
+def test_another_methods_checkpoint_is_refused(worlds, tmp_path):
+    worlds[2].run(saved_with_soap, 2, str(tmp_path), timeout=120)
+    for (found,), _ in worlds[2].run(loading_fails, 2, "stage 2", [str(tmp_path)], timeout=120):
+        error, same = found
+        assert "does not fit" in error and same
 
 
-def test_the_undisturbed_run_is_that_of_one_process_on_this_schedule(worlds, tmp_path):
-    """So that the comparisons above are of the right thing: without a schedule the weights are known."""
-    with_schedule = worlds[2].run(saved, 2, "stage 1", str(tmp_path), timeout=120)[0][1]
-    assert 1e-3 < deviation(with_schedule, alone(steps=12, shares=SHARES)) < 1
+def test_nothing_half_written_is_left(checkpoints, tmp_path):
+    folder, _ = checkpoints.lend("stage 1", tmp_path / "saved")
+    inside = folder / f"global_step{STOP}"
+    assert not list(inside.glob("*.partial")) and (inside / "kl_dist" / "manifest.json").exists()
+    assert torch.load(inside / "kl_dist" / "groups.pt", weights_only=True)[1]["weight_decay"] == 0.0
+    assert Path(folder / "latest").read_text() == inside.name

@@ -1,30 +1,38 @@
 """DeepSpeed's engine with our optimizer trains as plain kl_dist does on one process, at every ZeRO stage."""
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 
-from tests.deepspeed_runs import alone, fit
-from tests.models import METHODS, deviation, same_bits
+from tests.deepspeed_runs import alone, config, deepspeed_here, engine_of, fit, noisy, train, weights_of
+from tests.models import METHODS, Weights, deviation, same_bits
+from tests.noise import float32_limit
+from tests.products import product
+from tests.world import World
 
 STAGES = (0, 1, 2, 3)
+UNUSED = {"shares": 1, "steps": 10, "unused": (3, 4, 8)}
+YARDSTICKS = {f"deepspeed {method}": partial(noisy, method=method) for method in METHODS}
+YARDSTICKS["deepspeed unused"] = partial(noisy, **UNUSED)
 reference = cache(alone)
 
 
-@cache
-def float32_limit(method: str = "kl_shampoo", **options) -> float:
-    """Three times what relative noise of 1e-7 on the gradients does to a run."""
-    expected = reference(method, **options)
-    return 3 * max(deviation(reference(method, noise=1e-7, seed=seed, **options), expected) for seed in range(1, 6))
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_weights_equal_those_of_one_process(worlds, ranks, stage, method):
-    found = worlds[ranks].run(fit, ranks, stage, method, timeout=120)
+def check(world: World, stage: int, method: str) -> None:
+    found = world.run(fit, world.ranks, stage, method, timeout=120)
     assert all(same_bits(weights, found[0][0]) for weights, _ in found)
-    assert deviation(found[0][0], reference(method)) <= float32_limit(method)
+    assert deviation(found[0][0], reference(method)) <= float32_limit(f"deepspeed {method}")
+
+
+@product(ranks=[2, 4], stage=STAGES, method=METHODS)
+def test_weights_equal_those_of_one_process(worlds, ranks, stage, method):
+    check(worlds[ranks], stage, method)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_weights_of_odd_numbers_of_ranks_too(worlds, ranks, stage):
+    check(worlds[ranks], stage, "kl_shampoo")
 
 
 VARIANTS = {
@@ -45,33 +53,55 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_zero_can_do_besides_changes_nothing(worlds, name):
     stage, more = VARIANTS[name]
-    found = worlds[2].run(fit, 2, stage, timeout=120, **more)
-    assert deviation(found[0][0], reference()) <= float32_limit()
+    ranks = 4 if name == "hpZ" else 2  # so that its partitions, of two ranks, are not those of all
+    found = worlds[ranks].run(fit, ranks, stage, timeout=120, **more)
+    assert deviation(found[0][0], reference()) <= float32_limit("deepspeed kl_shampoo")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_parameters_that_are_not_used_have_a_gradient_of_zero(worlds, stage):
-    unused = (3, 4, 8)
-    found = worlds[2].run(fit, 2, stage, unused=unused, shares=1, timeout=120)
-    expected = alone(shares=1, unused=unused)
-    assert deviation(found[0][0], expected) <= float32_limit(shares=1, unused=unused)
+IDLE = {f"stage {stage}": (stage, {}) for stage in STAGES}
+IDLE |= {name: variant for name, variant in VARIANTS.items() if name.startswith("offload")}
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_parameters_that_are_not_used_have_a_gradient_of_zero(worlds, name):
+    """Stage 3 and offload keep the last step's gradients in their buffers."""
+    stage, more = IDLE[name]
+    found = worlds[2].run(fit, 2, stage, timeout=120, **UNUSED, **more)
+    assert deviation(found[0][0], reference(**UNUSED)) <= float32_limit("deepspeed unused")
 
 
 BF16 = {"bf16": {"enabled": True}}
-LOW = {
-    "bf16": BF16,
-    "bf16, gradients in float32": {**BF16, "data_types": {"grad_accum_dtype": "fp32"}},
-    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 4}},
+LOW = {  # options, and steps: those that leave some out make more
+    "bf16": (BF16, 4),
+    "bf16, gradients in float32": ({**BF16, "data_types": {"grad_accum_dtype": "fp32"}}, 4),
+    "fp16": ({"fp16": {"enabled": True, "initial_scale_power": 20, "hysteresis": 1}}, 6),
 }
+# Measured: 0.0072 to 0.0076 in bf16, 0.0019 to 0.0078 in fp16; and after four steps in float32 with a refresh at every
+# step 0.036, without clipping 0.072, at a tenth less of the learning rate 0.092, of another method 0.2 at least.
+LOW_LIMIT = 0.015
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", LOW)
-def test_low_precision_to_its_own(worlds, name, stage):
-    """About what float32 trains, and about alike at every stage; fp16 leaves out the steps that overflow."""
-    if stage == 0 and name != "bf16":
-        pytest.skip("float32 gradients need a ZeRO stage; fp16 at stage 0 is refused")
-    found = worlds[2].run(fit, 2, stage, timeout=120, **LOW[name])
-    stage_2 = worlds[2].run(fit, 2, 2, timeout=120, **LOW[name])
-    assert deviation(found[0][0], stage_2[0][0]) <= (0.05 if "bf16" in name else 0.01)
-    assert deviation(found[0][0], reference()) <= (0.1 if "bf16" in name else 0.2)
+def fit_in_low_precision(group, name: str, stage: int) -> tuple[Weights, tuple[int, ...], int]:
+    """Weights after a run, the steps that DeepSpeed left out, and how many our optimizer says they were."""
+    more, steps = LOW[name]
+    with deepspeed_here(group) as deepspeed:
+        engine, left_out = engine_of(deepspeed, config(stage, ranks=group.size(), **more)), []
+        for step in range(steps):
+            train(engine, range(step, step + 1))
+            if engine.skipped_steps > len(left_out):
+                left_out.append(step)
+        found = weights_of(deepspeed, engine), tuple(left_out), engine.basic_optimizer.stats()["skipped_steps"]
+        engine.destroy()
+        return found
+
+
+CASES = [(name, stage) for name in LOW for stage in STAGES if stage or name == "bf16"]
+"""At stage 0 there are no float32 gradients, and fp16 is refused."""
+
+
+@pytest.mark.parametrize(("name", "stage"), CASES)
+def test_low_precision_trains_about_what_float32_does(worlds, name, stage):
+    """So about alike at every stage; fp16 leaves out the steps that overflow."""
+    weights, left_out, said = worlds[2].run(fit_in_low_precision, 2, name, stage, timeout=120)[0]
+    assert said == len(left_out) and bool(left_out) == (name == "fp16")
+    assert deviation(weights, reference(steps=LOW[name][1], left_out=left_out)) <= LOW_LIMIT

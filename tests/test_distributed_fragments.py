@@ -9,6 +9,7 @@ import torch.distributed as dist
 from kl_dist import KLShampoo, clip_grad_norm_, full_state_dict, load_full_state_dict
 from kl_dist.layouts.fragment import Fragment
 from tests.models import METHODS, deviation, same_bits, small_buckets
+from tests.products import product
 from tests.sharded import Layers, layers, loss_of, tokens_of, train_alone, weights_of
 
 STEPS = 12
@@ -75,8 +76,7 @@ def alone(dtype: torch.dtype, method: str):
     return train_alone(dtype, STEPS, {"lr": 1e-2, "method": method})
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@product(world_size=[1, 2, 3, 4], method=METHODS)
 def test_the_weights_are_those_of_one_process(world, world_size, method):
     found = world.run(train, world_size, torch.float64, method)
     assert all(same_bits(other, found[0][0]) for other, _ in found)

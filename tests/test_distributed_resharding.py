@@ -3,13 +3,10 @@
 from functools import cache
 from typing import Any
 
-import pytest
-
 from kl_dist import full_state_dict, load_full_state_dict
-from tests.checkpoints import EVERY, LAYOUTS, Run, furthest
+from tests.checkpoints import FURTHER, LAYOUTS, STOPS, Run, furthest
 from tests.models import METHODS, same_bits
-
-FURTHER = 2 * EVERY
+from tests.products import product
 
 
 @cache
@@ -37,10 +34,7 @@ def save_and_go_on(group, layout: str, stop: int, expected, options: dict[str, A
     return made, furthest(run.weights(), later_weights), furthest(state, later_state) if group.rank() == 0 else 0.0
 
 
-@pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
-@pytest.mark.parametrize("method", METHODS)
-def test_every_layout_makes_and_continues_the_state_of_one_process(world, method, layout, world_size):
-    for stop in range(EVERY, 2 * EVERY):
-        expected = alone(stop, method)
-        results = world.run(save_and_go_on, world_size, layout, stop, expected, {"method": method})
-        assert max(value for result in results for value in result) < 1e-9
+@product(**{"layout,world_size": LAYOUTS, "method": METHODS, "stop": STOPS})
+def test_every_layout_makes_and_continues_the_state_of_one_process(world, layout, world_size, method, stop):
+    results = world.run(save_and_go_on, world_size, layout, stop, alone(stop, method), {"method": method})
+    assert max(value for result in results for value in result) < 1e-9

@@ -10,13 +10,13 @@ import torch.distributed.checkpoint as dcp
 from torch.optim.lr_scheduler import OneCycleLR
 
 from kl_dist import KLShampoo, full_state_dict, load_full_state_dict
-from tests.checkpoints import EVERY, LAYOUTS, Run, flat, furthest
+from tests.checkpoints import EVERY, FURTHER, LAYOUTS, Run, flat, furthest
 from tests.counting import Counter
 from tests.memory import PeakMemory
-from tests.models import deviation, same_bits
+from tests.models import Weights, deviation, same_bits
+from tests.noise import NOISE, float32_limit
+from tests.products import product
 from tests.sharded import groups_of, layers, loss_of, tokens_of, train_alone
-
-FURTHER = 2 * EVERY
 
 
 def through_a_file(value: Any) -> Any:
@@ -46,10 +46,9 @@ def same_keys(group, saved: dict[str, Any]) -> bool:
     return all(other == keys for other in everywhere)
 
 
-@pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
-def test_at_the_same_world_size_it_is_the_same_run_to_the_bit(world, layout, world_size):
-    for stop in range(EVERY + 1):
-        world.run(stop_and_go_on, world_size, layout, stop)
+@product(**{"layout,world_size": LAYOUTS, "stop": range(EVERY + 1)})
+def test_at_the_same_world_size_it_is_the_same_run_to_the_bit(world, layout, world_size, stop):
+    world.run(stop_and_go_on, world_size, layout, stop)
 
 
 class Surrounded:
@@ -92,9 +91,13 @@ def resume_surrounded(group, saved: dict[str, Any], first: int, last: int) -> di
     return Surrounded(group).load(saved).train(first, last).save()
 
 
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, Any]:
+    return Surrounded(None).train(0, 12).save()
+
+
 @pytest.mark.parametrize("stop", [3, 4, 5])
-def test_schedule_and_scaler_go_on_too(world, stop):
-    undisturbed = Surrounded(None).train(0, 12).save()
+def test_schedule_and_scaler_go_on_too(world, undisturbed, stop):
     saved = through_a_file(Surrounded(None).train(0, stop).save())
     saved = world.run(resume_surrounded, 2, saved, stop, 8)[0]
     for resumed in world.run(resume_surrounded, 3, through_a_file(saved), 8, 12):
@@ -112,15 +115,19 @@ def resume_in_float32(group, layout: str, saved: Any, first: int, last: int) -> 
     return run.weights(), full_state_dict(run.optimizer)
 
 
-def test_in_float32_at_another_world_size_it_differs_as_rounding_does(world):
-    steps = 30
+def in_float32(seed: int = 0) -> Weights:
     options = {"precondition_frequency": EVERY, "lr": 1e-2}
-    alone = train_alone(torch.float32, steps, options)
-    noise = max(deviation(train_alone(torch.float32, steps, options, 1e-7, seed), alone) for seed in range(3))
-    saved = world.run(resume_in_float32, 2, "ddp", None, 0, 10)[0]
-    saved = world.run(resume_in_float32, 4, "fsdp", saved, 10, 20)[0]
-    for weights, _ in world.run(resume_in_float32, 3, "ddp", saved, 20, steps):
-        assert deviation(weights, alone) <= 3 * noise
+    return train_alone(torch.float32, 15, options, NOISE if seed else 0.0, seed)
+
+
+YARDSTICKS = {"resumed at other world sizes": in_float32}
+
+
+def test_in_float32_at_another_world_size_it_differs_as_rounding_does(world):
+    saved = world.run(resume_in_float32, 2, "ddp", None, 0, 5)[0]
+    saved = world.run(resume_in_float32, 4, "fsdp", saved, 5, 10)[0]
+    for weights, _ in world.run(resume_in_float32, 3, "ddp", saved, 10, 15):
+        assert deviation(weights, in_float32()) <= float32_limit("resumed at other world sizes")
 
 
 def change_after_resuming(group, layout: str, saved: Any) -> Any:

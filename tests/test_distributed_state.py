@@ -21,6 +21,7 @@ from tests.models import (
     zoo,
     zoo_groups,
 )
+from tests.products import product
 
 STEP_BYTES = 8  # the step count of a slice under AdamW
 
@@ -43,8 +44,7 @@ def hold(group, options: dict[str, Any]) -> Holding:
     return Holding(sum(x.nbytes for x in tensors), sum(storages.values()), tuple(optimizer.plan.state_bytes), slices)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("method", METHODS)
+@product(world_size=[2, 3, 4], method=METHODS)
 def test_ranks_hold_their_own_state_alone(world, method, world_size):
     options = {"method": method}
     alone = hold(None, options)

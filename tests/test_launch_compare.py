@@ -104,7 +104,7 @@ def test_two_at_once_train_as_one_after_another(file: Path, tmp_path: Path) -> N
         return {run["label"]: [loss for _, _, loss in run["evaluations"]] for run in lines(path)}
 
     alone, together = losses(file), losses(tmp_path / "two.jsonl")
-    assert alone.keys() == together.keys()
+    assert len(alone) == 2 and alone.keys() == together.keys()
     for name, values in alone.items():
         assert together[name] == pytest.approx(values, rel=1e-5)
 

@@ -4,16 +4,18 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
-from tests.test_launch_job import ROOT, SIZES, launch, saved_tensors, workers_of
+from tests.jobs import TORCHRUN, begun, ended, on_ranks, text_in, workers_of
+from tests.test_launch_job import SIZES, saved_tensors
+from tests.world import World
 
 STEPS = 40
-KILLS = 10
 RUN = f"{SIZES} --steps {STEPS} --eval-every 20 --checkpoint-every 2 --keep 3 --resume auto"
 
 
@@ -22,57 +24,44 @@ def newest_step(folder: Path) -> int:
     return max(steps, default=0)
 
 
-def wait_for(what, process: subprocess.Popen) -> bool:
+def wait_for(what: Callable[[], object], process: subprocess.Popen, pause: float = 0.002) -> bool:
     """Whether it came to be before the job ended."""
     while process.poll() is None:
         if what():
             return True
-        time.sleep(0.002)
+        time.sleep(pause)
     return False
 
 
-def test_ten_kills_leave_the_weights_of_an_undisturbed_run(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{number} times {number} is {number * number}.\n" for number in range(500)))
-    calm = launch(2, f"{RUN} --data {text} --out {tmp_path / 'calm'}")
-    assert calm.returncode == 0, calm.stderr
-    folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", str(2 * KILLS), "--monitor-interval", "0.1", "launch/train.py", *RUN.split()]
-    chance = random.Random(0)
-    kills = []
-    with (
-        (tmp_path / "log").open("w") as log,
-        subprocess.Popen(
-            [*command, "--data", str(text), "--out", str(folder)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdout=log,
-            stderr=log,
-        ) as process,
-    ):
-        try:
-            for number in range(KILLS):
-                reached = newest_step(folder)
-                if number % 2:  # in the middle of a save
-                    came = wait_for(lambda: list((folder / "checkpoint").glob("*.partial")), process)
-                else:  # in the middle of a step, after one more checkpoint at most
-                    came = wait_for(lambda reached=reached: newest_step(folder) > reached, process)
-                time.sleep(chance.random() * 0.05)
-                assert came
-                wait_for(lambda: len(workers_of(process.pid)) == 2, process)
-                workers = workers_of(process.pid)
-                os.kill(chance.choice(workers), signal.SIGKILL)
-                kills.append(newest_step(folder))
-                wait_for(lambda workers=workers: not set(workers) & set(workers_of(process.pid)), process)
-            process.wait(timeout=300)
-        finally:
-            process.terminate()
-    said = (tmp_path / "log").read_text()
-    assert process.returncode == 0, said
-    assert len(kills) == KILLS, (kills, said)
-    assert kills[-1] > 2  # and so each restart went on from a checkpoint
-    assert not list(folder.glob("earlier-2"))
+def kill_one(process: subprocess.Popen, folder: Path, in_a_save: bool, chance: random.Random) -> int:
+    """Kill one of the two workers after one more checkpoint at most, and wait for the end of both; the newest one."""
+    reached = newest_step(folder)
+    if not in_a_save or not reached:
+        assert wait_for(lambda: newest_step(folder) > reached, process)
+    if in_a_save:
+        assert wait_for(lambda: list((folder / "checkpoint").glob("*.partial")), process)
+    time.sleep(chance.random() * 0.05)
+    wait_for(lambda: len(workers_of(process.pid)) == 2, process, pause=0.1)
+    workers = workers_of(process.pid)
+    os.kill(chance.choice(workers), signal.SIGKILL)
+    newest = newest_step(folder)
+    wait_for(lambda: not set(workers) & set(workers_of(process.pid)), process, pause=0.1)
+    return newest
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.full)])
+def test_kills_leave_the_weights_of_an_undisturbed_run(kills: int, worlds: dict[int, World], tmp_path: Path) -> None:
+    """By turns in the middle of a save and of a step, under torchrun, which starts both processes again."""
+    text, folder, chance = text_in(tmp_path), tmp_path / "killed", random.Random(0)
+    calm = on_ranks(worlds, "launch.train", 2, f"{RUN} --data {text} --out {tmp_path / 'calm'}")
+    assert calm.status == 0, calm.stderr
+    again = f"--max-restarts {2 * kills} --monitor-interval 0.1"
+    with begun(f"{TORCHRUN} 2 {again} launch/train.py {RUN} --data {text} --out {folder}") as job:
+        reached = [kill_one(job.process, folder, number % 2 == 0, chance) for number in range(kills)]
+        done = ended(job)
+    assert done.status == 0, done.stderr
+    assert all(reached), "each restart went on from a checkpoint"
+    assert not list(folder.glob("earlier-*"))
     expected, found = saved_tensors(tmp_path / "calm", STEPS), saved_tensors(folder, STEPS)
     assert expected.keys() == found.keys()
     for place, tensor in expected.items():

@@ -1,10 +1,8 @@
-"""The training job that Lightning runs, in real processes at tiny sizes: its strategies, its YAML files, its errors."""
+"""The training job that Lightning runs, at tiny sizes: its strategies, its YAML files, its errors."""
 
 import csv
 import functools
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +13,11 @@ import pytest
 from kl_dist import options
 from launch import train_lightning
 from launch.options import UsageError
-from tests.test_launch_job import ROOT, launch
+from tests.jobs import ROOT, TORCHRUN, Ended, on_ranks, started, text_in
 from tests.test_launch_job import losses as losses_of_job
+from tests.world import World
 
+SCRIPT = "launch/train_lightning.py"
 STEPS = 6
 MODEL = "--model.layers 1 --model.width 16 --model.heads 2 --model.warmup 1"
 DATA = "--data.context 16 --data.batch_size 6 --data.steps 3"
@@ -32,35 +32,40 @@ DDP, FSDP2 = (
     for name in ("ddp", "fsdp2")
 )
 
-TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2"
-"""Starts both processes at once; without it Lightning starts the second after all imports of the first."""
-
 Runner = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small text, whose validation windows are one more than a multiple of a batch: one rank has none in the last."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{number} times {number} is {number * number}.\n" for number in range(600))[:11690])
+    path = text_in(tmp_path_factory.mktemp("text"), lines=600)
+    path.write_text(path.read_text()[:11690])
     return path
 
 
-@pytest.fixture(scope="module")
-def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    """The folder of a finished run; each is run once and left as it is."""
+@pytest.fixture(scope="module", params=["ranks", pytest.param("processes", marks=pytest.mark.full)])
+def trained(
+    request: pytest.FixtureRequest, text: Path, worlds: dict[int, World], tmp_path_factory: pytest.TempPathFactory
+) -> Runner:
+    """The folder of a finished run on two processes; each is run once and left as it is.
+
+    On ranks that are there already, or as torchrun starts both; "script" is what Lightning starts itself.
+    """
 
     @functools.cache
-    def run(strategy: str, more: str = "", launcher: str = TORCHRUN) -> Path:
+    def run(strategy: str, more: str = "", start: str = request.param) -> Path:
         folder = tmp_path_factory.mktemp("run")
         where = f"--data.file {text} --trainer.default_root_dir {folder} --trainer.max_steps {STEPS}"
         flags = f"fit {strategy} {TWO} {where} {MODEL} {DATA} {LOGGED} {folder} {QUIET} {more}"
-        command = [sys.executable, *launcher.split(), "launch/train_lightning.py", *flags.split()]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
+        done = ways[start](flags)
+        assert done.status == 0, done.stderr
         return folder
 
+    ways: dict[str, Callable[[str], Ended]] = {
+        "ranks": functools.partial(on_ranks, worlds, "launch.train_lightning", 2),
+        "processes": lambda flags: started(f"{TORCHRUN} 2 {SCRIPT} {flags}"),
+        "script": lambda flags: started(f"{SCRIPT} {flags}"),
+    }
     return run
 
 
@@ -72,27 +77,30 @@ def losses(folder: Path) -> list[float]:
     return [float(row[name]) for row in rows for name in ("train_loss", "val_loss") if row.get(name)]
 
 
-def test_adamw_trains_the_module_as_the_job_without_lightning_does(trained: Runner, text: Path, tmp_path: Path) -> None:
+def test_adamw_trains_the_module_as_the_job_without_lightning_does(
+    trained: Runner, text: Path, worlds: dict[int, World], tmp_path: Path
+) -> None:
     """So the data, the schedule and the mean over the ranks are the same, on one process there and on two here."""
     sizes = "--layers 1 --width 16 --heads 2 --context 16 --tokens-per-step 96 --warmup 1"
-    done = launch(1, f"--optimizer adamw {sizes} --steps {STEPS} --eval-every 3 --data {text} --out {tmp_path}")
-    assert done.returncode == 0, done.stderr
+    flags = f"--optimizer adamw {sizes} --steps {STEPS} --eval-every 3 --data {text} --out {tmp_path}"
+    done = on_ranks(worlds, "launch.train", 1, flags)
+    assert done.status == 0, done.stderr
     found = losses(trained("--trainer.strategy ddp"))
     assert len(found) == STEPS + 2
     assert found == pytest.approx(losses_of_job(tmp_path), rel=1e-5)
 
 
-def test_the_strategy_is_the_same_by_its_name_and_by_its_class_under_torchrun(trained: Runner) -> None:
-    by_name = losses(trained("--trainer.strategy kl_shampoo", launcher=""))
+def test_the_strategy_is_the_same_by_its_name_in_a_script_and_by_its_class_on_given_ranks(trained: Runner) -> None:
+    by_name = losses(trained("--trainer.strategy kl_shampoo", start="script"))
     by_class = losses(trained("--trainer.strategy.class_path lightning_plugin.KLShampooStrategy"))
-    assert by_class == pytest.approx(by_name, rel=1e-6)
+    assert len(by_name) == STEPS + 2 and by_class == pytest.approx(by_name, rel=1e-6)
     assert by_name != pytest.approx(losses(trained("--trainer.strategy ddp")), rel=1e-4), "AdamW has trained"
 
 
 def test_both_yaml_files_train_alike_and_better_than_by_name_alone(trained: Runner) -> None:
     ddp, fsdp2 = losses(trained(DDP)), losses(trained(FSDP2))
     assert fsdp2 == pytest.approx(ddp, rel=1e-5)
-    assert ddp[-1] < losses(trained("--trainer.strategy kl_shampoo", launcher=""))[-1] - 0.05, (
+    assert ddp[-1] < losses(trained("--trainer.strategy kl_shampoo", start="script"))[-1] - 0.05, (
         "their learning rates are not taken"
     )
     assert checkpoints(trained(DDP)) == {"epoch=1-step=6.ckpt", "last.ckpt", "step=4.ckpt"}

@@ -213,6 +213,10 @@ def test_comm_bytes_count_padding(dtype):
     assert found.comm_bytes == (chunk + 4 * found.agreement_size,) * 2
     assert len(found.units) < found.agreement_size < len(found.units) + 10
     assert plan({"a": (8, 8), "b": (8, 8)}, 2).padding_bytes == 2 * 16
+    # sharded, each rank sends half of the other's matrix on either trip, and a flag behind it
+    sharded = plan({"a": (8, 8), "b": (8, 8)}, 2, shard_size=2)
+    assert sum(one.gradients_sent + one.updates_sent for one in sharded.traffic_bytes) == 2 * 2 * 4 * (32 + 1)
+    assert sharded.padding_bytes == 2 * 2 * 4
     assert plan(SMALL, 1).comm_bytes == (0,)
 
 

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -74,19 +73,21 @@ def config_of(contender: str, stage: int, args: argparse.Namespace) -> dict[str,
     }
 
 
-def measure(rank: int, folder: str, contender: str, stage: int, draw: int | None, args: argparse.Namespace) -> None:
-    """One rank of one run; what it found goes to files."""
-    ranks = args.ranks
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "DS_ACCELERATOR": "cpu"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, not used
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
+Found = tuple[report.Line, Weights]
+"""Of a rank: what it measured, and the weights, whole; of a run: the same of all ranks."""
+Run = Callable[[str, int, int | None, argparse.Namespace], Found]
+"""(contender, stage, which draw of noise if any, sizes)."""
+
+
+def measure(contender: str, stage: int, draw: int | None, args: argparse.Namespace) -> Found:
+    """One run, on this rank of the default process group."""
+    rank, ranks, text = dist.get_rank(), dist.get_world_size(), load_corpus(args.data, CONTEXT).train
     import deepspeed
 
     import deepspeed_integration  # noqa: F401 (makes the name known)
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    model, text = model_of(args), load_corpus(args.data, CONTEXT).train
+    model = model_of(args)
     if draw is not None:
         generator = torch.Generator().manual_seed(draw)
         for p in model.parameters():
@@ -110,31 +111,46 @@ def measure(rank: int, folder: str, contender: str, stage: int, draw: int | None
     found = {"seconds": median(seconds[args.warmup :]), "state": held}
     if core is not None:
         found["sent"] = sum(sent.swapped_out) + sent.gathered + round(sent.reduced)
-    Path(folder, f"found-{rank}").write_text(json.dumps(found))
     weights = {}
     for name, p in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([p]) if hasattr(p, "ds_id") else contextlib.nullcontext():
             weights[name] = p.detach().clone()
-    if rank == 0:
-        torch.save(weights, f"{folder}/weights")
+    engine.destroy()
+    return found, weights
+
+
+def _measure_in_process(
+    rank: int, folder: str, contender: str, stage: int, draw: int | None, args: argparse.Namespace
+) -> None:
+    """One rank of one run; what it found goes to a file."""
+    ranks = args.ranks
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, not used
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
+    torch.save(measure(contender, stage, draw, args), f"{folder}/found-{rank}")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run(contender: str, stage: int, draw: int | None, args: argparse.Namespace) -> tuple[report.Line, Weights]:
-    """One run on processes of its own: the fullest rank's state, the busiest's bytes, and the weights."""
+def run(contender: str, stage: int, draw: int | None, args: argparse.Namespace) -> Found:
+    """One run on processes of its own."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         try:
-            mp.spawn(measure, (folder, contender, stage, draw, args), nprocs=args.ranks)
+            mp.spawn(_measure_in_process, (folder, contender, stage, draw, args), nprocs=args.ranks)
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as problem:
             return {"error": str(problem).strip().splitlines()[-1]}, {}
-        found = [json.loads(Path(folder, f"found-{rank}").read_text()) for rank in range(args.ranks)]
-        weights = torch.load(f"{folder}/weights")
+        return together([torch.load(f"{folder}/found-{rank}") for rank in range(args.ranks)])
+
+
+def together(ranks: Sequence[Found]) -> Found:
+    """The fullest rank's state, the busiest's bytes, and the weights, which are the first's as well as any."""
+    found = [one for one, _ in ranks]
     line: report.Line = {key: max(one[key] for one in found) for key in found[0]}
-    return line | {"seconds": median(one["seconds"] for one in found)}, weights
+    return line | {"seconds": median(one["seconds"] for one in found)}, ranks[0][1]
 
 
-def run_all(args: argparse.Namespace) -> list[report.Line]:
+def run_all(args: argparse.Namespace, run: Run = run) -> list[report.Line]:
     """All runs, contenders and stages taking turns so that a busy machine is so for all of them."""
     first = next((stage for stage in args.stages if stage), args.stages[0])
     cases = [*((stage, False) for stage in args.stages), (first, True)]
@@ -173,8 +189,8 @@ def table(lines: Sequence[report.Line]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print the table, add the lines to the results."""
+def main(argv: Sequence[str] | None = None, run: Run = run) -> None:
+    """Measure, print the table, add the lines to the results; `run` may have ranks that are there already."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.deepspeed", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--stages", nargs="+", type=int, choices=range(4), default=list(range(4)))
@@ -188,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", help="a text file; by default the source of Python's standard library")
     parser.add_argument("--out", type=Path, default=RESULTS / "deepspeed.jsonl")
     args = parser.parse_args(argv)
-    lines = run_all(args)
+    lines = run_all(args, run)
     settings = {**report.machine(), "deepspeed": metadata.version("deepspeed"), "dtype": "float32"}
     settings |= {key: getattr(args, key) for key in ("clip", "layers", "width", "steps", "warmup", "repeats")}
     settings |= {"windows": WINDOWS, "context": CONTEXT, "options": CONTENDERS}

@@ -59,10 +59,13 @@ class Weights(nn.Module):
         """FSDP2 asks for one."""
 
 
-def measure(rank: int, ranks: int, store: str, layout: str, contender: str, args: argparse.Namespace) -> None:
-    """One rank of one measurement; what it found goes to a file beside the store."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+Run = Callable[[int, str, str, argparse.Namespace], report.Line]
+"""(ranks, layout, contender, sizes)."""
+
+
+def measure(layout: str, contender: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What this rank of the default process group finds."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     model = Weights(gpt_shapes(args.width, args.blocks))
     if layout == "fsdp":
         from torch.distributed.fsdp import fully_shard
@@ -87,7 +90,16 @@ def measure(rank: int, ranks: int, store: str, layout: str, contender: str, args
             alone = median(waits.during(optimizer.step) for _ in range(args.repeats))
         found |= {"sent": optimizer.plan.comm_bytes[rank], "balance": optimizer.plan.balance}
         found |= {"hidden": max(0.0, 1 - overlapped / alone) if ranks > 1 else None}
-    Path(f"{store}.{rank}").write_text(json.dumps(found))
+    return found
+
+
+def _measure_in_process(
+    rank: int, ranks: int, store: str, layout: str, contender: str, args: argparse.Namespace
+) -> None:
+    """One rank of one measurement; what it found goes to a file beside the store."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+    Path(f"{store}.{rank}").write_text(json.dumps(measure(layout, contender, args)))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -152,15 +164,21 @@ def _meta(parameters: list[nn.Parameter], ranks: int) -> torch.optim.Optimizer:
 
 
 def run(ranks: int, layout: str, contender: str, args: argparse.Namespace) -> report.Line:
-    """Measure on processes of their own, and put together what the ranks found."""
-    line: report.Line = {"contender": contender, "layout": layout, "ranks": ranks}
+    """Measure on processes of their own."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         store = f"{folder}/store"
         try:
-            mp.spawn(measure, (ranks, store, layout, contender, args), nprocs=ranks)
+            mp.spawn(_measure_in_process, (ranks, store, layout, contender, args), nprocs=ranks)
         except mp.ProcessRaisedException as problem:
-            return line | {"error": str(problem).strip().splitlines()[-1]}
+            error = str(problem).strip().splitlines()[-1]
+            return {"contender": contender, "layout": layout, "ranks": ranks, "error": error}
         found = [json.loads(Path(f"{store}.{rank}").read_text()) for rank in range(ranks)]
+    return together(layout, contender, found)
+
+
+def together(layout: str, contender: str, found: Sequence[dict[str, Any]]) -> report.Line:
+    """What the ranks found; the state is that of the fullest."""
+    line: report.Line = {"contender": contender, "layout": layout, "ranks": len(found)}
     merged = {key: median(one[key] for one in found) for key in found[0] if found[0][key] is not None}
     merged["state"] = max(one["state"] for one in found)
     return line | merged | {"cpu_most": max(one["cpu"] for one in found)}
@@ -176,8 +194,8 @@ def table(lines: Sequence[report.Line]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print the table, add the lines to the results."""
+def main(argv: Sequence[str] | None = None, run: Run = run) -> None:
+    """Measure, print the table, add the lines to the results; `run` may have ranks that are there already."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.distributed", description=(__doc__ or "").split("\n")[0]
     )

@@ -10,6 +10,7 @@ KLShampoo, is all there is to it. Batches are the Trainer's, so they depend on t
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,9 +175,17 @@ def train(options: Options) -> Trainer:
     return trainer
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as the command line asks; returns the exit status."""
     try:
-        train(CLI(Options, as_positional=False))
-        dist.destroy_process_group()
+        train(CLI(Options, args=None if arguments is None else list(arguments), as_positional=False))
     except UsageError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    if status := main():
+        sys.exit(status)
+    dist.destroy_process_group()

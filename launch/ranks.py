@@ -1,7 +1,8 @@
 """The processes of a job: which one this is, the device it computes on, and the few things they tell each other.
 
-A job started by `torchrun` has a process group; `python launch/train.py` has none and is its own only rank. The rest of
-the job does not ask which: every method here does the right thing, often nothing, for a single rank.
+A job started by `torchrun` has a process group; `python launch/train.py` has none and is its own only rank. A process
+that is in one already, and calls a job's main, trains in that one. The rest of the job does not ask which: every method
+here does the right thing, often nothing, for a single rank.
 """
 
 import contextlib
@@ -56,7 +57,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def joined_ranks() -> Iterator[Ranks]:
-    """Join the process group `torchrun` announces, if any, and leave it at the end."""
+    """Join the process group `torchrun` announces, if any, and leave it at the end; one that is there is left alone."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -67,6 +68,9 @@ def joined_ranks() -> Iterator[Ranks]:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        return
     if "RANK" not in os.environ:
         yield Ranks(0, 1, device)
         return

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -205,10 +206,10 @@ def finish(job: Job, log: Log, saved: Path | None) -> None:
     print(f"\nTo compare, run the same with --optimizer {other}.")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job that the command line asks for; returns the exit status."""
     try:
-        options = parse()
+        options = parse(arguments)
         with joined_ranks() as ranks:
             saved = run(Job(options, ranks))
     except UsageError as error:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,11 +158,19 @@ def train(options: Options) -> None:
             file.write(json.dumps({"step": options.steps, "val_loss": found}) + "\n")
         what = f"ZeRO {job.engine.zero_optimization_stage()}, {job.ranks} processes, {options.steps} steps"
         print(f"{what}: validation loss {found:.4f} nats per byte")
-    dist.destroy_process_group()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as the command line asks; returns the exit status."""
+    try:
+        train(CLI(Options, args=None if arguments is None else list(arguments), as_positional=False))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        train(CLI(Options, as_positional=False))
-    except UsageError as error:
-        sys.exit(f"error: {error}")
+    if status := main():
+        sys.exit(status)
+    dist.destroy_process_group()

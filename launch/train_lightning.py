@@ -10,7 +10,7 @@ number of devices does the same training.
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +192,11 @@ class TextData(LightningDataModule):
 class CLI(LightningCLI):
     """LightningCLI for one module and its data, which agree on the context."""
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: Sequence[str] | None = None) -> None:
         super().__init__(
             LanguageModel,
             TextData,
+            args=None if arguments is None else list(arguments),
             seed_everything_default=0,
             trainer_defaults={"max_steps": 200, "log_every_n_steps": 10, "default_root_dir": "runs/lightning"},
             auto_configure_optimizers=False,
@@ -205,10 +206,10 @@ class CLI(LightningCLI):
         parser.link_arguments("data.context", "model.context")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks for; returns the exit status."""
     try:
-        CLI()
+        CLI(arguments)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,8 @@ import torch
 
 from kl_dist import KLShampoo
 from tests.models import UNTOUCHED, Weights, backward, raising, same_bits, samples, snapshot, zoo, zoo_groups
+from tests.sharded import groups_of, lay_out, layers, loss_of, tokens_of
+from tests.sharded import weights_of as sharded_weights
 
 MATRIX = "odd.weight"
 
@@ -84,6 +86,50 @@ def test_a_gradient_that_only_others_than_the_owner_lack_changes_nothing(world):
     for outcome in world.run(lose_a_gradient, 3, "off its owner"):
         assert MATRIX in outcome.changed()
         assert same_bits(outcome.after, outcome.usual)
+
+
+def lose_the_gradient_of_slices(group) -> tuple[Outcome, str]:
+    """One owner lacks the gradient of a parameter that AdamW serves in slices, whose other owners have it."""
+    run, usual = Run(group, method="adamw"), Run(group, method="adamw")
+    usual.prepare(3)
+    usual.optimizer.step()
+    before = run.snapshot()
+    run.prepare(3)
+    owners = {name: {run.owner(name, i) for i in range(p.numel())} for name, p in run.parameters.items()}
+    name = next(name for name, ranks in owners.items() if len(ranks) > 1 and name not in UNTOUCHED)
+    if group.rank() == max(owners[name]):
+        run.parameters[name].grad = None
+    run.optimizer.step()
+    return Outcome(before, run.snapshot(), usual.snapshot()), name
+
+
+def test_a_parameter_in_slices_rests_as_a_whole_when_one_owner_lacks_its_gradient(world):
+    for outcome, name in world.run(lose_the_gradient_of_slices, 3):
+        resting = {key for key in outcome.before if key.split(" of ")[-1] == name}
+        assert name in resting and not outcome.changed() & resting
+        assert all(torch.equal(x, outcome.usual[key]) for key, x in outcome.after.items() if key not in resting)
+
+
+def without_a_shards_gradient(group, how: str) -> Weights:
+    """FSDP2, where one rank has no gradient of its rows, or one of zero; before that all have had theirs."""
+    model = layers(torch.float64)
+    lay_out(model, "fsdp", group)
+    optimizer = KLShampoo(groups_of(model), lr=1e-2, process_group=group)
+    for step in range(5):
+        optimizer.zero_grad()
+        loss_of(model, tokens_of(step).chunk(group.size())[group.rank()]).backward()
+        if step > 1 and group.rank() == 1 and how == "zero":
+            model.mix.weight.grad.to_local().zero_()
+        if step > 1 and group.rank() == 1 and how == "none":
+            model.mix.weight.grad = None
+        optimizer.step()
+    return sharded_weights(model)
+
+
+def test_a_shard_without_a_gradient_is_one_with_a_gradient_of_zero(world):
+    found = {how: world.run(without_a_shards_gradient, 2, how)[0] for how in ("zero", "none", "there")}
+    assert same_bits(found["none"], found["zero"])
+    assert not torch.equal(found["zero"]["mix.weight"], found["there"]["mix.weight"])
 
 
 def lose_gradients_at_random(group, steps: int) -> Weights:

@@ -48,17 +48,12 @@ def on_ranks(world, world_size, method, recipe, dtype, bucket_bytes=None, hidden
     return weights, buckets
 
 
-@product(method=METHODS, recipe=HIDDEN, world_size=[1, 2, 3, 4])
-def test_float64_weights_do_not_depend_on_the_number_of_ranks(world, method, recipe, world_size):
-    weights, _ = on_ranks(world, world_size, method, recipe, torch.float64)
-    assert deviation(weights, one_process(method, recipe, torch.float64)) <= 1e-9
-
-
-@product(method=METHODS, recipe=HIDDEN, world_size=[2, 3, 4])
-def test_float32_weights_differ_no_more_than_noise_of_1e_7_makes_them(world, method, recipe, world_size):
-    weights, _ = on_ranks(world, world_size, method, recipe, torch.float32)
-    expected = one_process(method, recipe, torch.float32)
-    assert deviation(weights, expected) <= float32_limit(f"ddp {recipe} {method}")
+@product(method=METHODS, recipe=HIDDEN, world_size=[1, 2, 3, 4], dtype=[torch.float64, torch.float32])
+def test_weights_do_not_depend_on_the_number_of_ranks(world, method, recipe, world_size, dtype):
+    """But for rounding: in float32 no more than noise of 1e-7 on the gradients makes of them."""
+    weights, _ = on_ranks(world, world_size, method, recipe, dtype)
+    limit = 1e-9 if dtype == torch.float64 else float32_limit(f"ddp {recipe} {method}")
+    assert deviation(weights, one_process(method, recipe, dtype)) <= limit
 
 
 @product(method=METHODS, recipe=HIDDEN)

@@ -35,10 +35,8 @@ def assert_trained(folder: Path) -> None:
     assert deviation(weights, alone(steps=STEPS)) <= DOUBLE
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [pytest.param("kl_shampoo", marks=full), "kl_shampoo_spawn", pytest.param("kl_shampoo_fsdp2", marks=full)],
-)
+@full
+@pytest.mark.parametrize("strategy", ["kl_shampoo", "kl_shampoo_spawn", "kl_shampoo_fsdp2"])
 def test_started_by_the_script_itself(tmp_path: Path, strategy: str) -> None:
     """As test_launch_lightning.py starts it once under kl_shampoo."""
     done = started(script(tmp_path, strategy))

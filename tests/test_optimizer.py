@@ -6,11 +6,9 @@ Gradients are made up, a function of the step alone, so that two runs can be com
 import copy
 import io
 import logging
+import multiprocessing
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +19,9 @@ from kl_dist import KLShampoo
 from kl_dist.methods import MATRIX_METHODS
 from kl_dist.options import RECIPE_DEFAULTS
 from tests.models import state_tensors
+from tests.world import patience
 
+SECONDS = 30.0  # for a few steps in a process of their own
 SHAPES = {
     "wide": (4, 7),
     "square": (5, 5),
@@ -723,34 +723,45 @@ def test_gradients_of_any_finite_size_keep_everything_finite(method, size):
     assert all(x.isfinite().all() for state in opt.state.values() for x in state.values())
 
 
-@pytest.mark.parametrize("switch", ["legacy", "new", "of one backend"])
-def test_a_lower_matmul_precision_of_the_user_is_set_aside_for_the_step_and_kept_after(switch):
+def legacy() -> None:
+    torch.set_float32_matmul_precision("medium")
+
+
+def new() -> None:
+    torch.backends.fp32_precision = "tf32"
+
+
+def of_one_backend() -> None:
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+def step_with_lower_precision(turn_down: Callable[[], None]) -> None:
+    def weights() -> Tensor:
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(64, 64))
+        opt = KLShampoo([("p", p)], lr=0.1)
+        for _ in range(3):
+            p.grad = torch.randn(64, 64)
+            opt.step()
+        return p.detach()
+
+    def product() -> Tensor:
+        torch.manual_seed(1)
+        return torch.randn(64, 64) @ torch.randn(64, 64)
+
+    plain = weights()
+    turn_down()
+    before = product()
+    assert torch.equal(weights(), plain)
+    assert torch.equal(product(), before)
+
+
+@pytest.mark.parametrize("turn_down", [legacy, new, of_one_backend])
+def test_a_lower_matmul_precision_of_the_user_is_set_aside_for_the_step_and_kept_after(turn_down):
     """bfloat16 products would move the weights by 1e-3. In a process of its own: torch refuses to mix the switches."""
-    if switch != "legacy" and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    if turn_down is not legacy and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("this torch has the older switches alone")
-    turn_down = {
-        "legacy": "torch.set_float32_matmul_precision('medium')",
-        "new": "torch.backends.fp32_precision = 'tf32'",
-        "of one backend": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
-    }[switch]
-    code = f"""
-import torch
-from kl_dist import KLShampoo
-def weights():
-    torch.manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(64, 64))
-    opt = KLShampoo([("p", p)], lr=0.1)
-    for _ in range(3):
-        p.grad = torch.randn(64, 64)
-        opt.step()
-    return p.detach()
-plain = weights()
-{turn_down}
-def product():
-    torch.manual_seed(1)
-    return torch.randn(64, 64) @ torch.randn(64, 64)
-before = product()
-assert torch.equal(weights(), plain)
-assert torch.equal(product(), before)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent, timeout=60)
+    process = multiprocessing.get_context("fork").Process(target=step_with_lower_precision, args=(turn_down,))
+    process.start()
+    process.join(SECONDS * patience())
+    assert process.exitcode == 0

@@ -19,6 +19,7 @@ from tests.models import deviation
 
 FILE = Path(__file__).parent / "golden" / "noise.json"
 MODULES = (
+    "test_cuda",
     "test_deepspeed_checkpoints",
     "test_deepspeed_training",
     "test_distributed",

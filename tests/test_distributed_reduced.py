@@ -92,6 +92,16 @@ def test_clipping_from_the_owned_parts_is_torchs_on_one_process(world, world_siz
         assert deviation(weights, expected) <= 1e-9
 
 
+def test_gradients_within_the_norm_stay_as_they_are():
+    model = zoo()
+    optimizer = KLShampoo(zoo_groups(model))
+    backward(model, samples(0))
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    norm = clip_grad_norm_(optimizer, 1e6)
+    assert float(norm) == pytest.approx(float(torch.stack([x.norm() for x in before.values()]).norm()), rel=1e-12)
+    assert same_bits({name: dict(model.named_parameters())[name].grad for name in before}, before)
+
+
 def count_bytes(group) -> tuple[Counter, int, int]:
     """What this rank sends in one backward and step, the parameters' bytes, and the padding of all ranks."""
     run = Run(group, torch.float32)

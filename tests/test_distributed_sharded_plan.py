@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from kl_dist import KLShampoo, plan
 from kl_dist.traffic import Bytes
@@ -176,6 +177,35 @@ def another_process_group(group) -> None:
         KLShampoo(model.named_parameters(), process_group=pairs[group.rank() // 2])
 
 
+def ranks_in_another_order(group) -> None:
+    mesh = DeviceMesh("cpu", torch.arange(group.size()).flip(0))
+    parameter = nn.Parameter(distribute_tensor(torch.ones(8, 3), mesh, [Shard(0)]))
+    with raising(ValueError, "'backwards': the ranks of its device mesh must ascend"):
+        KLShampoo([("backwards", parameter)], process_group=group)
+
+
 def test_what_does_not_fit_is_an_error_on_all_ranks(world):
+    world.run(ranks_in_another_order, 4, timeout=30)
     world.run(another_model_on_one_rank, 4, timeout=30)
     world.run(another_process_group, 4, timeout=30)
+
+
+def with_gradients_as(group, placement) -> torch.Tensor:
+    """A sharded matrix whose gradients come sharded alike, or as sums of which each rank has a part."""
+    mesh = mesh_of(group, (group.size(),), ("shard",))
+    parameter = nn.Parameter(distribute_tensor(torch.ones(8, 6, dtype=torch.float64), mesh, [Shard(0)]))
+    optimizer = KLShampoo([("summed", parameter)], lr=1e-2, process_group=group)
+    for step in range(3):
+        value = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        if placement.is_partial():
+            parameter.grad = DTensor.from_local(value / group.size(), mesh, [placement])
+        else:
+            parameter.grad = distribute_tensor(value, mesh, [placement])
+        optimizer.step()
+    return parameter.detach().full_tensor()
+
+
+def test_partial_sums_are_added_up_before_the_step(world):
+    """As torch leaves the gradients of norms under sequence parallelism."""
+    (expected, *_), (found, *_) = (world.run(with_gradients_as, 4, one) for one in (Shard(0), Partial()))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

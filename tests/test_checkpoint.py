@@ -249,6 +249,17 @@ def test_what_fits_is_loaded_and_the_rest_is_new_and_named(caplog):
         assert torch.equal(x, fresh[name] if anew else LOADED[name]), name
 
 
+def test_a_matrix_of_whose_state_a_part_is_missing_begins_anew_as_a_whole():
+    saved = full_state_dict(make())
+    del saved["state"]["square"]["bases.0"]
+    other = make(steps=0)
+    fresh = state_of(other)
+    (left,) = load_full_state_dict(other, saved, strict=False)
+    assert "'bases.0' of parameter 'square' is missing" in left
+    for name, x in state_of(other).items():
+        assert torch.equal(x, fresh[name] if name.startswith("square ") else LOADED[name]), name
+
+
 def test_a_frozen_parameter_that_was_trained_is_named():
     saved = full_state_dict(make())
     named = [(name, nn.Parameter(torch.ones(shape), requires_grad=name != "square")) for name, shape in SHAPES.items()]

@@ -29,7 +29,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 import deepspeed_integration  # noqa: F401 (makes the optimizers known to DeepSpeed)
 from launch.data import load_corpus, validation_starts
 from launch.model import BYTES
-from launch.options import UsageError
+from launch.options import UsageError, status_of
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs/hf_zero2.json"
 VALIDATION_WINDOWS = 128
@@ -177,12 +177,8 @@ def train(options: Options) -> Trainer:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line asks; returns the exit status."""
-    try:
-        train(CLI(Options, args=None if arguments is None else list(arguments), as_positional=False))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    given = None if arguments is None else list(arguments)
+    return status_of(lambda: train(CLI(Options, args=given, as_positional=False)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -21,6 +21,16 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 class UsageError(Exception):
     """Something the user asked for cannot be done; the message is one sentence for them, no traceback is needed."""
+
+
+def status_of(job: Callable[[], object]) -> int:
+    """Do a job; a mistake on its command line is one line of words. Returns the exit status."""
+    try:
+        job()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 class Rates(NamedTuple):

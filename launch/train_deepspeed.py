@@ -30,7 +30,7 @@ from tqdm import tqdm
 import deepspeed_integration  # noqa: F401 (makes the optimizers known to DeepSpeed)
 from launch.data import Corpus, load_corpus, training_starts, validation_starts, windows
 from launch.model import GPT
-from launch.options import UsageError
+from launch.options import UsageError, status_of
 
 VALIDATION_WINDOWS = 128
 
@@ -162,12 +162,8 @@ def train(options: Options) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line asks; returns the exit status."""
-    try:
-        train(CLI(Options, args=None if arguments is None else list(arguments), as_positional=False))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    given = None if arguments is None else list(arguments)
+    return status_of(lambda: train(CLI(Options, args=given, as_positional=False)))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import lightning_plugin  # noqa: F401 (registers the strategies)
 from kl_dist import KLShampoo
+from tests.jobs import torchrun
 from tests.models import Weights
 from tests.sharded import SAMPLES, layers, loss_of, tokens_of, weights_of
 
@@ -107,10 +108,7 @@ def trainer(pl: ModuleType | None = None, strategy: Any = "kl_shampoo", **option
 @contextlib.contextmanager
 def launched(group: dist.ProcessGroup) -> Iterator[None]:
     """The environment that torchrun makes, for a process that is in its process group already."""
-    rank, size = str(group.rank()), str(group.size())
-    given = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0", "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "tests"}
-    assert group.size() == dist.get_world_size(), "Lightning takes the default process group"
+    given = torchrun(group)
     os.environ.update(given)
     try:
         with warnings.catch_warnings():

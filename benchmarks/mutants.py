@@ -152,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     marked = "not slow" if asked.full else "not slow and not full"
     faults = [fault for fault in read(asked.faults) if asked.only in f"{fault.file} {fault.what}"]
+    if not faults:
+        parser.error(f"no fault of {asked.faults} has {asked.only!r} in its file or its name")
     verdicts: list[Verdict] = []
     for verdict in tqdm(judged(faults, asked.tree.resolve(), marked, asked.jobs), total=len(faults)):
         verdicts.append(verdict)

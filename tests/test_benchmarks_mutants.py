@@ -74,3 +74,9 @@ def test_a_fault_that_does_not_fit_is_named(tiny: Path) -> None:
     (tiny / "code_of_it.py").write_text("def double(x):\n    return x + x\n")
     with pytest.raises(ValueError, match="'a sign': what it replaces stands 0 times"):
         mutants.main(["--tree", str(tiny), "--faults", str(tiny / "faults.yaml")])
+
+
+def test_a_name_that_no_fault_has_is_an_error(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        mutants.main(["--tree", str(tiny), "--faults", str(tiny / "faults.yaml"), "--only", "a sing"])
+    assert "has 'a sing' in its file or its name" in capsys.readouterr().err

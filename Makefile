@@ -1,7 +1,7 @@
 # Two commands: `make demo` and `make test`. Each first makes its environment ready, which takes minutes only once.
 #
 #   make demo ARGS="--optimizer adamw"     options of launch/train.py
-#   make test ARGS="-k partition"          options of pytest
+#   make test ARGS="-k plan"               options of pytest
 #   make demo PYTHON=python3.12            the Python that .venv is made with
 
 # The environment that is active, or else one of our own.

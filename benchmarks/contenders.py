@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from kl_dist import KLShampoo
 
 NEVER = 10**9
-METHODS = ("kl_shampoo", "kl_soap", "soap", "shampoo")
 SetFrequency = Callable[[torch.optim.Optimizer, int], None]
 
 

@@ -31,7 +31,7 @@ from benchmarks import report
 from benchmarks.contenders import state_bytes
 from benchmarks.gpu import gpt_shapes
 from kl_dist import KLShampoo
-from kl_dist.exchange import Exchange, Team
+from kl_dist.ranks import Exchange, Team
 
 RESULTS = Path(__file__).parent / "results"
 LAYOUTS = ("ddp", "fsdp")

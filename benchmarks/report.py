@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.contenders import METHODS
 from benchmarks.timing import Runner, amortised
+from kl_dist import METHODS
 
 Line = dict[str, Any]
 

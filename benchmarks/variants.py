@@ -13,12 +13,9 @@ import sys
 import torch
 from torch import Tensor
 
-from kl_dist import linalg
-from kl_dist.methods import Hyper, add_rule, kl_factors, kl_shampoo, kronecker, rule
+from kl_dist.methods import Hyper, add_rule, kl_factors, kl_shampoo, kronecker, linalg, rule
 from kl_dist.methods.state import KLShampooState
-from kl_dist.options import RECIPE_DEFAULTS, recipe_defaults
 from launch import compare
-from launch.options import RECIPES
 
 
 def stale_eigenvalues(state: KLShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
@@ -68,8 +65,6 @@ VARIANTS = {
 # At import, so that the processes which make the runs know them too.
 for name, variant in VARIANTS.items():
     add_rule("kl_shampoo", name, variant)
-    RECIPE_DEFAULTS[name] = recipe_defaults("kl_shampoo", "fresh")
-    RECIPES.append(name)
 
 if __name__ == "__main__":
     sys.exit(compare.main())

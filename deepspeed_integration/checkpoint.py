@@ -7,8 +7,6 @@ groups' options and a manifest of checksums that comes last.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,10 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from kl_dist.checkpoint import causes_of
+from kl_dist.checkpoint import manifest
+from kl_dist.checkpoint.load import causes_of
 
-FOLDER, MANIFEST, GROUPS = "kl_dist", "manifest.json", "groups.pt"
+FOLDER, GROUPS = "kl_dist", "groups.pt"
 
 REMEDY = (
     "engine.load_checkpoint(.., load_optimizer_states=False) loads the weights alone, and the optimizer starts anew"
@@ -38,7 +37,7 @@ def newest(load_dir: Any, universal: bool) -> str | None:
 
 def save(optimizer: Any, path: Path) -> None:
     """Write all of the state; a collective, which raises on all ranks alike."""
-    ranks, partial = optimizer.core._ranks, path.with_suffix(".partial")
+    ranks, partial = optimizer.core.parts.ranks, path.with_suffix(".partial")
     with ranks.together():
         state = _state(optimizer.core)
         if ranks.rank == 0:
@@ -49,10 +48,8 @@ def save(optimizer: Any, path: Path) -> None:
         if ranks.rank == 0:
             groups = [{key: x for key, x in group.items() if key != "params"} for group in optimizer.groups]
             torch.save(groups, partial / GROUPS)
-            sums = {file.name: _digest(file) for file in sorted(partial.iterdir())}
-            (partial / MANIFEST).write_text(json.dumps(sums, indent=1))
-            shutil.rmtree(path, ignore_errors=True)
-            partial.rename(path)
+            sums = manifest.checksums(partial, (file.name for file in partial.iterdir()))
+            manifest.publish(partial, path, sums)
 
 
 def load(optimizer: Any, path: Path) -> list[dict[str, Any]]:
@@ -62,9 +59,9 @@ def load(optimizer: Any, path: Path) -> list[dict[str, Any]]:
         ValueError: a file is missing or damaged, or of another method, model or recipe; on all ranks, with nothing
             changed.
     """
-    core = optimizer.core
-    with core._ranks.together():
-        if core._ranks.rank == 0:
+    core, ranks = optimizer.core, optimizer.core.parts.ranks
+    with ranks.together():
+        if ranks.rank == 0:
             check(path)
     state = {"state": _state(core)}
     try:
@@ -80,16 +77,9 @@ def check(path: Path) -> None:
     """Raises ValueError, naming the file, unless all that the manifest lists is there and as it was written."""
     if not path.parent.is_dir():
         raise ValueError(f"there is no checkpoint {path.parent}")
-    try:
-        sums = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        what = f"{path / MANIFEST} cannot be read ({error}), so this is no checkpoint of KLShampoo"
-        raise ValueError(f"{what}: {REMEDY}") from None
-    for name, digest in sums.items():
-        if not (path / name).is_file():
-            raise ValueError(f"{path / name} is missing: {REMEDY}")
-        if _digest(path / name) != digest:
-            raise ValueError(f"{path / name} is damaged: its checksum is not that of the manifest. {REMEDY}")
+    problem = manifest.fault(path)
+    if problem is not None:
+        raise ValueError(f"{path}/{problem}: {REMEDY}")
 
 
 def _state(core: Any) -> dict[str, Any]:
@@ -98,11 +88,3 @@ def _state(core: Any) -> dict[str, Any]:
     pairs = (zip(group["params"], group["param_names"], strict=True) for group in state["param_groups"])
     names = {number: name for group in pairs for number, name in group}
     return {names[number]: entries for number, entries in state["state"].items()}
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -20,9 +20,9 @@ import kl_dist
 from deepspeed_integration import partitions
 from deepspeed_integration.partitions import Flat
 from kl_dist import options
-from kl_dist.exchange import Ranks
-from kl_dist.partition import Plan
-from kl_dist.routing import embeddings_and_head
+from kl_dist.groups import embeddings_and_head
+from kl_dist.planning.plan import Plan
+from kl_dist.ranks import Ranks
 
 SIDECAR = "kl_dist"
 
@@ -255,40 +255,14 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
             mine.update({key: tuple(x) if isinstance(x, list) else x for key, x in taken.items()})
 
 
-class KLShampoo(DeepSpeedOptimizer):
-    """`{"type": "KLShampoo"}`."""
-
-    method = "kl_shampoo"
-
-
-class KLSOAP(DeepSpeedOptimizer):
-    """`{"type": "KLSOAP"}`."""
-
-    method = "kl_soap"
+TYPES: dict[str, type[DeepSpeedOptimizer]] = {}
+"""What `"type"` may be: of every method its title without hyphens, its name, and that without underscores; DeepSpeed's
+look-up tells upper from lower case."""
 
 
-class SOAP(DeepSpeedOptimizer):
-    """`{"type": "SOAP"}`."""
-
-    method = "soap"
-
-
-class Shampoo(DeepSpeedOptimizer):
-    """`{"type": "Shampoo"}`."""
-
-    method = "shampoo"
-
-
-NAMES: dict[str, type[DeepSpeedOptimizer]] = {
-    "KLShampoo": KLShampoo,
-    "klshampoo": KLShampoo,
-    "kl_shampoo": KLShampoo,
-    "KLSOAP": KLSOAP,
-    "klsoap": KLSOAP,
-    "kl_soap": KLSOAP,
-    "SOAP": SOAP,
-    "soap": SOAP,
-    "Shampoo": Shampoo,
-    "shampoo": Shampoo,
-}
-"""What `"type"` may be; DeepSpeed's look-up tells upper from lower case."""
+def make_type(method: str) -> None:
+    """Make the class that `"type"` asks for, for a method of `kl_dist.METHODS`."""
+    title = kl_dist.METHODS[method].title.replace("-", "")
+    made = type(title, (DeepSpeedOptimizer,), {"method": method, "__doc__": f'`{{"type": "{title}"}}`.'})
+    for name in (title, method, method.replace("_", "")):
+        TYPES[name] = made

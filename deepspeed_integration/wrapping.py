@@ -10,7 +10,7 @@ import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from deepspeed_integration import checkpoint
-from deepspeed_integration.optimizer import NAMES, DeepSpeedOptimizer
+from deepspeed_integration.optimizer import TYPES, DeepSpeedOptimizer
 from deepspeed_integration.refusals import check_client, check_config, check_engine, check_model
 
 MARK = "_kl_dist_wraps"
@@ -48,7 +48,7 @@ def _init(original: Any) -> Any:
         config: Any = given.get("config_class")
         client = given.get("optimizer")
         check_client(client)
-        if isinstance(client, DeepSpeedOptimizer) or getattr(config, "optimizer_name", None) in NAMES:
+        if isinstance(client, DeepSpeedOptimizer) or getattr(config, "optimizer_name", None) in TYPES:
             check_config(config)  # before DeepSpeed begins: what it sets for all engines to come would stay
             check_model(given["model"])
             config.zero_force_ds_cpu_optimizer = False  # offload refuses what is handed over but is not its own Adam

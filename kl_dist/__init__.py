@@ -2,19 +2,32 @@
 
     opt = KLShampoo(param_groups(model, lr=1e-2), lr=1e-2)
 
-Where to look: `optimizer` is the shell, `engine` one step, `partition` the plan, `methods` the maths, `exchange` the
-collectives. docs/algorithm.md and docs/partition.md tell the story.
+Where to look, from the top down; each line needs those below it alone:
+
+    optimizer.py   KLShampoo, a torch.optim.Optimizer: the shell; clipping.py and saving.py are functions on it
+    checkpoint/    what is saved, and how it comes back at another world size or in another layout
+    step/          one step: agree, bring gradients to the owners, update, refresh, bring updates back
+    layouts/       where parameters live: whole, DTensors, fragments of flat memory
+    groups.py      parameter groups: names, which method serves what, and plan() for a model
+    planning/      who does what: units, owners, buckets, bytes; frozen data, made before the first step
+    options.py     every option, its default and its check
+    methods/       the maths, one update rule a file
+    ranks.py       the ranks and their collectives, beside all of this
+
+docs/algorithm.md tells of the methods, docs/partition.md of the plan, with a glossary.
 """
 
 from kl_dist.clipping import clip_grad_norm_, clip_grad_value_
+from kl_dist.groups import param_groups, plan
+from kl_dist.methods import METHODS
 from kl_dist.optimizer import KLShampoo
-from kl_dist.partition import Plan
-from kl_dist.routing import param_groups, plan
+from kl_dist.planning.plan import Plan
 from kl_dist.saving import full_state_dict, load_full_state_dict
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "METHODS",
     "KLShampoo",
     "Plan",
     "__version__",

@@ -32,9 +32,9 @@ def clip_grad_norm_(optimizer: KLShampoo, max_norm: float, *, error_if_nonfinite
     """
     if not max_norm >= 0:
         raise ValueError(f"max_norm must be at least 0, not {max_norm!r}")
-    engine, reduction = optimizer._running, optimizer._reduction
+    ranks, engine, _, reduction = optimizer.parts
     if reduction is not None:
-        optimizer._ranks.raise_together(reduction.find_problem())
+        ranks.raise_together(reduction.find_problem())
     norm = engine.gradient_norm()
     if error_if_nonfinite and not bool(norm.isfinite()):
         raise RuntimeError(f"the norm of the gradients is {float(norm)}; nothing was changed")
@@ -56,7 +56,7 @@ def clip_grad_value_(optimizer: KLShampoo, clip_value: float) -> None:
     """
     if not clip_value >= 0:
         raise ValueError(f"clip_value must be at least 0, not {clip_value!r}")
-    reduction = optimizer._reduction
+    reduction = optimizer.parts.reduction
     if reduction is not None and (problem := reduction.find_problem()) is not None:
         raise problem
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from kl_dist import checkpoint, full_state, options, stats
-from kl_dist.agreement import Gradient, find_problem
-from kl_dist.engine import Engine
-from kl_dist.exchange import Ranks
-from kl_dist.holdings import holdings
-from kl_dist.layouts.dtensor import place_of, sharding_of
-from kl_dist.layouts.reduced import Reduction
-from kl_dist.partition import Plan, make_plan
-from kl_dist.routing import named_parameters_of, renamed, routing_table
-from kl_dist.stacks import unit_states
-from kl_dist.units import Parameter
+from kl_dist import groups, options
+from kl_dist.checkpoint import full, load
+from kl_dist.checkpoint.holdings import Holding, holdings
+from kl_dist.layouts import placement
+from kl_dist.layouts.reduction import Reduction
+from kl_dist.planning.plan import Plan, make_plan
+from kl_dist.planning.routes import routing_table
+from kl_dist.ranks import Ranks
+from kl_dist.step import stats
+from kl_dist.step.agreement import Presence, find_problem, not_finite
+from kl_dist.step.engine import Engine
+from kl_dist.step.stacks import carry_over
 
 log = logging.getLogger(__name__)
+
+
+class Parts(NamedTuple):
+    """What a KLShampoo is a shell of: see `KLShampoo.parts`."""
+
+    ranks: Ranks
+    engine: Engine
+    holdings: Sequence[Holding]  # the state on this rank, under the names of a checkpoint
+    reduction: Reduction | None  # where `reduce_to_owners` was called
 
 
 class KLShampoo(torch.optim.Optimizer):
@@ -57,7 +66,7 @@ class KLShampoo(torch.optim.Optimizer):
         stagger: spread the refreshes over the T steps. None: True ("paper": False).
         long_side: "cut", "diagonal" or "identity".
         merge_dims: read small trailing dimensions (convolution kernels) as columns. None: True ("paper": False).
-        matrices: which axes are batch, rows and columns, and equal parts along an axis; see `kl_dist.matrices`.
+        matrices: which axes are batch, rows and columns, and equal parts along an axis: kl_dist.planning.matrices.
         shampoo_exponent: p of method "shampoo". None: 1 / (2 K) for K sides.
         adamw_lr: AdamW's learning rate while `lr` has its constructed value; schedules move both in proportion.
         adamw_betas: None: `betas` where given, else (0.9, 0.95).
@@ -133,101 +142,56 @@ class KLShampoo(torch.optim.Optimizer):
             inner.add_param_group(param_group)
             return
         if self._engine is None:  # under construction: the constructor tells the other ranks
-            super().add_param_group(self._checked_group(param_group))
+            group = groups.checked(param_group, self.defaults, self.param_groups)
+            if group["params"]:
+                self._ranks.settle_on(group["params"][0][1].device)
+            super().add_param_group(group)
             return
         before = len(self.param_groups)
         try:
             with self._ranks.together():
-                super().add_param_group(self._checked_group(param_group))
+                super().add_param_group(groups.checked(param_group, self.defaults, self.param_groups))
             plan = self._new_plan(self.plan)
         except Exception:
             del self.param_groups[before:]
             raise
         self._adopt(plan)
 
-    def _checked_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
-        taken = [pair for group in self.param_groups for pair in self._named(group)]
-        given = {key: value for key, value in param_group.items() if key != "param_names"}
-        if isinstance(given.get("params"), Iterator):
-            given["params"] = list(given["params"])
-        named = named_parameters_of(given, len(self.param_groups), taken)
-        group = {**self.defaults, **given, "params": named}
-        options.resolve(group)
-        group["adamw_names"] = renamed(group["adamw_names"], given["params"], named)
-        if named and self._engine is None:
-            self._ranks.settle_on(named[0][1].device)
-        return group
-
-    @staticmethod
-    def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
-        return zip(group.get("param_names", ()), group["params"], strict=True)
-
-    def _planned(self) -> list[tuple[str, Tensor, int]]:
-        """(name, parameter, group) of what is trained: not what is frozen, unless it was trained before."""
-        before = set() if self._engine is None else {parameter.name for parameter in self.plan.parameters}
-        return [
-            (name, parameter, index)
-            for index, group in enumerate(self.param_groups)
-            for name, parameter in self._named(group)
-            if parameter.requires_grad or name in before
-        ]
+    def _trained(self) -> list[groups.Trained]:
+        known = () if self._engine is None else (parameter.name for parameter in self.plan.parameters)
+        return groups.trained(self.param_groups, set(known))
 
     def _new_plan(self, previous: Plan | None) -> Plan:
         """A plan for the parameters as they are now; a collective, which raises on all ranks alike."""
         with self._ranks.together():
-            planned = self._planned()
-            self._check_devices(planned)
-            self._check_adamw_names()
-            seen = [(name, tuple(p.shape), _named(name, place_of, p, self._ranks)) for name, p, _ in planned]
+            trained = self._trained()
+            groups.check_adamw_names(self.param_groups)
+            self._ranks.settle_on(placement.device_of(trained, self._ranks.device))
+            seen = placement.seen_from_here(trained, self._ranks)
         everywhere = self._ranks.gather_objects(seen)
         with self._ranks.together():
-            alike = all([one[:2] for one in seen] == [one[:2] for one in other] for other in everywhere)
-            parameters = []
-            for i, (name, p, group) in enumerate(planned):
-                # where the ranks have other parameters the comparison of their plans says which
-                places = [other[i][2] for other in everywhere] if alike else [None]
-                sharding = _named(name, sharding_of, places, p.shape)
-                parameters.append(Parameter(name, tuple(p.shape), p.dtype, group, sharding))
+            parameters = placement.parameters_of(trained, everywhere)
             plan = make_plan(parameters, self.param_groups, self._ranks.size, previous)
         own = f"on_nonfinite={self._on_nonfinite!r}"
         self._ranks.check_same(own + plan.digest(), (own, *plan.lines), "the plan of KLShampoo")
         return plan
 
-    def _check_devices(self, planned: Sequence[tuple[str, Tensor, int]]) -> None:
-        devices = {parameter.device: name for name, parameter, _ in planned}
-        if len(devices) > 1:
-            places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
-            raise ValueError(f"all parameters of a rank must be on one device, but {places}")
-        for device in devices:
-            self._ranks.settle_on(device)
-
-    def _check_adamw_names(self) -> None:
-        known = {name for group in self.param_groups for name, _ in self._named(group)}
-        for name in (name for group in self.param_groups for name in group["adamw_names"] or ()):
-            if name not in known:
-                raise ValueError(f"adamw_names has {name!r}, but no parameter has this name")
-
     def _adopt(self, plan: Plan) -> None:
         """Build the state a plan asks for, with what was there copied into it."""
-        by_name = dict(pair for group in self.param_groups for pair in self._named(group))
+        by_name = groups.by_name(self.param_groups)
         parameters = [by_name[parameter.name] for parameter in plan.parameters]
-        old = {} if self._engine is None else dict(self._states())
+        old = None if self._engine is None else self._engine.stacks
         self._engine = Engine(plan, self._ranks, parameters, self.param_groups, self._engine)
+        if old is not None:
+            carry_over(old, self._engine.stacks)
         if self._reduction is not None:
             self._reduction.follow(plan, parameters)
-        self._signature = _signature(self._planned())
-        for name, tensors in self._states():
-            for key, tensor in old.get(name, {}).items():
-                tensors[key].copy_(tensor)
+        self._signature = groups.signature(self._trained())
         self._holdings = holdings(plan, self._engine.stacks, self._ranks)
         self.state.clear()
         for holding in self._holdings:
             if not holding.entry.is_form:
                 self.state[by_name[holding.name]][holding.entry.key] = holding.value
-
-    def _states(self) -> Iterable[tuple[str, dict[str, Tensor]]]:
-        assert self._engine is not None
-        return ((unit.name, tensors) for unit, tensors in unit_states(self._engine.stacks))
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -249,13 +213,13 @@ class KLShampoo(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients = self._agree()
-        bad = [i for i, gradient in enumerate(gradients) if gradient is Gradient.NONFINITE]
-        if bad:
-            self._running.pass_over()
-            self._skip(self.plan.units[bad[0]].name, len(bad))
+        presences = self._agree()
+        bad = not_finite(self.plan, presences)
+        if bad is None:
+            self._running.run(presences)
         else:
-            self._running.run(gradients)
+            self._running.pass_over()
+            self._skip(bad)
         if self._reduction is not None:
             self._reduction.forget()
         return loss
@@ -277,29 +241,28 @@ class KLShampoo(torch.optim.Optimizer):
     def _replaced(self) -> bool:
         return self.param_groups is not self._running.groups
 
-    def _agree(self) -> Sequence[Gradient]:
-        planned = self._planned()
-        moved = self._replaced or _signature(planned) != self._signature
-        groups = self.param_groups[: len(self.plan.structure)] if self._replaced else self.param_groups
-        problem = self._running.failure or find_problem(self.plan, planned, groups)
+    def _agree(self) -> Sequence[Presence]:
+        trained = self._trained()
+        moved = self._replaced or groups.signature(trained) != self._signature
+        planned = self.param_groups[: len(self.plan.structure)] if self._replaced else self.param_groups
+        problem = self._running.failure or find_problem(self.plan, trained, planned)
         if problem is None and self._reduction is not None:
             problem = self._reduction.find_problem()
-        gradients = self._running.agree(problem, moved)
-        if gradients is None:
+        presences = self._running.agree(problem, moved)
+        if presences is None:
             self._adopt(self._new_plan(self.plan))
-            gradients = self._running.agree(None, False)
-        assert gradients is not None
-        return gradients
+            presences = self._running.agree(None, False)
+        assert presences is not None
+        return presences
 
-    def _skip(self, name: str, count: int) -> None:
-        what = f"the gradient of {name!r} (and of {count - 1} more) is" if count > 1 else f"the gradient of {name!r} is"
+    def _skip(self, what: str) -> None:
         if self._on_nonfinite == "raise":
-            raise FloatingPointError(f"{what} NaN, infinite or too large to square; nothing was changed")
+            raise FloatingPointError(f"{what}; nothing was changed")
         self._skipped += 1
         if self._skipped == 1:
             log.warning(
-                "%s NaN, infinite or too large to square: this step is skipped on all ranks, weights and state stay as"
-                " they are. Further skipped steps are counted in stats()['skipped_steps'].",
+                "%s: this step is skipped on all ranks, weights and state stay as they are. Further skipped steps are"
+                " counted in stats()['skipped_steps'].",
                 what,
             )
 
@@ -327,6 +290,11 @@ class KLShampoo(torch.optim.Optimizer):
     def plan(self) -> Plan:
         """The frozen plan: `owner`, `state_bytes`, `comm_bytes`, `cost`, `balance`; printing it shows a table."""
         return self._running.plan
+
+    @property
+    def parts(self) -> Parts:
+        """The ranks, the engine and the state behind this shell, as they are now: for what works on an optimizer."""
+        return Parts(self._ranks, self._running, self._holdings, self._reduction)
 
     def routes(self) -> str:
         """A table of every parameter: its shape, the method that serves it, as which matrices, and who owns them."""
@@ -363,29 +331,27 @@ class KLShampoo(torch.optim.Optimizer):
         consolidated, self._consolidated = self._consolidated, None
         if consolidated is not None:
             return consolidated
-        return checkpoint.local_form(super().state_dict(), self._holdings, self._ranks, self._frozen())
+        frozen = groups.frozen_names(self.param_groups)
+        return load.local_form(super().state_dict(), self._holdings, self._ranks, frozen)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of any form; local, never a collective: see kl_dist.checkpoint.
+        """Load a state of any form; local, never a collective: see kl_dist.checkpoint.load.
 
         Raises:
             ValueError: it is not of this optimizer, or another rank's part; nothing is changed then.
         """
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        checkpoint.load(state_dict, self.param_groups, self._holdings, self._ranks, self._frozen())
+        frozen = groups.frozen_names(self.param_groups)
+        load.load(state_dict, self.param_groups, self._holdings, self._ranks, frozen)
         self._running.failure = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    def _frozen(self) -> set[str]:
-        named = (pair for group in self.param_groups for pair in self._named(group))
-        return {name for name, parameter in named if not parameter.requires_grad}
-
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Have the next `state_dict()` of one rank be all of the state; a collective, as ZeroRedundancyOptimizer's."""
         self._ranks.raise_together(self._running.failure)
-        gathered = full_state.gather(self._holdings, self.param_groups, self._ranks, to)
+        gathered = full.gather(self._holdings, self.param_groups, self._ranks, to)
         self._consolidated = gathered or None
 
     # -- copies -------------------------------------------------------------------------------------------------------
@@ -418,20 +384,7 @@ class KLShampoo(torch.optim.Optimizer):
         held = {parameter: dict(tensors) for parameter, tensors in self.state.items()}
         self._ranks, self._engine, self._reduction, self._consolidated = ranks, None, None, None
         self._adopt(plan)
-        by_name = dict(pair for group in self.param_groups for pair in self._named(group))
+        by_name = groups.by_name(self.param_groups)
         for holding in self._holdings:
             if not holding.entry.is_form:
                 holding.fill(held[by_name[holding.name]][holding.entry.key])
-
-
-def _named(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function makes of a parameter; what it does not like about it, with the parameter's name."""
-    try:
-        return function(*arguments)
-    except ValueError as problem:
-        raise ValueError(f"parameter {name!r}: {problem}") from None
-
-
-def _signature(planned: Sequence[tuple[str, Tensor, int]]) -> list[tuple[Any, ...]]:
-    """What a plan's buckets and state were made for, and what freezing, moving or casting a model changes."""
-    return [(name, tuple(p.shape), p.dtype, p.device) for name, p, _ in planned]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kl_dist.methods import METHODS
+from kl_dist.methods import ELEMENTWISE, METHODS
 
 LONG_SIDES = ("cut", "diagonal", "identity")
 BLOCKINGS = ("square", "none")
@@ -32,11 +32,6 @@ RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
         "merge_dims": False,
     },
 }
-METHOD_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
-    ("kl_shampoo", "fresh"): {"betas": (0.9, 0.9)},
-}
-"""Where a method has values of its own within a recipe; docs/learning.md has what they were chosen by."""
-
 ADAMW_BETAS = (0.9, 0.95)
 
 TORCH_ADAMW_BETAS = (0.9, 0.999)
@@ -89,9 +84,16 @@ _GROUP_KEYS = {*DEFAULTS, "params", "param_names", "base_lr", "initial_lr", "max
 _GROUP_KEYS |= {"base_momentum", "swa_lr", "name"}
 
 
+def recipes(method: str) -> tuple[str, ...]:
+    """The recipes that a method has; AdamW, which has none of its own, stands beside any."""
+    found = [METHODS[method]] if method in METHODS else METHODS.values()
+    return tuple(dict.fromkeys(recipe for one in found for recipe in one.rules))
+
+
 def recipe_defaults(method: str, recipe: str) -> dict[str, Any]:
     """The values of the options that a method leaves to its recipe."""
-    return RECIPE_DEFAULTS[recipe] | METHOD_DEFAULTS.get((method, recipe), {})
+    own = METHODS[method].rules[recipe].defaults if method in METHODS else {}
+    return {**RECIPE_DEFAULTS.get(recipe, RECIPE_DEFAULTS["fresh"]), **own}
 
 
 def unknown_option(key: str, known: Iterable[str], what: str = "option") -> TypeError:
@@ -117,8 +119,8 @@ def resolve(group: dict[str, Any]) -> None:
     for key in group:
         if key not in _GROUP_KEYS:
             raise unknown_option(key, DEFAULTS, "key in a parameter group:")
-    _check_choice(group, "method", METHODS)
-    _check_choice(group, "recipe", tuple(RECIPE_DEFAULTS))
+    _check_choice(group, "method", (*METHODS, ELEMENTWISE))
+    _check_choice(group, "recipe", recipes(group["method"]))
     if group["adamw_betas"] is None:
         group["adamw_betas"] = ADAMW_BETAS if group["betas"] is None else group["betas"]
     for key, value in recipe_defaults(group["method"], group["recipe"]).items():

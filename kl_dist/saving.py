@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kl_dist import full_state
+from kl_dist.checkpoint import full
 from kl_dist.optimizer import KLShampoo
 
 
@@ -18,8 +18,9 @@ def full_state_dict(optimizer: KLShampoo, rank: int = 0) -> dict[str, Any]:
     Raises:
         RuntimeError: a step has failed half-way and the state is not to be trusted.
     """
-    optimizer._ranks.raise_together(optimizer._running.failure)
-    return full_state.gather(optimizer._holdings, optimizer.param_groups, optimizer._ranks, rank)
+    parts = optimizer.parts
+    parts.ranks.raise_together(parts.engine.failure)
+    return full.gather(parts.holdings, optimizer.param_groups, parts.ranks, rank)
 
 
 def load_full_state_dict(
@@ -39,6 +40,7 @@ def load_full_state_dict(
     Raises:
         ValueError: it does not fit; on all ranks, with nothing changed.
     """
-    left = full_state.scatter(state, optimizer.param_groups, optimizer._holdings, optimizer._ranks, strict)
-    optimizer._running.failure = None
+    parts = optimizer.parts
+    left = full.scatter(state, optimizer.param_groups, parts.holdings, parts.ranks, strict)
+    parts.engine.failure = None
     return left

@@ -5,17 +5,22 @@ The files are the parts of a training job, each readable on its own:
     train.py        the job from start to end, and its loop
     options.py      every command-line flag, its default and its check
     ranks.py        the processes: which one this is, on which device, and what they tell each other
+    parallel.py     how the model lies over them: DDP, FSDP2, HSDP, tensor parallel
     data.py         the text, its split by file, and the batch of a step
     model.py        a byte-level GPT
     optimizers.py   AdamW, Muon and the Kronecker methods behind one small object, and their schedule
-    checkpoint.py   saving and continuing, one optimizer file a rank
+    muon.py         torch's Muon with products in float32, for CPUs
+    checkpoint.py   saving and continuing, by torch.distributed.checkpoint
+    folders.py      the checkpoints of a run: the newest, those to keep, those to move aside
+    signals.py      being asked to stop
     metrics.py      the progress bar, JSON lines and TensorBoard
     report.py       the loss curve and the closing words
 
-and the same model and text under Lightning and DeepSpeed:
+and the same model and text by other libraries' loops:
 
     train_lightning.py   a LightningModule and its data, started by LightningCLI
     train_deepspeed.py   the same with DeepSpeed's engine
+    hf_trainer.py        a small GPT-2 under Hugging Face's Trainer and DeepSpeed
     configs/             files for these: DDP and FSDP2, ZeRO 0 to 3
 
 and of a comparison of many such jobs:

@@ -2,7 +2,7 @@
 
     OUT/checkpoint/step-000400/__0_0.distcp, __1_0.distcp, .metadata    model and optimizer
     OUT/checkpoint/step-000400/run.json                                 step and options
-    OUT/checkpoint/step-000400/manifest.json                            checksums: see launch.manifest
+    OUT/checkpoint/step-000400/manifest.json                            checksums
 
 A save goes into a folder with another name, which is renamed when all of it is on the disk.
 """
@@ -19,7 +19,8 @@ from typing import Any
 
 from torch import nn
 
-from launch import manifest
+from kl_dist.checkpoint import manifest
+from launch import folders
 from launch.optimizers import Trainer
 from launch.options import Options, UsageError
 from launch.ranks import Ranks
@@ -56,7 +57,7 @@ def save(folder: Path, step: int, options: Options, ranks: Ranks, model: nn.Modu
         raise
     if ranks.first and options.keep is not None:
         try:
-            manifest.keep(folder, options.keep)
+            folders.keep(folder, options.keep)
         except OSError as error:
             print(f"Old checkpoints could not be deleted: {error}", file=sys.stderr)
     return final
@@ -68,7 +69,7 @@ def _write(partial: Path, run: dict[str, Any], ranks: Ranks, model: nn.Module, t
 
     with _on_all(ranks):
         if ranks.first:
-            manifest.sweep(partial.parent)
+            folders.sweep(partial.parent)
             partial.mkdir(parents=True)
             (partial / RUN).write_text(json.dumps(run))
     with _on_all(ranks), _quiet():
@@ -130,7 +131,7 @@ def _choose(folder: Path, which: str) -> tuple[Path | None, str | None]:
     if which not in ("auto", "newest"):
         problem = manifest.fault(Path(which))
         return Path(which), problem and f"--resume {which}: {problem}"
-    for path in manifest.saved(folder):
+    for path in folders.saved(folder):
         problem = manifest.fault(path)
         if problem is None:
             return path, None

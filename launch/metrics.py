@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from launch.manifest import move_aside
+from launch.folders import move_aside
 
 RUN_FILES = ("metrics.jsonl", "tensorboard", "checkpoint", "loss.png")
 """What a run leaves in its folder."""

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from kl_dist import METHODS, KLShampoo, param_groups
 from launch.model import Model
 from launch.muon import Float32Muon
-from launch.options import KRONECKER_METHODS, Options, UsageError
+from launch.options import Options, UsageError
 
 ADAMW_BETAS = (0.9, 0.95)
 MUON_OPTIONS: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw", "momentum": 0.85}
@@ -64,7 +65,7 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 def make_trainer(options: Options, model: Model) -> Trainer:
     """The optimizer that `options` name, over the parameters of the bare model (not its DDP wrapper)."""
     try:
-        if options.optimizer in KRONECKER_METHODS:
+        if options.optimizer in METHODS:
             optimizers = [kronecker(options, model)]
         elif options.optimizer == "muon":
             optimizers = muon(options, model)
@@ -79,9 +80,6 @@ def make_trainer(options: Options, model: Model) -> Trainer:
 
 def kronecker(options: Options, model: Model) -> Optimizer:
     """KL-Shampoo or one of its relatives, its state and its work divided over the ranks."""
-    # Only here: AdamW and Muon stay what they are, and start, without the engine.
-    from kl_dist import KLShampoo, param_groups
-
     lr, adamw_lr = options.rates
     # The schedule sets `lr` alone; the optimizer keeps `adamw_lr` in proportion to it.
     groups = param_groups(model, lr=lr, weight_decay=options.weight_decay, output_head="head", adamw_lr=adamw_lr)

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from kl_dist import METHODS
+
 
 class UsageError(Exception):
     """Something the user asked for cannot be done; the message is one sentence for them, no traceback is needed."""
@@ -40,13 +42,11 @@ class Rates(NamedTuple):
     adamw_lr: float
 
 
-RECIPES = ["fresh", "paper"]
 PARALLEL = ("ddp", "fsdp", "hsdp", "tp", "fsdp+tp")
-KRONECKER_METHODS = ("kl_shampoo", "kl_soap", "soap", "shampoo")
 
 # The best that docs/learning.md found for the demo's model and text; another model wants its own search.
 DEFAULT_RATES = {
-    **dict.fromkeys(KRONECKER_METHODS, Rates(1e-2, 5e-3)),
+    **dict.fromkeys(METHODS, Rates(1e-2, 5e-3)),
     "muon": Rates(1.5e-2, 5e-3),
     "adamw": Rates(2e-3, 2e-3),
 }
@@ -108,8 +108,6 @@ class Options:
     def __post_init__(self) -> None:
         if self.optimizer not in DEFAULT_RATES:
             raise UsageError(f"--optimizer {self.optimizer} is unknown{_nearest(self.optimizer, DEFAULT_RATES)}")
-        if self.recipe not in (None, *RECIPES):
-            raise UsageError(f"--recipe takes {' or '.join(RECIPES)}, not {self.recipe}")
         if self.parallel not in PARALLEL:
             raise UsageError(f"--parallel takes {', '.join(PARALLEL)}, not {self.parallel}")
         if self.optimizer == "muon" and self.parallel != "ddp":
@@ -123,7 +121,11 @@ class Options:
             )
         if self.warmup is not None and self.warmup >= self.steps:
             raise UsageError(f"--warmup {self.warmup} leaves nothing of --steps {self.steps}")
-        if self.optimizer not in KRONECKER_METHODS:
+        if self.optimizer in METHODS:
+            recipes = METHODS[self.optimizer].rules
+            if self.recipe not in (None, *recipes):
+                raise UsageError(f"--recipe takes {' or '.join(recipes)}, not {self.recipe}")
+        else:
             for name in ("recipe", "precondition_frequency"):
                 if getattr(self, name) is not None:
                     raise UsageError(f"{_flag(name)} means nothing to --optimizer {self.optimizer}; leave it out")

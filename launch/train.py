@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from launch import checkpoint, manifest, report
+from launch import checkpoint, folders, report
 from launch.data import Corpus, load_corpus, training_starts, validation_starts, windows
 from launch.metrics import Log, Record, set_aside
 from launch.model import GPT, Model
@@ -73,7 +73,7 @@ class Job:
             if chosen is not None:
                 done = checkpoint.load(chosen, self.options, self.model, self.trainer)
                 goes_on = done < self.options.steps
-                if goes_on and self.ranks.first and (aside := manifest.abandon(folder, done)):
+                if goes_on and self.ranks.first and (aside := folders.abandon(folder, done)):
                     print(f"Going on from step {done}; the checkpoints after it are now in {aside}.")
                 return done
         if self.ranks.first and (aside := set_aside(self.options.folder)):

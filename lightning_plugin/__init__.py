@@ -1,7 +1,18 @@
 """KLShampoo for Lightning: after `import lightning_plugin`, `Trainer(strategy="kl_shampoo")` and Fabric's alike.
 
-Where to look: `conversion` makes KLShampoo of the AdamW that a module configures, `trainer`, `model_parallel` and
-`fabric` are what the strategies add to Lightning's own, `namespaces` has the classes, `registration` their names.
+Where to look:
+
+    registration.py   the strategies' names
+    options.py        what a strategy is given for the optimizer
+    conversion.py     KLShampoo out of the AdamW that a module configures; schedulers.py hands its schedules over
+    trainer.py        what makes a Trainer's strategy train with it; ddp.py, fsdp2.py and deepspeed.py what each adds
+    fabric.py         the same for Fabric
+    restoring.py      optimizer state out of checkpoints
+    sharding.py       what FSDP2 shards where a module does not say
+    meeting.py        whether all ranks come to the same place; requeue.py Slurm's signal, answered by all together
+    callbacks.py      a monitor and a summary; unwrapping.py finds the optimizer for them
+    namespaces/       the classes, for lightning and for pytorch_lightning: all else is mixins that know neither
+
 docs/lightning.md is for users.
 """
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from kl_dist import KLShampoo, options
-from kl_dist.routing import embeddings_and_head
+from kl_dist.groups import embeddings_and_head
 from lightning_plugin.schedulers import hand_over
 
 _IMPLEMENTATION = {"foreach", "fused", "capturable", "decoupled_weight_decay"}

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from kl_dist import METHODS
 from lightning_plugin.conversion import announcement, convert
-from lightning_plugin.registration import METHODS
 from lightning_plugin.unwrapping import is_missing
 
 GROUP = "kl_shampoo.deepspeed"

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from kl_dist import KLShampoo
-from kl_dist.checkpoint import causes_of
+from kl_dist.checkpoint.load import causes_of
 from lightning_plugin.restoring import REMEDY, restore, with_word_to_adamw
 from lightning_plugin.sharding import shard
 from lightning_plugin.unwrapping import unwrapped

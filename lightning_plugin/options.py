@@ -24,7 +24,7 @@ class TakesOptimizerOptions:
         betas: weights of the old momentum and of the old second moments.
         eps: added to denominators; relative to the gradients' scale for matrices under recipe "fresh".
         weight_decay: decoupled; in place of the module's, but for groups it has set to 0 beside others.
-        method: "kl_shampoo", "kl_soap", "soap" or "shampoo".
+        method: "kl_shampoo", "kl_soap", "soap", "shampoo", or one that was added.
         recipe: "fresh", the project's form, or "paper", the released codes' to the letter.
         precondition_frequency: T; the eigenbases are refreshed every T steps.
         shampoo_beta: weight of the old Kronecker factors; betas[1] unless given.
@@ -34,7 +34,7 @@ class TakesOptimizerOptions:
         stagger: spread the refreshes over the T steps.
         long_side: "cut", "diagonal" or "identity".
         merge_dims: read small trailing dimensions (convolution kernels) as columns.
-        matrices: which axes are batch, rows and columns, and equal parts along an axis; see `kl_dist.matrices`.
+        matrices: which axes are batch, rows and columns, and equal parts along an axis: kl_dist.planning.matrices.
         shampoo_exponent: p of method "shampoo".
         adamw_lr: AdamW's learning rate where the matrices have `lr`.
         adamw_betas: AdamW's betas.
@@ -56,8 +56,8 @@ class TakesOptimizerOptions:
         betas: Pair | None = None,
         eps: float | None = None,
         weight_decay: float | None = None,
-        method: Literal["kl_shampoo", "kl_soap", "soap", "shampoo"] | None = None,
-        recipe: Literal["fresh", "paper"] | None = None,
+        method: str | None = None,
+        recipe: str | None = None,
         precondition_frequency: int | None = None,
         shampoo_beta: float | None = None,
         blocking: Literal["square", "none"] | None = None,

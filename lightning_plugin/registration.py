@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import product
 from types import ModuleType
 from typing import Any
+
+from kl_dist import METHODS
+from kl_dist.methods import for_each_method
 
 NAMESPACES = {"of_lightning": ("lightning.pytorch", "lightning.fabric")}
 NAMESPACES["of_pytorch_lightning"] = ("pytorch_lightning", "lightning_fabric")
 """Modules of `lightning_plugin.namespaces`, and the two packages that each is for."""
-
-METHODS = ("kl_shampoo", "kl_soap", "soap", "shampoo")
 
 Variant = tuple[type, dict[str, Any]]
 """A strategy's class and what its name gives it."""
@@ -38,13 +38,19 @@ def installed() -> Iterator[tuple[ModuleType, str, str]]:
 
 
 def register() -> None:
-    """Register all names with all of them; again is no matter."""
+    """Register the strategies of every method, those that are added later too, with every Lightning that is there."""
+    for_each_method(register_method)
+
+
+def register_method(method: str) -> None:
+    """Register all of a method's names with all of them; again is no matter."""
     for classes, trainer, fabric in installed():
         of_trainer = import_module(f"{trainer}.strategies").StrategyRegistry
         of_fabric = import_module(f"{fabric}.strategies").STRATEGY_REGISTRY
-        _register(of_trainer, _variants(classes.KLShampooStrategy, classes.KLShampooFSDP2Strategy))
-        _register(of_fabric, _variants(classes.KLShampooFabricStrategy, classes.KLShampooFabricFSDP2Strategy))
-        _register(of_trainer, {end: (classes.KLShampooDeepSpeedStrategy, given) for end, given in DEEPSPEED.items()})
+        _register(method, of_trainer, _variants(classes.KLShampooStrategy, classes.KLShampooFSDP2Strategy))
+        _register(method, of_fabric, _variants(classes.KLShampooFabricStrategy, classes.KLShampooFabricFSDP2Strategy))
+        deepspeed = {end: (classes.KLShampooDeepSpeedStrategy, given) for end, given in DEEPSPEED.items()}
+        _register(method, of_trainer, deepspeed)
 
 
 def _variants(ddp: type, fsdp2: type) -> dict[str, Variant]:
@@ -56,9 +62,9 @@ def _variants(ddp: type, fsdp2: type) -> dict[str, Variant]:
     }
 
 
-def _register(registry: Any, variants: Mapping[str, Variant]) -> None:
-    for method, (ending, (kind, options)) in product(METHODS, variants.items()):
+def _register(method: str, registry: Any, variants: Mapping[str, Variant]) -> None:
+    for ending, (kind, options) in variants.items():
         given = {} if method == "kl_shampoo" else {"method": method}
         if method + ending not in registry:
             said = (kind.__doc__ or "").partition(":")[0]
-            registry.register(method + ending, kind, description=f"{said}, method {method}", **options, **given)
+            registry.register(method + ending, kind, description=f"{said}, {METHODS[method].title}", **options, **given)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kl_dist import KLShampoo, load_full_state_dict
-from kl_dist.inventory import FORM, VERSION
+from kl_dist.checkpoint.inventory import FORM, VERSION
 from lightning_plugin.unwrapping import unwrapped
 
 REMEDY = (

@@ -11,9 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kl_dist import KLShampoo, partition
+import kl_dist
+from kl_dist import KLShampoo
+from kl_dist.planning import plan as plans
 
-METHODS = ("kl_shampoo", "kl_soap", "soap", "shampoo")
+METHODS = tuple(kl_dist.METHODS)
 TOKENS = 9
 SAMPLES = 12  # of a step, over all ranks: divides by 1, 2, 3, 4
 UNTOUCHED = ("never.weight", "never.bias", "nothing")  # parameters of Zoo that never have a gradient
@@ -144,7 +146,7 @@ def take_gradients(model: nn.Module, twin: nn.Module, batch: Batch) -> None:
 
 def small_buckets(size: int | None) -> contextlib.AbstractContextManager:
     """Plans made inside have buckets of `size` bytes; None leaves the default."""
-    return contextlib.nullcontext() if size is None else mock.patch.object(partition, "BUCKET_BYTES", size)
+    return contextlib.nullcontext() if size is None else mock.patch.object(plans, "BUCKET_BYTES", size)
 
 
 def deviation(weights: Weights, expected: Weights) -> float:

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from benchmarks import deepspeed
-from kl_dist.partition import Plan
+from kl_dist.planning.plan import Plan
 from tests.deepspeed_runs import deepspeed_here
 from tests.jobs import text_in
 from tests.world import World

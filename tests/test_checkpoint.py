@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kl_dist import KLShampoo, full_state_dict, load_full_state_dict
-from kl_dist.inventory import boxes_of_range, inventory
+from kl_dist.checkpoint.inventory import boxes_of_range, inventory
 from tests.models import METHODS, same_bits, small_buckets
 
 SHAPES = {"wide": (70, 140), "square": (5, 5), "vector": (6,), "scalar": (), "nothing": (0, 3)}
@@ -315,5 +315,5 @@ def test_what_lies_in_several_buckets_is_saved_as_one(form, bucket_bytes):
     optimizers[0].load_state_dict(optimizers[0].state_dict())
     for optimizer in (*optimizers, copy.deepcopy(optimizers[0])):
         assert same_bits(state_of(optimizer), expected)
-        steps = torch.cat([stack.state.step for bucket in optimizer._running.stacks for stack in bucket])
+        steps = torch.cat([stack.state.step for bucket in optimizer.parts.engine.stacks for stack in bucket])
         assert steps.tolist() == [3] * len(optimizer.plan.slices)

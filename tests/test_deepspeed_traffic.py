@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from kl_dist.ownership import UNEVENNESS
-from kl_dist.traffic import Bytes
+from kl_dist.planning.ownership import UNEVENNESS
+from kl_dist.planning.traffic import Bytes
 from tests.counting import Counter
 from tests.deepspeed_runs import config, deepspeed_here, engine_of, train
 from tests.models import small_buckets

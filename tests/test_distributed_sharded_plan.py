@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from kl_dist import KLShampoo, plan
-from kl_dist.traffic import Bytes
+from kl_dist.planning.traffic import Bytes
 from tests.counting import Counter
 from tests.memory import PeakMemory
 from tests.models import METHODS, raising, small_buckets, state_tensors
@@ -54,7 +54,7 @@ def observe(group, layout: str, bucket_bytes: int | None, method: str = "kl_sham
         found.agreement_size,
         state,
         found.state_bytes[rank],
-        sum(part.nbytes for room in optimizer._running.rooms for part in room),
+        sum(part.nbytes for room in optimizer.parts.engine.rooms for part in room),
         found.room_bytes(rank),
         memory.peak,
         found.working_bytes(rank),

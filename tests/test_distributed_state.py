@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kl_dist import KLShampoo
-from kl_dist.traffic import traffic_of
+from kl_dist.planning.traffic import traffic_of
 from tests.counting import Counter
 from tests.models import (
     METHODS,

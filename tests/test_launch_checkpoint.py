@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import checkpoint, manifest
+from kl_dist.checkpoint import manifest
+from launch import checkpoint, folders
 from launch.model import GPT
 from launch.optimizers import Trainer, make_trainer
 from launch.options import Options, UsageError
@@ -119,10 +120,10 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
 def test_going_on_from_an_older_checkpoint_moves_the_later_ones_aside(tmp_path: Path) -> None:
     for step in (2, 4, 6):
         save(tmp_path, step)
-    assert manifest.abandon(tmp_path, 2) == tmp_path / "abandoned-1"
+    assert folders.abandon(tmp_path, 2) == tmp_path / "abandoned-1"
     assert sorted(path.name for path in (tmp_path / "abandoned-1").iterdir()) == ["step-000004", "step-000006"]
-    assert manifest.abandon(tmp_path, 2) is None
-    assert save(tmp_path, 3, keep=1).exists() and [path.name for path in manifest.saved(tmp_path)] == ["step-000003"]
+    assert folders.abandon(tmp_path, 2) is None
+    assert save(tmp_path, 3, keep=1).exists() and [path.name for path in folders.saved(tmp_path)] == ["step-000003"]
 
 
 def test_what_interrupted_saves_left_is_swept_away_and_a_step_may_be_saved_again(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostL
 from torch.nn.parallel import DistributedDataParallel
 
 import lightning_plugin
-from lightning_plugin.registration import DEEPSPEED, METHODS, installed, register
+from lightning_plugin.registration import DEEPSPEED, installed, register
 from lightning_plugin.sharding import repeated_blocks
 from tests.lightning_runs import STEPS, adamw, alone, launched, module, pytorch, rows, trainer
-from tests.models import deviation, same_bits
+from tests.models import METHODS, deviation, same_bits
 from tests.sharded import layers, weights_of
 
 VARIANTS = ("", "_find_unused_parameters_true", "_spawn", "_fsdp2")

@@ -6,7 +6,8 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from kl_dist import KLShampoo, linalg
+from kl_dist import KLShampoo
+from kl_dist.methods import linalg
 
 DTYPES = {"float64": (torch.float64, 1e-12), "float32": (torch.float32, 2e-5)}
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kl_dist import KLShampoo, plan
-from kl_dist.matrices import cut, near_equal, read_matrices
 from kl_dist.options import BLOCKINGS, DEFAULTS, LONG_SIDES
+from kl_dist.planning.matrices import cut, near_equal, read_matrices
 
 SHAPES = st.lists(st.integers(1, 6), min_size=2, max_size=4)
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from kl_dist import KLShampoo, param_groups
-from kl_dist.methods import MATRIX_METHODS
+from kl_dist import METHODS, KLShampoo, param_groups
 from kl_dist.options import ADAMW_BETAS, RECIPE_DEFAULTS, recipe_defaults
 
 NAN, INF = float("nan"), float("inf")
@@ -116,7 +115,7 @@ def test_a_process_group_that_is_not_initialised_is_an_error(monkeypatch):
         KLShampoo(named())
 
 
-@pytest.mark.parametrize("method", MATRIX_METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("recipe", RECIPE_DEFAULTS)
 def test_options_left_open_are_the_recipes(recipe, method):
     (group,) = KLShampoo(named(), recipe=recipe, method=method).param_groups

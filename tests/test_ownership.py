@@ -2,8 +2,8 @@
 
 import pytest
 
-from kl_dist.ownership import UNEVENNESS
-from kl_dist.partition import Plan
+from kl_dist.planning.ownership import UNEVENNESS
+from kl_dist.planning.plan import Plan
 from tests.zero_plans import zero_plan
 
 

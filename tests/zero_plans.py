@@ -6,9 +6,9 @@ from itertools import pairwise
 import torch
 
 from kl_dist import options
-from kl_dist.partition import Plan, make_plan
-from kl_dist.shards import Range, Sharding, boxes_of_range
-from kl_dist.units import Parameter
+from kl_dist.planning.boxes import Range, Sharding, boxes_of_range
+from kl_dist.planning.plan import Plan, make_plan
+from kl_dist.planning.units import Parameter
 
 
 def zero_plan(

@@ -1,4 +1,4 @@
-"""What torch's DTensor says of where a parameter lies: FSDP2, HSDP, tensor parallelism and their combinations.
+"""torch's DTensor: FSDP2, HSDP, tensor parallelism and their combinations.
 
 torch.distributed.tensor takes seconds to import, so it is looked at only where someone else has imported it already:
 before that no parameter can be a DTensor.
@@ -7,23 +7,12 @@ before that no parameter can be a DTensor.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from kl_dist.exchange import Ranks
-from kl_dist.layouts.fragment import Fragment
-from kl_dist.shards import Box, Grid, Sharding, boxes_of_range, volume
-
-
-class Place(NamedTuple):
-    """Where one rank stands in a parameter's sharding."""
-
-    row: tuple[int, ...]  # the ranks that hold this rank's replica, in the order of their shards
-    boxes: tuple[Box, ...]
-    flat: bool = False  # see Sharding
+from kl_dist.layouts.layout import Layout, LocalSharding
+from kl_dist.ranks import Ranks
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -31,18 +20,12 @@ def is_dtensor(tensor: Any) -> bool:
     return loaded is not None and isinstance(tensor, loaded.DTensor)
 
 
-def place_of(parameter: Any, ranks: Ranks) -> Place | None:
-    """Where this rank stands; None for a tensor that is whole here.
+def local_sharding(parameter: Any, ranks: Ranks) -> LocalSharding:
+    """Where this rank stands, by the device mesh and the placements.
 
     Raises:
-        ValueError: it is laid out over ranks that do not share this optimizer, or in a way that gives no boxes.
+        ValueError: partial sums, shards that are no ranges, ranks beyond this optimizer's.
     """
-    if isinstance(parameter, Fragment):
-        row = tuple(map(ranks.group_rank, parameter.ranks))
-        stop = parameter.start + parameter.local.numel()
-        return Place(row, tuple(boxes_of_range(parameter.shape, parameter.start, stop)), flat=True)
-    if not is_dtensor(parameter):
-        return None
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -61,57 +44,20 @@ def place_of(parameter: Any, ranks: Ranks) -> Place | None:
     if tuple(shape) != tuple(parameter.to_local().shape):
         raise ValueError(f"its shards ({', '.join(map(str, placements))}) are not ranges of its dimensions")
     box = tuple((start, start + length) for start, length in zip(offset, shape, strict=True))
-    return Place(row, (box,))
+    return LocalSharding(row, (box,))
 
 
-def sharding_of(places: Sequence[Place | None], shape: Sequence[int]) -> Sharding | None:
-    """The sharding of a parameter from what every rank says of it, in rank order.
-
-    Raises:
-        ValueError: what the ranks say does not fit together.
-    """
-    if all(place is None for place in places):
-        return None
-    rows = {rank: place.row for rank, place in enumerate(places) if place is not None}
-    grid: Grid = tuple(dict.fromkeys(rows.values()))
-    everywhere = sorted(rank for row in grid for rank in row)
-    if len(rows) < len(places) or everywhere != list(range(len(places))) or len({len(row) for row in grid}) > 1:
-        raise ValueError(
-            "its shards do not lie alike on all ranks of the process group: construct with the ranks of"
-            " its device mesh as process_group"
-        )
-    if any(list(line) != sorted(line) for line in (*grid, *zip(*grid, strict=True))):
-        raise ValueError("the ranks of its device mesh must ascend along each dimension")
-    boxes = [tuple(place.boxes for rank in row if (place := places[rank]) is not None) for row in grid]
-    if any(other != boxes[0] for other in boxes):
-        raise ValueError("its replicas are not sharded alike")
-    held = sum(volume(box) for there in boxes[0] for box in there)
-    if held != torch.Size(shape).numel():
-        raise ValueError("its shards overlap or leave a part out")
-    return Sharding(grid, boxes[0], next(place.flat for place in places if place is not None))
+def local_shard(tensor: Any) -> Tensor:
+    return tensor.to_local().detach()
 
 
-def local_shard(parameter: Any) -> Tensor:
-    """What this rank holds of a parameter, detached, sharing its memory."""
-    if isinstance(parameter, Fragment):
-        return parameter.local
-    return parameter.to_local().detach() if is_dtensor(parameter) else parameter.detach()
-
-
-def local_gradient(parameter: Any) -> Tensor | None:
-    """The gradient of what this rank holds; None without one or where it is frozen.
-
-    A gradient that lies otherwise than its parameter (partial sums of a norm under sequence parallelism, say) is
-    brought there first, which is a collective of its device mesh.
-    """
-    gradient = parameter.grad
-    if gradient is None or not parameter.requires_grad:
-        return None
-    if isinstance(gradient, Fragment):
-        return gradient.local
-    if not is_dtensor(gradient):
-        return gradient
+def local_gradient(parameter: Any, gradient: Any) -> Tensor:
+    """One that lies otherwise than its parameter (partial sums of a norm under sequence parallelism, say) is brought
+    there first, which is a collective of its device mesh."""
     if gradient.placements != parameter.placements:
         gradient = gradient.redistribute(placements=parameter.placements)
     local = gradient.to_local()
     return local.wait() if hasattr(local, "wait") else local
+
+
+LAYOUT = Layout(local_sharding, local_shard, local_gradient)

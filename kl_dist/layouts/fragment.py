@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kl_dist.layouts.layout import Layout, LocalSharding
+from kl_dist.planning.boxes import boxes_of_range
+from kl_dist.ranks import Ranks
+
 
 class Fragment(Tensor):
     """The elements `start` and after, in C order, of a tensor of `shape`; the other `ranks` have the others.
@@ -46,3 +50,25 @@ class Fragment(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Fragment({tuple(self.shape)}, here {self.start} to {self.start + self.local.numel()})"
+
+
+def local_sharding(parameter: Any, ranks: Ranks) -> LocalSharding:
+    """Where this rank stands: its range of the elements as boxes, which lie end to end.
+
+    Raises:
+        ValueError: it lies over ranks beyond this optimizer's.
+    """
+    row = tuple(map(ranks.group_rank, parameter.ranks))
+    stop = parameter.start + parameter.local.numel()
+    return LocalSharding(row, tuple(boxes_of_range(parameter.shape, parameter.start, stop)), flat=True)
+
+
+def local_shard(tensor: Any) -> Tensor:
+    return tensor.local
+
+
+def local_gradient(parameter: Any, gradient: Any) -> Tensor:
+    return gradient.local
+
+
+LAYOUT = Layout(local_sharding, local_shard, local_gradient)

@@ -1,68 +1,80 @@
 """The update rules, one a file, as pure functions on batches of equal-shaped matrices.
 
-A rule is four functions and two facts; to add a method, write its file and its line here (docs/adding-a-method.md).
+METHODS is the one table of them: the options and their defaults, the plan's costs, Lightning's strategies and
+DeepSpeed's types all come from it. To add a method, write its file and its line here; a method of your own is made
+known by `add_rule` (docs/adding-a-method.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
 
-from torch import Tensor
-
-from kl_dist.methods import kl_factors, kl_shampoo, kl_soap, shampoo, soap
+from kl_dist.methods import kl_shampoo, kl_soap, shampoo, soap
 from kl_dist.methods.kronecker import Hyper
+from kl_dist.methods.rule import Flops, Method, Rule
 from kl_dist.methods.state import MatrixState, Side, State
 
-__all__ = ["MATRIX_METHODS", "METHODS", "Hyper", "MatrixState", "Rule", "Side", "State", "add_rule", "rule"]
+__all__ = [
+    "ELEMENTWISE",
+    "METHODS",
+    "Flops",
+    "Hyper",
+    "MatrixState",
+    "Method",
+    "Rule",
+    "Side",
+    "State",
+    "add_rule",
+    "for_each_method",
+    "rule",
+]
 
-
-class Rule(NamedTuple):
-    """One method under one recipe. `start`, `update` and `refresh` mutate the state they are given, nothing else."""
-
-    allocate: Callable[[Sequence[int], Sequence[Side], int, Tensor], Any]  # (shape, sides, batch, like)
-    start: Callable[[Any, Tensor, Hyper], None]  # at the first non-zero gradient
-    update: Callable[[Any, Tensor, Hyper], Tensor]  # every step; returns U, before the learning rate
-    refresh: Callable[[Any, Hyper], None]  # every T steps, after the update
-    starts_without_update: bool = False  # the released codes spend their first call on the start
-    decays_last: bool = False  # W <- (W - lr U)(1 - lr wd) instead of W (1 - lr wd) - lr U
-
-
-def _as_released(allocate: Any, start: Any, update: Any, refresh: Any) -> Rule:
-    return Rule(allocate, start, update, refresh, starts_without_update=True, decays_last=True)
-
-
-_RULES = {
-    ("kl_shampoo", "fresh"): Rule(kl_shampoo.allocate, kl_shampoo.start, kl_shampoo.update, kl_factors.refresh),
-    ("kl_soap", "fresh"): Rule(kl_soap.allocate, kl_soap.start, kl_soap.update, kl_factors.refresh),
-    ("soap", "fresh"): Rule(soap.allocate, soap.start, soap.update, kl_factors.refresh),
-    ("shampoo", "fresh"): Rule(shampoo.allocate, shampoo.start, shampoo.update, shampoo.refresh),
-    ("kl_shampoo", "paper"): _as_released(
-        kl_shampoo.allocate,
-        kl_factors.start_as_released,
-        kl_shampoo.update_as_released,
-        kl_factors.refresh_as_released,
-    ),
-    ("kl_soap", "paper"): _as_released(
-        kl_soap.allocate, kl_factors.start_as_released, kl_soap.update_as_released, kl_factors.refresh_as_released
-    ),
-    ("soap", "paper"): _as_released(
-        soap.allocate, soap.start_as_released, soap.update_as_released, soap.refresh_as_released
-    ),
-    ("shampoo", "paper"): _as_released(
-        shampoo.allocate, shampoo.start_as_released, shampoo.update_as_released, shampoo.refresh_as_released
-    ),
+_METHODS = {
+    "kl_shampoo": kl_shampoo.METHOD,
+    "kl_soap": kl_soap.METHOD,
+    "soap": soap.METHOD,
+    "shampoo": shampoo.METHOD,
 }
 
-MATRIX_METHODS = tuple(dict.fromkeys(method for method, _ in _RULES))
-METHODS = (*MATRIX_METHODS, "adamw")
+METHODS: Mapping[str, Method] = MappingProxyType(_METHODS)
+"""Every method for matrices, by name."""
+
+ELEMENTWISE = "adamw"
+"""The method of all that is no matrix (see `kl_dist.methods.adamw`); it has no recipes and can be cut anywhere."""
+
+_listeners: list[Callable[[str], None]] = []
 
 
 def add_rule(method: str, recipe: str, added: Rule) -> None:
-    """Make a rule known under a method and a recipe; a new recipe also needs `kl_dist.options.RECIPE_DEFAULTS`."""
-    _RULES[method, recipe] = added
+    """Make a rule known under a method and a recipe, of which either may be new or be there already.
+
+    On every rank, before the optimizer is constructed. What derives from METHODS has it from then on: options, plans,
+    `Trainer(strategy=method)`, a DeepSpeed config's `"type"`. A new recipe has the defaults of "fresh" but for those
+    the rule has itself.
+
+    Raises:
+        ValueError: a name that a strategy or the key of a checkpoint cannot have.
+    """
+    for name in (method, recipe):
+        if not name.isidentifier() or name == ELEMENTWISE:
+            raise ValueError(f"a method or recipe of one's own is named by a word other than {ELEMENTWISE!r}: {name!r}")
+    is_new = method not in _METHODS
+    known = Method(method, {}) if is_new else _METHODS[method]
+    _METHODS[method] = replace(known, rules={**known.rules, recipe: added})
+    for listener in _listeners if is_new else ():
+        listener(method)
+
+
+def for_each_method(listener: Callable[[str], None]) -> None:
+    """Call a function with the name of every method that is known, and of each that is added later."""
+    if listener not in _listeners:
+        _listeners.append(listener)
+    for method in _METHODS:
+        listener(method)
 
 
 def rule(method: str, recipe: str) -> Rule:
     """The update rule of a matrix method under a recipe."""
-    return _RULES[method, recipe]
+    return _METHODS[method].rules[recipe]

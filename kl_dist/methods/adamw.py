@@ -17,6 +17,8 @@ from torch import Tensor
 from kl_dist.methods.kronecker import Hyper
 from kl_dist.methods.state import AdamWState, no_steps
 
+WORKING_COPIES = 4  # tensors as large as its gradients that an update holds at its peak, those included
+
 
 def allocate(lengths: Sequence[int], like: Tensor) -> AdamWState:
     """State of slices of these lengths, zero, with dtype and device of `like`."""

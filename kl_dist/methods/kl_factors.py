@@ -19,8 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kl_dist import linalg
-from kl_dist.methods import kronecker
+from kl_dist.methods import kronecker, linalg
 from kl_dist.methods.kronecker import Hyper
 from kl_dist.methods.state import KLShampooState, Side, SOAPState
 

@@ -11,11 +11,13 @@ Source: Lin et al., "Understanding and Improving Shampoo and SOAP via Kullback-L
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 from torch import Tensor
 
 from kl_dist.methods import kl_factors, kronecker
 from kl_dist.methods.kronecker import Hyper
+from kl_dist.methods.rule import Method, Rule
 from kl_dist.methods.state import KLShampooState, Side, unstarted
 
 START_REFRESHES = 4
@@ -76,3 +78,18 @@ def update_as_released(state: KLShampooState, grad: Tensor, hyper: Hyper) -> Ten
     preconditioned = state.exp_avg / root.add_(hyper.eps)
     kl_factors.learn_as_released(state, projected, hyper)
     return kronecker.project_back(preconditioned, state.bases)
+
+
+FRESH = Rule(
+    allocate, start, update, kl_factors.refresh, working_copies=6, defaults=MappingProxyType({"betas": (0.9, 0.9)})
+)
+PAPER = Rule(
+    allocate,
+    kl_factors.start_as_released,
+    update_as_released,
+    kl_factors.refresh_as_released,
+    starts_without_update=True,
+    decays_last=True,
+    working_copies=6,
+)
+METHOD = Method("KL-Shampoo", {"fresh": FRESH, "paper": PAPER})

@@ -9,14 +9,15 @@ Source: Gupta et al. (arXiv 1802.09568), Shi et al. (arXiv 2309.06497).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kl_dist import linalg
-from kl_dist.methods import kronecker
+from kl_dist.methods import kronecker, linalg
 from kl_dist.methods.kronecker import Hyper
+from kl_dist.methods.rule import Flops, Method, Rule
 from kl_dist.methods.soap import scaled_adam
 from kl_dist.methods.state import ShampooState, Side, unstarted
 
@@ -125,3 +126,24 @@ def _graft(direction: Tensor, length_of: Tensor) -> Tensor:
     wanted = torch.linalg.vector_norm(length_of.flatten(1), dim=1)
     present = torch.linalg.vector_norm(unit.flatten(1), dim=1).clamp_min(smallest)
     return unit * kronecker.column(wanted / present, unit)
+
+
+def flops(shape: Sequence[int], sides: Sequence[Side]) -> Flops:
+    """For a block of N elements, a sum over its full sides of size d: gram and inverse root 4 N d in every step;
+    eigh 9 d^3 (linalg.EIGH_SLOWNESS) and the root 2 d^3 in a refresh."""
+    full = [d for d, side in zip(shape, sides, strict=True) if side == "full"]
+    refresh = sum((9.0 * linalg.EIGH_SLOWNESS + 2) * d**3 for d in full)
+    return Flops(sum(4.0 * math.prod(shape) * d for d in full), refresh)
+
+
+FRESH = Rule(allocate, start, update, refresh, flops=flops)
+PAPER = Rule(
+    allocate,
+    start_as_released,
+    update_as_released,
+    refresh_as_released,
+    starts_without_update=True,
+    decays_last=True,
+    flops=flops,
+)
+METHOD = Method("Shampoo", {"fresh": FRESH, "paper": PAPER})

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kl_dist.methods import kl_factors, kronecker
 from kl_dist.methods.kronecker import Hyper
+from kl_dist.methods.rule import Method, Rule
 from kl_dist.methods.state import Side, SOAPState, unstarted
 
 START_REFRESHES = 1
@@ -104,3 +105,15 @@ def refresh_as_released(state: SOAPState, hyper: Hyper) -> None:
         basis.copy_(kl_factors.without_drift(basis @ rotation, kl_factors.drift_is_due(state, hyper)))
         state.exp_avg.copy_(kronecker.multiply_side(state.exp_avg, rotation, side))
         state.exp_avg_sq.copy_(state.exp_avg_sq.take_along_dim(kronecker.along(order, side, state.exp_avg), side + 1))
+
+
+FRESH = Rule(allocate, start, update, kl_factors.refresh)
+PAPER = Rule(
+    allocate,
+    start_as_released,
+    update_as_released,
+    refresh_as_released,
+    starts_without_update=True,
+    decays_last=True,
+)
+METHOD = Method("SOAP", {"fresh": FRESH, "paper": PAPER})

@@ -1,0 +1,72 @@
+"""What this rank has of every tensor that a checkpoint holds: the memory of its stacks, under the inventory's names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kl_dist.checkpoint.inventory import Entry, inventory
+from kl_dist.planning.boxes import Box, in_boxes, narrowed, whole
+from kl_dist.planning.plan import Plan
+from kl_dist.ranks import Ranks
+from kl_dist.step.stacks import Stack
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What this rank has of one tensor of the state."""
+
+    name: str  # of the parameter
+    entry: Entry
+    boxes: tuple[Box, ...]
+    memory: Tensor  # of the boxes, end to end; of AdamW's `step` one element for each slice
+
+    @property
+    def value(self) -> Tensor:
+        """The memory, shaped as what it holds; empty where this rank holds nothing."""
+        if len(self.boxes) != 1:
+            return self.memory
+        ((_, value),) = in_boxes(self.memory, self.boxes)
+        return value
+
+    def fill(self, source: Tensor) -> None:
+        """Copy in what `value` gives."""
+        source = source.reshape(-1)
+        self.memory.copy_(source if source.numel() == self.memory.numel() else source.clone())
+
+    def fill_from_all(self, full: Tensor) -> None:
+        """Copy in this rank's part of the whole tensor."""
+        if self.entry.shape == (1,):  # AdamW's step counts may be several, and are the same
+            self.fill(full)
+            return
+        for box, target in in_boxes(self.memory, self.boxes):
+            target.copy_(narrowed(full, box))
+
+
+def holdings(plan: Plan, stacks: Sequence[Sequence[Stack]], ranks: Ranks) -> list[Holding]:
+    """What this rank holds of every entry of the plan's inventory, sharing the memory of its stacks."""
+    rows = {
+        index: stack.state.row(row)
+        for stack in (stack for bucket in stacks for stack in bucket)
+        for row, index in enumerate(stack.indices)
+    }
+    held = []
+    for entry in inventory(plan):
+        mine = [i for part in entry.parts if ranks.rank in part.keepers for i in part.units]
+        boxes, nothing = entry.boxes(ranks.rank), torch.empty(0, dtype=entry.dtype, device=ranks.device)
+        memory = _joined([rows[i][entry.field] for i in mine]) if mine else nothing
+        if entry.constant is not None:
+            boxes, memory = (whole(entry.shape),), torch.full(entry.shape, entry.constant, dtype=entry.dtype)
+        held.append(Holding(plan.parameters[entry.parameter].name, entry, boxes, memory))
+    return held
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Neighbours in memory as one tensor, a view."""
+    first, total = parts[0].view(-1), sum(part.numel() for part in parts)
+    offsets = [part.storage_offset() for part in parts]
+    assert all(a + part.numel() == b for a, part, b in zip(offsets, parts, offsets[1:], strict=False)), offsets
+    return first if len(parts) == 1 else first.as_strided((total,), (1,))

@@ -1,0 +1,140 @@
+"""What a checkpoint holds: every tensor of state, by parameter and key, and which ranks have what of it.
+
+[Note: canonical state] Keys and shapes say nothing of ranks or layouts. A block of a matrix has the fields of its
+method's state, under its ranges of the parameter where there are several ("[0:64, :].factors.0"); a parameter under
+AdamW has `step`, and `exp_avg` and `exp_avg_sq` in its own shape. So what any number of ranks saved in any layout is
+the same set of tensors, differently held, and loads everywhere. Scalars are stored as one element, (1,).
+
+[Note: form] Every parameter also has a key that says what its state means: the version of all this, the method, the
+recipe, the shape, and a digest of how the shape is read and cut ("form1.kl_shampoo.fresh.128x64.0b7a3c5e"). A stranger
+lacks the key, and so is recognised before anything of it is read, by torch.distributed.checkpoint too. It is no state:
+only what is saved has it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from kl_dist.methods import ELEMENTWISE, rule
+from kl_dist.methods.state import Side, state_dtype
+from kl_dist.planning.boxes import Box, boxes_of_range, joined, whole
+from kl_dist.planning.plan import Plan
+from kl_dist.planning.units import Parameter, Unit
+
+FORM = "form"
+VERSION = 1
+"""Of the keys, shapes and meanings."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What some ranks have of an entry: one rank, or replicas that hold the same."""
+
+    units: tuple[int, ...]  # into Plan.units, in the order of memory
+    keepers: tuple[int, ...]  # the ranks that hold it
+    boxes: tuple[Box, ...]  # of the entry; end to end they are the units' tensors, in C order
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the state."""
+
+    parameter: int  # into Plan.parameters
+    key: str
+    field: str  # what a unit's state calls it
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: tuple[Part, ...]
+    constant: int | None = None  # the value of what nobody holds and nothing changes
+
+    @property
+    def is_form(self) -> bool:
+        """See [Note: form]."""
+        return self.key.startswith(FORM)
+
+    def boxes(self, rank: int) -> tuple[Box, ...]:
+        """What a rank holds, in the order of its memory."""
+        return tuple(dict.fromkeys(box for part in self.parts if rank in part.keepers for box in part.boxes))
+
+    @property
+    def holders(self) -> tuple[tuple[Box, tuple[int, ...]], ...]:
+        """Every box with the ranks that hold it."""
+        keepers: dict[Box, list[int]] = {}
+        for part in self.parts:
+            for box in part.boxes:
+                keepers.setdefault(box, []).extend(part.keepers)
+        return tuple((box, tuple(dict.fromkeys(ranks))) for box, ranks in keepers.items())
+
+
+def inventory(plan: Plan) -> tuple[Entry, ...]:
+    """All entries, in the order of parameters and units; the same on every rank."""
+    units: dict[int, list[int]] = {i: [] for i in range(len(plan.parameters))}
+    for i, unit in enumerate(plan.units):
+        units[unit.parameter].append(i)
+    return tuple(entry for number, indices in units.items() for entry in _entries(plan, number, indices))
+
+
+def _entries(plan: Plan, number: int, indices: Sequence[int]) -> Iterator[Entry]:
+    # what has no element has no unit, and a step count all the same
+    first = plan.units[indices[0]] if indices else None
+    method, recipe = (first.method, first.recipe) if first is not None else (ELEMENTWISE, "")
+    shape = "x".join(map(str, plan.parameters[number].shape))
+    cut = "" if method == ELEMENTWISE else repr([(plan.units[i].reading, plan.units[i].block) for i in indices])
+    digest = hashlib.sha256(cut.encode()).hexdigest()[:8] if cut else ""
+    form = ".".join(word for word in (f"{FORM}{VERSION}", method, recipe, shape, digest) if word)
+    yield Entry(number, form, form, (1,), torch.int64, (), 1)
+    yield from (_of_adamw if method == ELEMENTWISE else _of_matrix)(plan, number, indices)
+
+
+def _of_matrix(plan: Plan, number: int, indices: Sequence[int]) -> Iterator[Entry]:
+    for i in indices:
+        unit = plan.units[i]
+        suffix = unit.name.removeprefix(plan.parameters[number].name)
+        for field, shape, dtype in _fields(unit.method, unit.recipe, unit.block.shape, unit.block.sides, unit.dtype):
+            key = f"{suffix}.{field}" if suffix else field
+            yield Entry(number, key, field, shape, dtype, (Part((i,), plan.keepers[i], (whole(shape),)),))
+
+
+def _of_adamw(plan: Plan, number: int, indices: Sequence[int]) -> Iterator[Entry]:
+    parameter = plan.parameters[number]
+    dtype = state_dtype(parameter.dtype)
+    held: dict[tuple[int, ...], list[int]] = {}
+    for i in indices:
+        held.setdefault(plan.keepers[i], []).append(i)
+    parts = [
+        Part(tuple(mine), keepers, tuple(_boxes_of([plan.units[i] for i in mine], parameter)))
+        for keepers, mine in held.items()
+    ]
+    counts = [Part(part.units, part.keepers, (((0, 1),),)) for part in parts]  # all slices step together
+    yield Entry(number, "step", "step", (1,), torch.int64, tuple(counts), None if parts else 0)
+    if parts:
+        for field in ("exp_avg", "exp_avg_sq"):
+            yield Entry(number, field, field, parameter.shape or (1,), dtype, tuple(parts))
+
+
+@lru_cache(maxsize=1024)
+def _fields(
+    method: str, recipe: str, shape: tuple[int, ...], sides: tuple[Side, ...], dtype: torch.dtype
+) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
+    """(name, shape, dtype) of a matrix's state, as its method allocates it."""
+    state = rule(method, recipe).allocate(shape, sides, 1, torch.empty((), dtype=state_dtype(dtype), device="meta"))
+    return tuple((name, tuple(x.shape) or (1,), x.dtype) for name, x in state.row(0).items())
+
+
+def _boxes_of(units: Sequence[Unit], parameter: Parameter) -> Iterator[Box]:
+    """What a rank's units under AdamW have of their parameter: a shard, or ranges of the elements in C order."""
+    if parameter.sharding is not None:
+        yield from joined([unit.block.ranges or ((0, 1),) for unit in units])
+        return
+    ranges: list[tuple[int, int]] = []
+    for start, stop in (unit.block.ranges[0] for unit in units):
+        if ranges and ranges[-1][1] == start:
+            start = ranges.pop()[0]
+        ranges.append((start, stop))
+    for start, stop in ranges:
+        yield from boxes_of_range(parameter.shape or (1,), start, stop)

@@ -1,0 +1,301 @@
+"""State of the optimizer, saved and loaded: checks that come before anything is written, and the copying itself.
+
+Three forms of a state dict are read alike. In the *local* one, as `state_dict` gives it and torch.save writes it, a
+tensor is what one rank holds; in the *full* one it is all of it; in that of torch.distributed.checkpoint it is a
+`Divided`, which knows. See kl_dist.checkpoint.inventory, [Note: canonical state], for the tensors and their keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_dist import options
+from kl_dist.checkpoint.holdings import Holding
+from kl_dist.checkpoint.inventory import FORM
+from kl_dist.layouts.dtensor import is_dtensor
+from kl_dist.ranks import Ranks
+
+ORIGIN = "kl_dist"
+"""The entry of a state dict that says which rank of how many it was saved on."""
+
+REMEDY = "of a full state, kl_dist.load_full_state_dict(optimizer, state, strict=False) loads what fits"
+
+
+def origin_of(held: Sequence[Holding], ranks: Ranks) -> dict[str, Any]:
+    """What a state dict says of where it is from: the rank, and a digest of which rank holds what."""
+    said = "\n".join(f"{holding.name} {holding.entry.key} {holding.entry.holders}" for holding in held)
+    division = hashlib.sha256(said.encode()).hexdigest()
+    return {"rank": ranks.rank, "world_size": ranks.size, "division": division}
+
+
+def local_form(empty: dict[str, Any], held: Sequence[Holding], ranks: Ranks, frozen: Collection[str]) -> dict[str, Any]:
+    """A state dict of torch.optim's, with what this rank holds for its state.
+
+    The tensors are on one device, as torch.distributed.checkpoint wants them. It loads into them, but hands nothing
+    over for what is frozen, and writes constants: those are copies.
+    """
+    numbers = {
+        name: number
+        for group in empty["param_groups"]
+        for name, number in zip(group["param_names"], group["params"], strict=True)
+    }
+    tensors = [
+        holding.value.to(ranks.device, copy=holding.name in frozen or holding.entry.constant is not None)
+        for holding in held
+    ]
+    if ranks.size > 1:
+        from kl_dist.checkpoint.divided import divide  # takes seconds to import
+
+        tensors = divide([holding.entry for holding in held], tensors, ranks)
+    state: dict[int, dict[str, Tensor]] = {number: {} for number in empty["state"]}
+    for holding, tensor in zip(held, tensors, strict=True):
+        state[numbers[holding.name]][holding.entry.key] = tensor
+    return {**empty, "state": state, ORIGIN: origin_of(held, ranks)}
+
+
+def causes_of(problem: BaseException) -> str:
+    """What torch.distributed.checkpoint says went wrong, each cause once, whichever ranks met it."""
+    failures = getattr(problem, "failures", None)
+    return "; ".join(sorted({str(cause) for cause, _ in failures.values()})) if failures else str(problem)
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state dict, read."""
+
+    groups: Sequence[Mapping[str, Any]]
+    tensors: Mapping[tuple[str, str], Tensor]  # by name of the parameter and key
+    local: bool  # what one rank holds, in plain tensors
+
+
+def read(state: Any, groups: Sequence[Mapping[str, Any]]) -> Saved:
+    """Understand a state dict of any form.
+
+    Raises:
+        ValueError: it is not KLShampoo's.
+    """
+    if not isinstance(state, Mapping) or not isinstance(state.get("param_groups"), (list, tuple)):
+        raise ValueError("this is not the state of KLShampoo: it has no 'param_groups'")
+    if not isinstance(state.get("state"), Mapping):
+        raise ValueError("the saved state is not whole: it has no entry 'state'")
+    saved = state["param_groups"]
+    for index, group in enumerate(saved):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(f"the saved parameter group {index} names no 'params'")
+        if "method" not in group or "recipe" not in group:
+            raise ValueError(
+                f"this is not the state of KLShampoo (its parameter group {index} has no 'method'): start the optimizer"
+                " anew"
+            )
+        if not isinstance(group.get("param_names", []), (list, tuple)):
+            raise ValueError(f"the 'param_names' of the saved parameter group {index} are no list")
+    return Saved(saved, dict(_tensors(state["state"], _names(saved, groups))), ORIGIN in state)
+
+
+def check_origin(saved: Any, here: Mapping[str, Any]) -> None:
+    """Raises ValueError unless what one rank saved was held by this rank of as many."""
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"the entry {ORIGIN!r} of the saved state is damaged: {saved!r}")
+    for key in ("world_size", "rank"):
+        if saved.get(key) != here[key]:
+            raise ValueError(
+                f"the state was saved with {key} {saved.get(key)}, here it is {here[key]}: state_dict() holds the part"
+                " of one rank; save with torch.distributed.checkpoint or kl_dist.full_state_dict to resume elsewhere"
+            )
+
+
+def check_division(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raises ValueError when the ranks had divided the same state among them in another way."""
+    if here["world_size"] > 1 and saved.get("division") != here["division"]:
+        raise ValueError(
+            "the state was saved by ranks that held other parts of it (another layout, or parameters given in another"
+            " order): save with torch.distributed.checkpoint or kl_dist.full_state_dict to resume elsewhere"
+        )
+
+
+def _names(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> dict[Any, str]:
+    """What the saved state's identifiers of parameters mean: by their names, or else by their order here."""
+    here = [group["param_names"] for group in groups]
+    alike = [len(group["params"]) for group in saved] == [len(names) for names in here]
+    found: dict[Any, str] = {}
+    for index, group in enumerate(saved):
+        names = _names_in(group) or (here[index] if alike else [str(key) for key in group["params"]])
+        if len(names) < len(group["params"]):
+            raise ValueError(f"the saved parameter group {index} has more parameters than names; {REMEDY}")
+        found.update((key, name) for key, name in zip(group["params"], names, strict=False) if _is_key(key))
+    return found
+
+
+def _names_in(group: Mapping[str, Any]) -> list[str]:
+    """The names of a saved group's parameters; torch may have taken parameters away from it, and left their names."""
+    return list(group.get("param_names") or ())[: len(group["params"])]
+
+
+def _is_key(key: Any) -> bool:
+    return isinstance(key, (int, str))
+
+
+def _tensors(state: Mapping[Any, Any], names: Mapping[Any, str]) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    for identifier, entries in state.items():
+        if identifier not in names or not isinstance(entries, Mapping):
+            raise ValueError(f"the saved state {identifier!r} belongs to no parameter")
+        for key, tensor in entries.items():
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"state {key!r} of parameter {names[identifier]!r} is no tensor in the saved state")
+            yield (names[identifier], key), _as_given(tensor)
+
+
+def _as_given(tensor: Any) -> Tensor:
+    """What torch has spread to all ranks as a DTensor, as the plain tensor it is."""
+    return tensor.to_local() if is_dtensor(tensor) and not _divided(tensor) else tensor
+
+
+def check_groups(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError unless the groups have the same parameters, and the options that shape their state."""
+    if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
+        raise ValueError(f"the saved parameter groups have other lengths than this optimizer's; {REMEDY}")
+    for index, (group, other) in enumerate(zip(groups, saved, strict=True)):
+        for mine, theirs in zip(group["param_names"], _names_in(other) or group["param_names"], strict=False):
+            if mine != theirs:
+                raise ValueError(
+                    f"parameter group {index} was saved with parameter {theirs!r} where {mine!r} is here: give"
+                    f" KLShampoo the same parameters in the same order; {REMEDY}"
+                )
+        for key in (*options.DEFAULTS, "base_lr"):
+            if key not in other:
+                raise ValueError(f"the saved parameter group {index} lacks the option {key!r}")
+            if key in options.STRUCTURAL and _lists(other[key]) != _lists(group[key]):
+                raise ValueError(
+                    f"parameter group {index} was saved with {key}={other[key]!r}, here it is {group[key]!r}: construct"
+                    " KLShampoo with what was saved, or start its state anew"
+                )
+        try:
+            options.check_numbers({**group, **_taken(other)})
+        except (ValueError, TypeError) as problem:
+            raise ValueError(f"the saved parameter group {index}: {problem}") from None
+
+
+def misfit(holding: Holding, saved: Saved) -> str | None:
+    """Why a saved tensor cannot be loaded, or None where it can; the same on all ranks unless they were given other
+    files."""
+    entry = holding.entry
+    what = f"state {entry.key!r} of parameter {holding.name!r}"
+    tensor = saved.tensors.get((holding.name, entry.key))
+    if entry.is_form:
+        return _other_form(holding, saved)
+    if tensor is None:
+        return f"{what} is missing from the saved state"
+    wanted: tuple[int, ...] = tuple(holding.value.shape) if saved.local and not _divided(tensor) else entry.shape
+    if tuple(tensor.shape) != wanted:
+        return f"{what} has shape {tuple(tensor.shape)} in the saved state, here it is {wanted}"
+    if tensor.dtype != entry.dtype:
+        return f"{what} has dtype {tensor.dtype} in the saved state, here it is {entry.dtype}"
+    if _divided(tensor) and tensor.boxes != holding.boxes:  # type: ignore[attr-defined]
+        return f"{what} is divided over the ranks in another way in the saved state"
+    return None
+
+
+def _other_form(holding: Holding, saved: Saved) -> str | None:
+    """Why a parameter's state means something else. Without any form it is one that torch had flattened: it leaves the
+    form out, having found it in the file."""
+    forms = [key for name, key in saved.tensors if name == holding.name and key.startswith(FORM)]
+    if not forms or holding.entry.key in forms:
+        return None
+    return f"parameter {holding.name!r} was saved as {forms[0]!r}, here it is {holding.entry.key!r}"
+
+
+def homeless(held: Sequence[Holding], saved: Saved) -> list[str]:
+    """What was saved and has no place here."""
+    known = {(holding.name, holding.entry.key) for holding in held}
+    return [f"state {key!r} of parameter {name!r}" for name, key in saved.tensors if (name, key) not in known]
+
+
+def check_all(held: Sequence[Holding], saved: Saved, frozen: Collection[str] = ()) -> list[Holding]:
+    """What there is to load: all of it, but for parameters that are frozen now and of which nothing was handed over.
+
+    torch.distributed.checkpoint.state_dict leaves those out.
+
+    Raises:
+        ValueError: a tensor has no place, or a place no tensor.
+    """
+    given = {name for name, _ in saved.tensors}
+    wanted = [holding for holding in held if holding.name in given or holding.name not in frozen]
+    for holding in wanted:
+        problem = misfit(holding, saved)
+        if problem is not None:
+            raise ValueError(f"{problem}; {REMEDY}")
+    for what in homeless(held, saved):
+        raise ValueError(f"{what} was saved, but here it is frozen or not there; {REMEDY}")
+    return wanted
+
+
+def _divided(tensor: Tensor) -> bool:
+    return hasattr(tensor, "boxes")
+
+
+# -- copying -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def load(
+    state: Any,
+    groups: Sequence[dict[str, Any]],
+    held: Sequence[Holding],
+    ranks: Ranks,
+    frozen: Collection[str],
+) -> None:
+    """Copy a saved state of any form into the tensors and options that are there, after all checks; local.
+
+    Args:
+        frozen: names of parameters that may be missing from the saved state.
+
+    Raises:
+        ValueError: it does not fit; nothing is changed then.
+    """
+    saved = read(state, groups)
+    here = origin_of(held, ranks) if saved.local else {}
+    if saved.local:
+        check_origin(state[ORIGIN], here)
+    check_groups(groups, saved.groups)
+    wanted = check_all(held, saved, frozen)
+    if saved.local:
+        check_division(state[ORIGIN], here)
+    for holding in wanted:
+        if holding.entry.constant is not None or not holding.memory.numel():
+            continue
+        tensor = saved.tensors[holding.name, holding.entry.key]
+        if _divided(tensor):
+            holding.fill(tensor._local_tensor)  # type: ignore[attr-defined]
+        elif saved.local:
+            holding.fill(tensor)
+        else:
+            holding.fill_from_all(tensor)
+    take_options(groups, saved.groups)
+
+
+def take_options(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Every option of the saved groups, as torch.optim does; those that shape the state are the same already."""
+    for group, other in zip(groups, saved, strict=True):
+        group.update(_taken(other))
+
+
+def _taken(saved: Mapping[str, Any]) -> dict[str, Any]:
+    kept = ("params", "param_names", *options.STRUCTURAL)
+    taken = {key: value for key, value in saved.items() if key not in kept}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in taken.items()}
+
+
+def _lists(value: Any) -> Any:
+    """With lists for tuples and strings for keys, as torch.distributed.checkpoint hands things back."""
+    if isinstance(value, Mapping):
+        return {str(key): _lists(x) for key, x in value.items()}
+    return [_lists(x) for x in value] if isinstance(value, (list, tuple)) else value

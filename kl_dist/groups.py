@@ -1,0 +1,264 @@
+"""Which method serves which parameter: by dimension, by module where the modules are known, by what the user says."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kl_dist import options
+from kl_dist.methods import ELEMENTWISE
+from kl_dist.planning.boxes import fully_sharded
+from kl_dist.planning.plan import Plan, make_plan
+from kl_dist.planning.units import Parameter
+
+
+def checked(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], before: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A parameter group as the optimizer keeps it: its parameters named, its options checked and filled.
+
+    Args:
+        given: as the user has it.
+        defaults: of what it leaves out.
+        before: the groups that are there already.
+
+    Raises:
+        TypeError, ValueError: a bad option or parameter, by name.
+    """
+    taken = [pair for group in before for pair in pairs_of(group)]
+    own = {key: value for key, value in given.items() if key != "param_names"}
+    if isinstance(own.get("params"), Iterator):
+        own["params"] = list(own["params"])
+    group = {**defaults, **own, "params": named_parameters_of(own, len(before), taken)}
+    options.resolve(group)
+    group["adamw_names"] = renamed(group["adamw_names"], own["params"], group["params"])
+    return group
+
+
+def pairs_of(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
+    """(name, parameter) of a group as the optimizer keeps it."""
+    return zip(group.get("param_names", ()), group["params"], strict=True)
+
+
+def by_name(groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """All parameters of the optimizer's groups."""
+    return {name: parameter for group in groups for name, parameter in pairs_of(group)}
+
+
+class Trained(NamedTuple):
+    """A parameter that the optimizer is to update."""
+
+    name: str
+    parameter: Tensor
+    group: int
+
+
+def trained(groups: Iterable[Mapping[str, Any]], before: Collection[str]) -> list[Trained]:
+    """What is trained: all but what is frozen, unless it was trained `before`."""
+    return [
+        Trained(name, parameter, index)
+        for index, group in enumerate(groups)
+        for name, parameter in pairs_of(group)
+        if parameter.requires_grad or name in before
+    ]
+
+
+def frozen_names(groups: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The names of parameters that are frozen now."""
+    return {name for name, parameter in by_name(groups).items() if not parameter.requires_grad}
+
+
+def signature(trained: Iterable[Trained]) -> list[tuple[Any, ...]]:
+    """What a plan's buckets and state were made for, and what freezing, moving or casting a model changes."""
+    return [(one.name, tuple(one.parameter.shape), one.parameter.dtype, one.parameter.device) for one in trained]
+
+
+def check_adamw_names(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError where a group's `adamw_names` has a name of no parameter."""
+    known = by_name(groups)
+    for name in (name for group in groups for name in group["adamw_names"] or ()):
+        if name not in known:
+            raise ValueError(f"adamw_names has {name!r}, but no parameter has this name")
+
+
+def named_parameters_of(
+    group: Mapping[str, Any], number: int, taken: Iterable[tuple[str, Tensor]]
+) -> list[tuple[str, Tensor]]:
+    """The parameters of a group with names that no other has: those given, or `group0.param3`.
+
+    Args:
+        group: as the user gave it.
+        number: of the group.
+        taken: names and parameters of the groups before it. Two models may use the same names; the second's become
+            `group1.name`, since plan and state go by name.
+
+    Raises:
+        TypeError, ValueError: something in it is not a parameter this optimizer can serve, by name.
+    """
+    if "params" not in group:
+        raise ValueError(f"parameter group {number} has no 'params'")
+    params = group["params"]
+    if isinstance(params, (set, frozenset)):
+        raise TypeError("parameters in a set have no fixed order, and ranks would disagree: give a list")
+    entries = [params] if isinstance(params, Tensor) else list(params)
+    named = [
+        entry if isinstance(entry, tuple) else (f"group{number}.param{i}", entry) for i, entry in enumerate(entries)
+    ]
+    named = _unwrapped(named)
+    first_names = {id(parameter): name for name, parameter in taken}
+    names = set(first_names.values())
+    for name, parameter in named:
+        _check_parameter(name, parameter)
+        if id(parameter) in first_names:
+            first = first_names[id(parameter)]
+            also = f" (as {first!r})" if first != name else ""
+            raise ValueError(f"parameter {name!r} is given twice{also}: each belongs to one group, once")
+        if name in first_names.values() and name not in names:
+            raise ValueError(f"two parameters of one group are called {name!r}")
+        first_names[id(parameter)] = name
+    return [(f"group{number}.{name}" if name in names else name, parameter) for name, parameter in named]
+
+
+def renamed(
+    names: Iterable[str] | None, given: Iterable[Any], named: Iterable[tuple[str, Tensor]]
+) -> tuple[str, ...] | None:
+    """Names of parameters as `named_parameters_of` has made them of those that were given."""
+    pairs = zip(given, named, strict=False) if names else ()
+    found = {entry[0]: name for entry, (name, _) in pairs if isinstance(entry, tuple)}
+    return tuple(found.get(name, name) for name in names) if names else None
+
+
+def _unwrapped(named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """With the names that the parameters have within torch.compile and DistributedDataParallel.
+
+    torch.distributed.checkpoint has them so too.
+    """
+    named = [(str(name).replace("_orig_mod.", ""), parameter) for name, parameter in named]
+    while named and all(name.startswith("module.") for name, _ in named):
+        named = [(name.removeprefix("module."), parameter) for name, parameter in named]
+    return named
+
+
+def _check_parameter(name: str, parameter: Any) -> None:
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f"parameter {name!r} is a {type(parameter).__name__}, not a tensor")
+    if not parameter.is_floating_point():
+        raise TypeError(f"parameter {name!r} is {parameter.dtype}; KLShampoo takes real floating-point parameters")
+    if not (parameter.is_leaf or parameter.retains_grad):
+        raise ValueError(f"parameter {name!r} is not a leaf: only what has a .grad can be optimized")
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    lr: float | None = None,
+    weight_decay: float = 0.01,
+    output_head: str | None = None,
+    **group_options: Any,
+) -> list[dict[str, Any]]:
+    """Parameter groups of a model whose modules are known, for `KLShampoo(param_groups(model, ..), ..)`.
+
+    nn.Embedding and the output head go to AdamW. An output head is the module named `output_head`, the
+    `get_output_embeddings()` of the model or a part of it, or one whose weight is an Embedding's; never just the last
+    Linear. Norms, biases and other parameters of fewer than two dimensions are not decayed.
+
+    Args:
+        model: unwrapped, so that the names are its own.
+        lr: of all groups; None leaves it to the optimizer.
+        weight_decay: of what is decayed.
+        output_head: name of a module, as in `model.named_modules()`.
+        group_options: any option of a parameter group, for all of them.
+
+    Returns:
+        Up to three groups with named parameters, frozen ones included: matrices, AdamW decayed, AdamW not decayed.
+
+    Raises:
+        ValueError: no module has the name `output_head`.
+    """
+    elementwise = embeddings_and_head(model, output_head)
+    matrices: list[tuple[str, Tensor]] = []
+    decayed: list[tuple[str, Tensor]] = []
+    undecayed: list[tuple[str, Tensor]] = []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            undecayed.append((name, parameter))
+        elif id(parameter) in elementwise:
+            decayed.append((name, parameter))
+        else:
+            matrices.append((name, parameter))
+    shared = {**group_options, **({} if lr is None else {"lr": lr})}
+    groups = [
+        {**shared, "params": matrices, "weight_decay": weight_decay},
+        {**shared, "params": decayed, "weight_decay": weight_decay, "method": ELEMENTWISE},
+        {**shared, "params": undecayed, "weight_decay": 0.0, "method": ELEMENTWISE},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def embeddings_and_head(model: nn.Module, output_head: str | None = None) -> set[int]:
+    """The ids of the parameters of every nn.Embedding and of the output head; see `param_groups`.
+
+    Raises:
+        ValueError: no module has the name `output_head`.
+    """
+    embeddings = (nn.Embedding, nn.EmbeddingBag)
+    modules: list[nn.Module] = [module for module in model.modules() if isinstance(module, embeddings)]
+    if output_head is not None:
+        named = dict(model.named_modules())
+        if output_head not in named:
+            raise ValueError(f"the model has no module named {output_head!r} to be its output head")
+        modules.append(named[output_head])
+    for module in model.modules():  # a model of a library is often a part of the user's
+        get_head = getattr(module, "get_output_embeddings", None)
+        if callable(get_head) and isinstance(head := get_head(), nn.Module):
+            modules.append(head)
+    # a head tied to an Embedding has its very parameter, so it needs no look-up of its own
+    return {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
+
+
+def plan(
+    model_or_named_shapes: nn.Module | Mapping[str, Iterable[int]],
+    world_size: int,
+    *,
+    shard_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+    **group_options: Any,
+) -> Plan:
+    """The plan KLShampoo would make at any world size, without a process group.
+
+    Args:
+        model_or_named_shapes: a model, on the meta device if it does not fit (routed as `param_groups` does), or a
+            mapping of names to shapes (routed by dimension alone).
+        world_size: number of ranks.
+        shard_size: how many of them share a replica of the parameters: 1 for DDP, world_size for FSDP2, else HSDP.
+        dtype: of the parameters, where only shapes are given.
+        group_options: options of KLShampoo, `output_head` included for a model.
+
+    Raises:
+        ValueError, TypeError: a bad option.
+    """
+    if not isinstance(world_size, int) or world_size < 1:
+        raise ValueError(f"world_size must be a whole number, at least 1, not {world_size!r}")
+    if not isinstance(shard_size, int) or shard_size < 1 or world_size % shard_size:
+        raise ValueError(f"shard_size must divide world_size {world_size}, not {shard_size!r}")
+    if isinstance(model_or_named_shapes, nn.Module):
+        groups = param_groups(model_or_named_shapes, **group_options)
+        found = [
+            Parameter(name, tuple(p.shape), p.dtype, index)
+            for index, group in enumerate(groups)
+            for name, p in group["params"]
+            if p.requires_grad
+        ]
+    else:
+        groups = [dict(group_options)]
+        found = [Parameter(name, tuple(shape), dtype, 0) for name, shape in model_or_named_shapes.items()]
+    resolved = [{**options.DEFAULTS, **group} for group in groups]
+    for group in resolved:
+        options.resolve(group)
+    if shard_size > 1:
+        found = [replace(one, sharding=fully_sharded(one.shape, world_size, shard_size)) for one in found]
+    return make_plan(found, resolved, world_size)

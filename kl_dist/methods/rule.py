@@ -1,0 +1,56 @@
+"""What a method is to everything else: its functions under each recipe, and the few facts that a plan is made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from kl_dist.methods.kronecker import Hyper
+from kl_dist.methods.linalg import QR_SLOWNESS
+from kl_dist.methods.state import Side
+
+
+class Flops(NamedTuple):
+    """Of one block, counted as flops of a matrix product: what runs slower weighs more."""
+
+    update: float  # in every step
+    refresh: float  # in every T-th
+
+
+def flops_in_eigenbasis(shape: Sequence[int], sides: Sequence[Side]) -> Flops:
+    """Of a method that is resident in the eigenbasis, for a block of N elements; a sum over its full sides of size d.
+
+    update     project, gram, project back                                 6 N d
+    refresh    QR 8/3 d^3 (QR_SLOWNESS), P O and Q O 4 d^3, momentum       .. + 2 N d
+    """
+    numel = math.prod(shape)
+    full = [d for d, side in zip(shape, sides, strict=True) if side == "full"]
+    refresh = sum((8 / 3 * QR_SLOWNESS + 4) * d**3 + 2 * numel * d for d in full)
+    return Flops(sum(6.0 * numel * d for d in full), refresh)
+
+
+class Rule(NamedTuple):
+    """One method under one recipe. `start`, `update` and `refresh` mutate the state they are given, nothing else."""
+
+    allocate: Callable[[Sequence[int], Sequence[Side], int, Tensor], Any]  # (shape, sides, batch, like)
+    start: Callable[[Any, Tensor, Hyper], None]  # at the first non-zero gradient
+    update: Callable[[Any, Tensor, Hyper], Tensor]  # every step; returns U, before the learning rate
+    refresh: Callable[[Any, Hyper], None]  # every T steps, after the update
+    starts_without_update: bool = False  # the released codes spend their first call on the start
+    decays_last: bool = False  # W <- (W - lr U)(1 - lr wd) instead of W (1 - lr wd) - lr U
+    flops: Callable[[Sequence[int], Sequence[Side]], Flops] = flops_in_eigenbasis  # (shape, sides)
+    working_copies: int = 7  # tensors as large as its gradients that an update holds at its peak, those included
+    defaults: Mapping[str, Any] = MappingProxyType({})  # of options, where not the recipe's
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method under all its recipes."""
+
+    title: str  # as people write it; without its hyphens, what a DeepSpeed config calls it
+    rules: Mapping[str, Rule]  # by recipe

@@ -1,0 +1,242 @@
+"""The collectives, and nothing else: what ranks tell each other, and when they wait.
+
+Every function is one exchange that all ranks of the group make together; at world size 1 each is the identity, so the
+callers have one path.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import record_function
+
+# torch 2.13 calls it all_gather_single, and the name that came before is deprecated there
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Exchange(NamedTuple):
+    """A collective under way."""
+
+    buffer: Tensor  # what this rank receives
+    works: tuple[Any, ...]  # torch.distributed.Work: what to wait for
+
+    def wait(self) -> Tensor:
+        with record_function("kl_shampoo::exchange"):
+            for work in self.works:
+                work.wait()
+        return self.buffer
+
+
+class Team:
+    """Some of the ranks, and the exchanges that buckets travel by. Alone, each is the identity.
+
+    Without a process group of their own they talk within a larger one, point to point, or all of its teams in the same
+    all-to-all at once, past each other. Making a group would be safe only where all ranks of the job make it, and they
+    may not all be here.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, members: Sequence[int], whole: bool) -> None:
+        self.group = group
+        self.members = members  # as ranks of `group`, ascending
+        self.size = len(members)
+        self._whole = whole  # all of `group`
+
+    def gather(self, chunk: Tensor, room: Tensor) -> Exchange:
+        """Launch an all-gather of equal chunks into a room, and do not wait: (size, chunk), a row a rank."""
+        if self.size == 1:
+            return Exchange(chunk[None], ())
+        buffer = room[: self.size * chunk.nbytes].view(chunk.dtype)
+        with record_function("kl_shampoo::exchange"):
+            if self._whole:
+                works = (_all_gather(buffer, chunk, group=self.group, async_op=True),)
+            else:
+                works = self._gather_point_to_point(buffer.view(self.size, -1), chunk)
+        return Exchange(buffer.view(self.size, -1), works)
+
+    def swap(self, out: Tensor, sent: Sequence[int], into: Tensor, received: Sequence[int]) -> Exchange:
+        """Launch an all-to-all of segments of any length, one for each member, and do not wait."""
+        coming, going = self._spread(received), self._spread(sent)
+        with record_function("kl_shampoo::exchange"):
+            work = dist.all_to_all_single(into, out, coming, going, group=self.group, async_op=True)
+        return Exchange(into, (work,))
+
+    def _spread(self, lengths: Sequence[int]) -> list[int]:
+        """Lengths by member as lengths by rank of the group, with nothing for those who do not belong."""
+        found = [0] * dist.get_world_size(self.group)
+        for rank, length in zip(self.members, lengths, strict=True):
+            found[rank] = length
+        return found
+
+    def _gather_point_to_point(self, buffer: Tensor, chunk: Tensor) -> tuple[Any, ...]:
+        me = dist.get_rank(self.group)
+        operations = []
+        for row, rank in zip(buffer, self.members, strict=True):
+            if rank == me:
+                row.copy_(chunk)
+            else:
+                operations.append(dist.P2POp(dist.isend, chunk, group=self.group, group_peer=rank))
+                operations.append(dist.P2POp(dist.irecv, row, group=self.group, group_peer=rank))
+        return tuple(dist.batch_isend_irecv(operations))
+
+
+class Ranks(Team):
+    """The ranks that share the optimizer's state: a process group, or this process alone."""
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        initialized = dist.is_available() and dist.is_initialized()
+        if process_group is not None and not initialized:
+            raise RuntimeError("a process_group was given but torch.distributed is not initialised")
+        if not initialized and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RuntimeError(
+                f"this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE) but torch.distributed is not"
+                " initialised: call torch.distributed.init_process_group before constructing KLShampoo"
+            )
+        group = process_group if process_group is not None or not initialized else dist.group.WORLD
+        super().__init__(group, range(dist.get_world_size(group) if group is not None else 1), whole=True)
+        self.device = torch.device("cpu")  # of the parameters, once they are known
+        self.rank = dist.get_rank(self.group) if self.group is not None else 0
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        if self.rank < 0:
+            raise ValueError("this process does not belong to the process_group it gave to KLShampoo")
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Ranks:
+        """Itself: a connection is not data."""
+        return self
+
+    def settle_on(self, device: torch.device) -> None:
+        """Take note of where the parameters are.
+
+        Raises:
+            ValueError: the backend cannot exchange tensors that lie there.
+        """
+        if self.size > 1 and device.type != "cuda" and dist.get_backend(self.group) == "nccl":
+            raise ValueError("the process group's backend is nccl, so the parameters must be on CUDA devices")
+        self.device = device
+
+    def largest(self, values: Tensor) -> list[float]:
+        """Elementwise maximum over ranks, on the host: the one synchronisation of a step. `values` is mutated."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
+        return values.tolist()
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over ranks; `value` is mutated."""
+        if self.size > 1:
+            dist.all_reduce(value, group=self.group)
+        return value
+
+    def from_rank(self, source: int, tensor: Tensor) -> Tensor:
+        """What `source` has, on every rank; `tensor` is contiguous and receives it."""
+        if self.size > 1:
+            dist.broadcast(tensor, group=self.group, group_src=source)
+        return tensor
+
+    def hand_over(self, tensor: Tensor, source: int, target: int) -> None:
+        """Send what `source` has to `target`, which receives it in `tensor`, contiguous; the others do nothing."""
+        if source == target:
+            return
+        if self.rank == source:
+            dist.send(tensor, group=self.group, group_dst=target)
+        elif self.rank == target:
+            dist.recv(tensor, group=self.group, group_src=source)
+
+    def get_to_know(self, group: dist.ProcessGroup) -> None:
+        """Take note of a process group that some of these ranks have among them: one dimension of a device mesh.
+
+        Raises:
+            ValueError: it goes beyond these ranks.
+        """
+        self._groups[tuple(map(self.group_rank, dist.get_process_group_ranks(group)))] = group
+
+    def group_rank(self, global_rank: int) -> int:
+        """What a rank of the whole job is called here.
+
+        Raises:
+            ValueError: it does not belong.
+        """
+        if self.group is None:
+            return 0
+        try:
+            return dist.get_group_rank(self.group, global_rank)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"its device mesh goes beyond the process group of KLShampoo ({error})") from None
+
+    def team(self, members: Sequence[int]) -> Team:
+        """Some of these ranks, this one among them; in a process group of their own where one is known."""
+        if len(members) == 1:
+            return Team(None, members, whole=True)
+        if tuple(members) == tuple(range(self.size)):
+            return self
+        group = self._groups.get(tuple(members))
+        if group is not None:
+            return Team(group, range(len(members)), whole=True)
+        return Team(self.group, members, whole=False)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """What every rank has to say, in rank order; pickled, so for set-up and errors alone."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _current(self.device):
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def raise_together(self, problem: Exception | None) -> None:
+        """Raise on every rank when any rank has a problem: its own where it has one, else the first other's.
+
+        Raises:
+            ValueError, TypeError or RuntimeError, as the rank that has the problem would.
+        """
+        told = self.gather_objects(None if problem is None else (_public_type(problem), str(problem)))
+        if problem is not None:
+            raise problem
+        for rank, problem_there in enumerate(told):
+            if problem_there is not None:
+                kind, text = problem_there
+                raise kind(f"rank {rank}: {text}")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run the block, then raise on every rank when it failed on any: none is left waiting in what follows."""
+        problem: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            problem = error
+        self.raise_together(problem)
+
+    def check_same(self, digest: str, lines: tuple[str, ...], what: str) -> None:
+        """Raise on every rank when their digests differ, naming the first of their lines that does.
+
+        Raises:
+            ValueError: on all ranks.
+        """
+        digests = self.gather_objects(digest)
+        if len(set(digests)) == 1:
+            return
+        odd = next(rank for rank, other in enumerate(digests) if other != digests[0])
+        theirs = self.gather_objects(lines if self.rank in (0, odd) else None)
+        raise ValueError(f"{what} differs between ranks: {_first_difference(theirs[0], theirs[odd], odd)}")
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """What torch pickles for NCCL goes through the current device, which a user may not have set."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _first_difference(ours: tuple[str, ...], theirs: tuple[str, ...], rank: int) -> str:
+    for a, b in zip(ours, theirs, strict=False):
+        if a != b:
+            return f"rank 0 has «{a}», rank {rank} has «{b}»"
+    longer, line = (0, ours[len(theirs)]) if len(ours) > len(theirs) else (rank, theirs[len(ours)])
+    return f"only rank {longer} has «{line}»"
+
+
+def _public_type(problem: Exception) -> type[Exception]:
+    return next((kind for kind in (ValueError, TypeError) if isinstance(problem, kind)), RuntimeError)

@@ -1,0 +1,1 @@
+"""One step: `agreement` comes first, `engine` runs the plan, `stacks` compute, `trips` carry, `stats` tell."""

@@ -1,0 +1,147 @@
+"""What ranks must know of each other before a step changes anything.
+
+[Note: agreement] A step opens with one small all-reduce (MAX) of a number per unit, written by the unit's owner (where
+its parameter is sharded: by all that hold a piece of it), a fingerprint of the options (and its negative, so that the
+maximum tells whether all are equal), and one number for trouble. It is the only synchronisation with the host, and it
+comes before any state changes: what is wrong on one rank is raised on all, a gradient that is missing or not finite is
+treated alike everywhere, and the owner's view decides when only some ranks lack a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kl_dist import options
+from kl_dist.methods.kronecker import largest_gradient, smallest_scale
+from kl_dist.methods.state import state_dtype
+from kl_dist.planning.plan import Plan, structure
+from kl_dist.planning.units import Unit
+
+
+class Presence(IntEnum):
+    """What is said of a unit's gradient; who has no say says MISSING, and the largest number wins."""
+
+    MISSING = 0
+    ZERO = 1
+    PRESENT = 2
+    FIRST = 3  # spent on the start of a recipe whose first call makes no update
+    NONFINITE = 4
+
+    def steps(self, unit: Unit) -> bool:
+        """Whether the unit takes part; an entry of a declared batch (an expert) does not with a zero gradient."""
+        return self is not Presence.MISSING and not (self is Presence.ZERO and unit.reading.of_batch)
+
+    def moves(self, unit: Unit) -> bool:
+        """Whether the unit's weights change."""
+        return self.steps(unit) and self is not Presence.FIRST
+
+
+class Trouble(IntEnum):
+    """The last number of the agreement."""
+
+    NONE = 0
+    REPLAN = 1  # a parameter was frozen, unfrozen, moved or cast on some rank
+    ERROR = 2
+
+
+def find_problem(
+    plan: Plan, planned: Sequence[tuple[str, Tensor, int]], groups: Sequence[Mapping[str, Any]]
+) -> Exception | None:
+    """What is wrong on this rank before a step, if anything, seen without touching the device.
+
+    Args:
+        plan: made for the parameters and options as they were.
+        planned: (name, parameter, group) as they are now.
+        groups: the parameter groups as they are now.
+    """
+    try:
+        if structure(groups) != plan.structure:
+            raise ValueError(
+                f"the options {', '.join(options.STRUCTURAL)} shape the state and cannot be changed after"
+                " construction: construct a new KLShampoo"
+            )
+        for group in groups:
+            options.check_numbers(group)
+        shapes = {parameter.name: parameter.shape for parameter in plan.parameters}
+        for name, parameter, _ in planned:
+            if tuple(parameter.shape) != shapes.get(name, tuple(parameter.shape)):
+                raise ValueError(
+                    f"parameter {name!r} had shape {shapes[name]} and now has {tuple(parameter.shape)}:"
+                    " construct a new KLShampoo"
+                )
+            if parameter.grad is not None:
+                _check_gradient(name, parameter.grad)
+    except (ValueError, TypeError) as problem:
+        return problem
+    return None
+
+
+def _check_gradient(name: str, grad: Tensor) -> None:
+    if grad.layout is not torch.strided:
+        raise TypeError(
+            f"the gradient of {name!r} is sparse ({grad.layout}), which KLShampoo does not take:"
+            " construct the layer with sparse=False"
+        )
+    if not grad.is_floating_point():
+        raise TypeError(f"the gradient of {name!r} is {grad.dtype}; KLShampoo takes real floating-point gradients")
+
+
+class Sight(NamedTuple):
+    """What a rank sees of a unit's gradient: all of it or a piece, on the unit's owner or where a shard of it lies."""
+
+    number: int  # into Plan.units
+    unit: Unit
+    gradient: Tensor | None
+
+
+def describe_gradients(seen: Sequence[Sight], out: Tensor) -> None:
+    """Write a `Presence` for every unit seen into `out`, on its device and without a synchronisation.
+
+    By the largest magnitude: up to `smallest_scale` is zero, beyond `largest_gradient` or NaN is not finite.
+    """
+    gradients: list[Tensor] = []
+    rows: list[list[float]] = []
+    for number, unit, gradient in seen:
+        if gradient is not None:
+            dtype = state_dtype(unit.dtype)
+            gradients.append(gradient)
+            rows.append([number, smallest_scale(dtype), largest_gradient(dtype)])
+    if not rows:
+        return
+    numbers, tiny, huge = torch.tensor(rows, dtype=torch.float64).to(out.device, non_blocking=True).unbind(1)
+    norms = torch._foreach_norm(gradients, float("inf"))
+    largest = torch.stack([norm.double() for norm in norms]).to(out.device)
+    presence = torch.where(largest > tiny, float(Presence.PRESENT), float(Presence.ZERO))
+    presence = torch.where(largest < huge, presence, float(Presence.NONFINITE))  # NaN compares false
+    out.scatter_reduce_(0, numbers.long(), presence.to(out.dtype), "amax")  # several pieces of one unit may lie here
+
+
+def agreed(plan: Plan, values: Sequence[float]) -> list[Presence]:
+    """The units' gradients from the largest that any rank said: a number a unit, then one for each that may wait.
+
+    A parameter under AdamW steps as a whole: not where the owner of one of its slices misses the gradient.
+    """
+    presences = [Presence(int(value)) for value in values[: len(plan.units)]]
+    for index, waits in zip(plan.waiting, values[len(plan.units) :], strict=True):
+        rests = presences[index] is Presence.ZERO and plan.units[index].reading.of_batch
+        if waits and not rests and presences[index] in (Presence.ZERO, Presence.PRESENT):
+            presences[index] = Presence.FIRST
+    missed = {plan.units[index].parameter for index in plan.slices if presences[index] is Presence.MISSING}
+    for index in plan.slices if missed else ():
+        if plan.units[index].parameter in missed and presences[index] is not Presence.NONFINITE:
+            presences[index] = Presence.MISSING
+    return presences
+
+
+def not_finite(plan: Plan, presences: Sequence[Presence]) -> str | None:
+    """What to say of the gradients that are not finite, by the name of the first; None where there are none."""
+    bad = [i for i, presence in enumerate(presences) if presence is Presence.NONFINITE]
+    if not bad:
+        return None
+    others = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
+    return f"the gradient of {plan.units[bad[0]].name!r}{others} is NaN, infinite or too large to square"

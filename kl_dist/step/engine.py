@@ -1,0 +1,257 @@
+"""One step: agree, then send every bucket on its way; several are under way at a time.
+
+A bucket makes up to three trips (see `kl_dist.planning.traffic`): gradients to the owners, updates back to the shards,
+updates to the other replicas. Where a parameter is whole on every rank there is only the last; alone there is none, and
+the path is the same. While one bucket travels the others compute.
+
+[Note: failures] An owner that raises between two collectives would leave the others waiting. So what goes wrong after
+the agreement is kept, and all ranks raise together: at the end of the step, told by a flag at the end of each segment;
+or, where reading the flags would cost a synchronisation (CUDA) or the segments have left (a refresh), in the next
+step's agreement.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from kl_dist.layouts.local import LocalShards
+from kl_dist.methods import ELEMENTWISE, rule
+from kl_dist.options import describe
+from kl_dist.planning.boxes import Piece
+from kl_dist.planning.plan import Plan
+from kl_dist.ranks import Ranks
+from kl_dist.step.agreement import Presence, Sight, Trouble, agreed, describe_gradients
+from kl_dist.step.stacks import Gradients, Stack, build_stacks
+from kl_dist.step.trips import Trips, make_rooms
+
+
+class Engine:
+    """Runs the plan over the parameters of this rank. Made anew when the plan changes."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        ranks: Ranks,
+        parameters: Sequence[Tensor],
+        groups: list[dict[str, Any]],
+        previous: Engine | None = None,
+    ) -> None:
+        self.plan, self.ranks, self.groups = plan, ranks, groups
+        self.device = ranks.device
+        self.shards = LocalShards(parameters)
+        self.stacks = build_stacks(plan, ranks.rank, self.device)
+        self.trips = [Trips(plan, number, ranks) for number in range(len(plan.buckets))]
+        self.rooms = make_rooms(self.trips, self.device)
+        self.failure: Exception | None = None  # of this rank, not yet raised: see [Note: failures]
+        self.failed = False  # in this step, on some rank
+        self.refreshes = 0
+        self.refresh_seconds = 0.0
+        self.update_norms: list[tuple[Tensor, int]] = []  # of the last step's stacks of matrices, with their elements
+        if previous is not None:
+            self.failure = previous.failure
+            self.refreshes, self.refresh_seconds = previous.refreshes, previous.refresh_seconds
+
+    def agree(self, problem: Exception | None, moved: bool) -> list[Presence] | None:
+        """What all ranks know of this step before it changes anything: see [Note: agreement].
+
+        Args:
+            problem: what is wrong on this rank.
+            moved: the plan no longer fits this rank's parameters.
+
+        Returns:
+            What the units' gradients are like, or None when the plan must be made anew first.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: on all ranks, when one has a problem or they have other options.
+        """
+        with record_function("kl_shampoo::agree"):
+            told = torch.zeros(self.plan.agreement_size, dtype=torch.float32, device=self.device)
+            if problem is None and not moved:
+                try:
+                    self.shards.look()
+                    describe_gradients(list(self._sights()), told)
+                    self._say_who_waits(told)
+                except Exception as error:
+                    problem = error
+            options = tuple(map(describe, self.groups))
+            together = "\n".join(options)
+            fingerprint = zlib.crc32(together.encode()) % 2**24  # a whole number that float32 holds
+            trouble = Trouble.ERROR if problem is not None else Trouble.REPLAN if moved else Trouble.NONE
+            told[-3:].copy_(torch.tensor([fingerprint, -fingerprint, trouble]), non_blocking=True)
+            *values, largest, smallest, trouble_anywhere = self.ranks.largest(told)
+        if trouble_anywhere == Trouble.ERROR:
+            self.ranks.raise_together(problem)
+        if largest != -smallest:
+            self.ranks.check_same(together, options, "the options of a parameter group")
+        return None if trouble_anywhere == Trouble.REPLAN else agreed(self.plan, values)
+
+    def run(self, presences: Sequence[Presence]) -> None:
+        """Compute, exchange and apply all updates.
+
+        Raises:
+            RuntimeError: on all ranks, when one of them failed: see [Note: failures].
+        """
+        self.failed = False
+        self.update_norms = []
+        under_way: list[Iterator[None]] = []
+        with full_precision(self.device):
+            for number in range(len(self.trips)):
+                # the newest first: its trip begins before an older one is waited for
+                under_way = _moved_on([self._journey(number, presences), *under_way])
+            while under_way:
+                under_way = _moved_on(under_way)
+        self.shards.forget()
+        if self.failed:
+            self.ranks.raise_together(self.failure)
+
+    def pass_over(self) -> None:
+        """Leave the step out that was agreed on."""
+        self.shards.forget()
+
+    def gradient_norm(self) -> Tensor:
+        """|G| over all parameters and ranks (0-D, float64), each element counted once; a collective."""
+        self.shards.look()
+        mine = [
+            sight.gradient
+            for sight in self._sights()
+            # of what several replicas keep alike (AdamW's shards) only the first counts
+            if sight.gradient is not None and self.ranks.rank not in self.plan.keepers[sight.number][1:]
+        ]
+        self.shards.forget()
+        square = torch.zeros((), dtype=torch.float64, device=self.device)
+        if mine:
+            square += torch.stack([norm.double() for norm in torch._foreach_norm(mine)]).square().sum().to(self.device)
+        return self.ranks.total(square).sqrt()
+
+    def _journey(self, number: int, presences: Sequence[Presence]) -> Iterator[None]:
+        """One bucket from gradients to weights; yields while something of it is on its way."""
+        trips, stacks, room = self.trips[number], self.stacks[number], self.rooms[number % len(self.rooms)]
+        packed = True
+        if trips.sharded:
+            packed = self._attempt(trips.pack_gradients, self.shards, room)
+            trip = trips.send_gradients(room)
+            yield
+            trip.wait()
+        gradients = partial(trips.gradient, shards=self.shards, room=room)
+        computed = self._attempt(self._compute, stacks, presences, gradients, trips.updates(room))
+        self._attempt(trips.pack_updates, room, not (packed and computed))
+        trip = trips.send_updates(room)
+        self._attempt(self._refresh, stacks, presences)
+        if trips.sharded:
+            yield
+            trip.wait()
+            trip = trips.spread_updates(room)
+        if trips.replicated:
+            yield
+        buffer = trip.wait()
+        self._attempt(self._apply, trips, buffer, presences)
+        if self.device.type != "cuda":
+            self.failed |= trips.failed(buffer)
+
+    def _sights(self) -> Iterator[Sight]:
+        for trips in self.trips:
+            for parcel in trips.traffic.outgoing.parcels:
+                unit = self.plan.units[parcel.unit]
+                yield Sight(parcel.unit, unit, self.shards.gradient(unit.parameter, parcel.piece))
+
+    def _say_who_waits(self, told: Tensor) -> None:
+        """After the units' numbers, one for each that may spend its next gradient on its start alone."""
+        numbers = {index: len(self.plan.units) + number for number, index in enumerate(self.plan.waiting)}
+        waits = [
+            numbers[index]
+            for stack in (stack for bucket in self.stacks for stack in bucket)
+            for row, index in enumerate(stack.indices)
+            if stack.waits(row)
+        ]
+        if waits:
+            told.index_fill_(0, torch.tensor(waits).to(told.device, non_blocking=True), 1.0)
+
+    def _compute(
+        self, stacks: Sequence[Stack], presences: Sequence[Presence], gradients: Gradients, updates: Tensor
+    ) -> None:
+        with record_function("kl_shampoo::update"):
+            for stack in stacks:
+                out = updates[stack.offset : stack.offset + stack.numel]
+                stack.update([presences[i] for i in stack.indices], gradients, self._group(stack), out)
+                pairs = zip(stack.indices, stack.units, strict=True)
+                moved = sum(unit.numel for i, unit in pairs if not unit.elementwise and presences[i].moves(unit))
+                if moved:
+                    norm = torch.linalg.vector_norm(out, dtype=torch.promote_types(out.dtype, torch.float32))
+                    self.update_norms.append((norm, moved))
+
+    def _refresh(self, stacks: Sequence[Stack], presences: Sequence[Presence]) -> None:
+        began = time.perf_counter()
+        with record_function("kl_shampoo::refresh"):
+            for stack in stacks:
+                self.refreshes += stack.refresh([presences[i] for i in stack.indices], self._group(stack))
+        self.refresh_seconds += time.perf_counter() - began
+
+    def _apply(self, trips: Trips, buffer: Tensor, presences: Sequence[Presence]) -> None:
+        with record_function("kl_shampoo::apply"):
+            together: dict[tuple[int, str], list[tuple[int, Piece, Tensor]]] = {}
+            for parcel, update in trips.arrived(buffer):
+                unit = self.plan.units[parcel.unit]
+                if presences[parcel.unit].moves(unit):
+                    together.setdefault((unit.group, unit.method), []).append((unit.parameter, parcel.piece, update))
+            for (group, method), updates in together.items():
+                self.shards.apply(updates, *step_size(self.groups[group], method))
+
+    def _group(self, stack: Stack) -> Mapping[str, Any]:
+        return self.groups[stack.units[0].group]
+
+    def _attempt(self, part: Callable[..., None], *arguments: Any) -> bool:
+        """Do a part of the step, and say whether it went well; what it raises is kept: see [Note: failures]."""
+        try:
+            part(*arguments)
+            return True
+        except Exception as problem:
+            if self.failure is None:
+                self.failure = RuntimeError(
+                    f"a step failed half-way ({type(problem).__name__}: {problem}); weights and state are no longer to"
+                    " be trusted: resume from a checkpoint"
+                )
+                self.failure.__cause__ = problem
+            return False
+
+
+def _moved_on(journeys: Sequence[Iterator[None]]) -> list[Iterator[None]]:
+    """Each journey one leg further; without those that have ended."""
+    ended = object()
+    return [journey for journey in journeys if next(journey, ended) is not ended]
+
+
+def step_size(group: Mapping[str, Any], method: str) -> tuple[float, float]:
+    """(keep, lr) of W <- keep W - lr U.
+
+    `adamw_lr` is AdamW's learning rate when `lr` has the value it was constructed with; schedules move both alike.
+    """
+    lr = float(group["lr"])
+    if method == ELEMENTWISE and group["adamw_lr"] is not None:
+        lr = float(group["adamw_lr"]) * lr / group["base_lr"]
+    keep = 1 - lr * float(group["weight_decay"])
+    decays_last = method != ELEMENTWISE and rule(method, group["recipe"]).decays_last
+    return keep, lr * keep if decays_last else lr
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast, TF32 or bfloat16: factor products in lower precision lose the small eigenvalues."""
+    with torch.autocast(device.type, enabled=False), ExitStack() as after:
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later; mixing the two raises there
+            for backend in (torch.backends.cuda, torch.backends.mkldnn):
+                matmul: Any = getattr(backend, "matmul")  # noqa: B009 (its stub lacks it)
+                after.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
+                matmul.fp32_precision = "ieee"
+        else:
+            after.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        yield

@@ -1,0 +1,208 @@
+"""What one rank owns, in batches: equal-shaped matrices of a bucket stacked, flat slices laid end to end.
+
+A stack has the state of its units and knows how to step and refresh those that take part. Staggered refreshes meet
+neighbours: the plan orders a stack by turn, so that those due lie together and are views rather than copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_dist.methods import Hyper, MatrixState, Rule, State, adamw, rule
+from kl_dist.methods.state import AdamWState, span, state_dtype
+from kl_dist.planning.plan import Plan
+from kl_dist.planning.units import Unit, stack_key
+from kl_dist.step.agreement import Presence
+
+Gradients = Callable[[int], Tensor]
+"""The gradient of one of this rank's units, by its index in the plan, shaped as the unit."""
+
+
+@dataclass
+class Stack:
+    """Units of one kind in one bucket. Rows of the state are the units, in order."""
+
+    indices: tuple[int, ...]  # into Plan.units
+    units: tuple[Unit, ...]
+    offset: int  # of its updates in this rank's chunk of the bucket
+    state: State
+
+    @property
+    def numel(self) -> int:
+        return sum(unit.numel for unit in self.units)
+
+    def waits(self, row: int) -> bool:
+        """Whether the next gradient of this unit is spent on its start alone."""
+        return False
+
+    def update(
+        self, presences: Sequence[Presence], gradients: Gradients, group: Mapping[str, Any], out: Tensor
+    ) -> None:
+        """Step the units that take part; their updates go to `out` (numel,), zero elsewhere. `presences` is by row."""
+        raise NotImplementedError
+
+    def refresh(self, presences: Sequence[Presence], group: Mapping[str, Any]) -> int:
+        """Refresh what is due after the update; returns how many matrices were."""
+        return 0
+
+
+@dataclass
+class MatrixStack(Stack):
+    """Matrices of one shape and method."""
+
+    state: MatrixState
+    rule: Rule
+
+    def waits(self, row: int) -> bool:
+        return self.rule.starts_without_update and not self.state.started[row]
+
+    def update(
+        self, presences: Sequence[Presence], gradients: Gradients, group: Mapping[str, Any], out: Tensor
+    ) -> None:
+        active = [row for row, unit in enumerate(self.units) if presences[row].steps(unit)]
+        if not active:
+            return
+        hyper = matrix_hyper(group)
+        grads = _read(gradients, [self.indices[row] for row in active], torch.stack, self.state.exp_avg.dtype)
+        starting = [row for row in active if not self.state.started[row] and presences[row] is not Presence.ZERO]
+        if starting:
+            part = self.state.rows(starting)
+            self.rule.start(part, _select(grads, active, starting), hyper)
+            part.started.fill_(True)
+            self.state.put(starting, part)
+        running = [row for row in active if self.state.started[row] and presences[row].moves(self.units[row])]
+        if running:
+            part = self.state.rows(running)
+            updates = self.rule.update(part, _select(grads, active, running), hyper)
+            out.view(len(self.units), *self.units[0].block.shape)[span(running)] = updates.to(out.dtype)
+            self.state.put(running, part)
+
+    def refresh(self, presences: Sequence[Presence], group: Mapping[str, Any]) -> int:
+        every = group["precondition_frequency"]
+        due = [
+            row
+            for row, (unit, step) in enumerate(zip(self.units, self.state.step.tolist(), strict=True))
+            if presences[row].moves(unit)
+            and self.state.started[row]
+            and (step + unit.phase * group["stagger"]) % every == 0
+        ]
+        if due:
+            part = self.state.rows(due)
+            self.rule.refresh(part, matrix_hyper(group))
+            self.state.put(due, part)
+        return len(due)
+
+
+@dataclass
+class SliceStack(Stack):
+    """Slices of flat parameters under AdamW, of any length."""
+
+    state: AdamWState
+
+    def update(
+        self, presences: Sequence[Presence], gradients: Gradients, group: Mapping[str, Any], out: Tensor
+    ) -> None:
+        active = [row for row, unit in enumerate(self.units) if presences[row].steps(unit)]
+        if not active:
+            return
+        part = self.state.rows(active)
+        grads = _read(gradients, [self.indices[row] for row in active], _end_to_end, self.state.exp_avg.dtype)
+        hyper = Hyper(betas=tuple(group["adamw_betas"]), eps=group["eps"])
+        updates = adamw.update(part, grads, hyper).to(out.dtype)
+        self.state.put(active, part)
+        slices = out.split([unit.numel for unit in self.units])
+        for row, piece in zip(active, updates.split(part.lengths), strict=True):
+            slices[row].copy_(piece)
+
+
+def build_stacks(plan: Plan, rank: int, device: torch.device) -> list[list[Stack]]:
+    """For each bucket the stacks of `rank`, with all state allocated now, so that no step surprises anyone.
+
+    AdamW's is allocated at once for all buckets, so that what a rank has of a parameter lies together.
+    """
+    pools: dict[torch.dtype, list[int]] = {}
+    for unit in (plan.units[i] for bucket in plan.buckets for i in bucket.units[rank]):
+        if unit.elementwise:
+            pools.setdefault(state_dtype(unit.dtype), []).append(unit.numel)
+    slices = {dtype: _Pool(lengths, dtype, device) for dtype, lengths in pools.items()}
+    return [list(_stacks_of(plan, bucket.units[rank], device, slices)) for bucket in plan.buckets]
+
+
+class _Pool:
+    """State of all slices of a dtype on this rank, handed out in order."""
+
+    def __init__(self, lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self._state = adamw.allocate(lengths, torch.empty((), dtype=dtype, device=device))
+        self._taken = 0
+
+    def take(self, count: int) -> AdamWState:
+        first, self._taken = self._taken, self._taken + count
+        return self._state.rows(range(first, self._taken))
+
+
+def unit_states(stacks: Sequence[Sequence[Stack]]) -> Iterator[tuple[Unit, dict[str, Tensor]]]:
+    """Every unit of this rank with views of its state, by name."""
+    for stack in (stack for bucket in stacks for stack in bucket):
+        for row, unit in enumerate(stack.units):
+            yield unit, stack.state.row(row)
+
+
+def carry_over(old: Sequence[Sequence[Stack]], new: Sequence[Sequence[Stack]]) -> None:
+    """Copy the state of every unit that is in both, by its name."""
+    before = {unit.name: tensors for unit, tensors in unit_states(old)}
+    for unit, tensors in unit_states(new):
+        for key, tensor in before.get(unit.name, {}).items():
+            tensors[key].copy_(tensor)
+
+
+def matrix_hyper(group: Mapping[str, Any]) -> Hyper:
+    """The numbers of a group as they are now: schedulers change them between steps."""
+    return Hyper(
+        betas=tuple(group["betas"]),
+        eps=group["eps"],
+        precondition_frequency=group["precondition_frequency"],
+        shampoo_beta=group["shampoo_beta"],
+        nesterov=group["nesterov"],
+        shampoo_exponent=group["shampoo_exponent"],
+    )
+
+
+def _stacks_of(
+    plan: Plan, queue: Sequence[int], device: torch.device, slices: Mapping[torch.dtype, _Pool]
+) -> Iterator[Stack]:
+    offset = 0
+    for _, members in groupby(queue, key=lambda i: stack_key(plan.units[i])):
+        indices = tuple(members)
+        units = tuple(plan.units[i] for i in indices)
+        first = units[0]
+        dtype = state_dtype(first.dtype)
+        stack: Stack
+        if first.elementwise:
+            stack = SliceStack(indices, units, offset, slices[dtype].take(len(units)))
+        else:
+            like = torch.empty((), dtype=dtype, device=device)
+            update_rule = rule(first.method, first.recipe)
+            state = update_rule.allocate(first.block.shape, first.block.sides, len(units), like)
+            stack = MatrixStack(indices, units, offset, state, update_rule)
+        yield stack
+        offset += stack.numel
+
+
+def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _read(gradients: Gradients, indices: Sequence[int], join: Any, dtype: torch.dtype) -> Tensor:
+    """The units' gradients joined into one tensor."""
+    joined: Tensor = join([gradients(index) for index in indices])
+    return joined.to(dtype)
+
+
+def _select(grads: Tensor, rows: Sequence[int], chosen: Sequence[int]) -> Tensor:
+    return grads if list(rows) == list(chosen) else grads[span([rows.index(row) for row in chosen])]

@@ -1,0 +1,90 @@
+"""State that an earlier version saved loads: golden/saved_form1.pt, which commit 5f54067 wrote by this file's main().
+
+`python -m tests.test_checkpoint_earlier FILE` writes such a file anew; the one that is kept must not be, but another
+put beside it, when inventory.VERSION grows.
+"""
+
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from kl_dist import KLShampoo, full_state_dict, load_full_state_dict
+
+SAVED = Path(__file__).parent / "golden" / "saved_form1.pt"
+KINDS = [(method, recipe) for recipe in ("fresh", "paper") for method in ("kl_shampoo", "kl_soap", "soap", "shampoo")]
+SHAPES = {"matrix": (6, 4), "fused": (12, 4), "long": (20, 4), "embedding": (5, 4), "bias": (4,)}
+STEPS = 3
+
+
+def trained(method: str, recipe: str, group: dist.ProcessGroup | None = None, steps: int = STEPS) -> KLShampoo:
+    """An optimizer of every kind of parameter, after some steps on made-up gradients."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
+    fused = {"params": [("fused", parameters.pop("fused"))], "matrices": {"parts": {0: 3}}}
+    options = {"method": method, "recipe": recipe, "adamw_names": ("embedding",), "max_preconditioner_dim": 8}
+    optimizer = KLShampoo([{"params": list(parameters.items())}, fused], lr=1e-2, process_group=group, **options)
+    for _ in range(steps):
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    return optimizer
+
+
+def main() -> None:
+    from tests.world import World
+
+    torch.set_num_threads(1)
+    whole = {f"{method} {recipe}": full_state_dict(trained(method, recipe)) for method, recipe in KINDS}
+    world = World(2)
+    parts = world.run(part_of_two, 2)
+    world.stop()
+    torch.save({"whole": whole, "parts": parts}, sys.argv[1])
+
+
+def part_of_two(group: dist.ProcessGroup) -> dict[str, Any]:
+    return trained("kl_shampoo", "fresh", group).state_dict()
+
+
+@cache
+def saved() -> dict[str, Any]:
+    return torch.load(SAVED, weights_only=True)
+
+
+def tensors(state: dict[str, Any]) -> Iterator[tuple[Any, str, torch.Tensor]]:
+    for name, entries in state["state"].items():
+        for key, tensor in entries.items():
+            yield name, key, tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    pairs = list(zip(tensors(found), tensors(expected), strict=True))
+    return bool(pairs) and all(a[:2] == b[:2] and torch.equal(a[2], b[2]) for a, b in pairs)
+
+
+@pytest.mark.parametrize(("method", "recipe"), KINDS)
+def test_a_whole_state_of_every_method_loads_to_the_bit(method, recipe):
+    state, optimizer = saved()["whole"][f"{method} {recipe}"], trained(method, recipe, steps=0)
+    assert load_full_state_dict(optimizer, state) == []
+    assert same(full_state_dict(optimizer), state)
+    assert optimizer.param_groups[1]["matrices"] == {"parts": {0: 3}}
+
+
+def loads_its_part(group: dist.ProcessGroup, parts: list[dict[str, Any]]) -> bool:
+    optimizer = trained("kl_shampoo", "fresh", group, steps=0)
+    optimizer.load_state_dict(parts[group.rank()])
+    return same(optimizer.state_dict(), parts[group.rank()])
+
+
+def test_the_parts_of_two_ranks_load_on_two_ranks(world):
+    assert world.run(loads_its_part, 2, saved()["parts"]) == [True, True]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Groups that are added, names that meet, and state dicts: what was saved goes on, what does not fit is refused."""
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from kl_dist import KLShampoo
+from kl_dist.options import RECIPE_DEFAULTS
+from tests.made_up import METHODS, SHAPES, furthest, give_gradients, parameters, same, states, train, values
+
+
+def test_adding_a_group_leaves_the_state_of_others_as_it_is():
+    params = parameters()
+    names = list(params)
+    opt = KLShampoo([(name, params[name]) for name in names[:4]])
+    train(opt, params, range(3))
+    before = [dict(opt.plan.owner), states(opt)]
+    opt.add_param_group({"params": [(name, params[name]) for name in names[4:]], "lr": 0.1, "method": "soap"})
+    assert same([{name: opt.plan.owner[name] for name in before[0]}, states(opt)[:4]], before)
+    weights = values(params)
+    train(opt, params, range(3, 6))
+    assert not any(torch.equal(params[name], weights[name]) for name in names)
+    assert opt.param_groups[1]["weight_decay"] == opt.param_groups[0]["weight_decay"]
+
+
+def test_an_added_group_goes_on_like_one_that_was_there():
+    params, alone = parameters(), parameters()
+    opt = KLShampoo({name: p for name, p in params.items() if name != "twin"}.items(), stagger=False)
+    train(opt, {name: p for name, p in params.items() if name != "twin"}, range(0))
+    opt.add_param_group({"params": [("twin", params["twin"])]})
+    other = KLShampoo(alone.items(), stagger=False)
+    for opt_, all_ in ((opt, params), (other, alone)):
+        train(opt_, all_, range(6))
+    assert furthest(values(params), values(alone)) < 1e-13
+
+
+def test_two_parameters_of_one_name_keep_their_own_state():
+    """Names may repeat between groups; or it is refused."""
+    a, b, late = parameters(), parameters(), parameters()
+    try:
+        opt = KLShampoo([{"params": a.items()}, {"params": b.items()}])
+    except ValueError as error:
+        assert "'wide'" in str(error)
+        return
+    for step in range(3):
+        give_gradients(a, step)
+        give_gradients(b, step + 100)
+        opt.step()
+    before = [states(opt), len(opt.plan.owner)]
+    opt.add_param_group({"params": late.items()})
+    assert same(states(opt)[: len(before[0])], before[0])
+    assert before[1] == 2 * len(SHAPES)
+
+
+def test_two_parameters_of_one_name_in_one_group_are_refused_or_kept_apart():
+    a, b = nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(3, 2))
+    try:
+        opt = KLShampoo([("w", a), ("w", b)])
+    except ValueError as error:
+        assert "'w'" in str(error)
+        return
+    train(opt, {"a": a, "b": b}, range(3))
+    before = states(opt)
+    opt.add_param_group({"params": [("late", nn.Parameter(torch.zeros(3, 2)))]})
+    assert same(states(opt)[:2], before) and len(opt.plan.owner) == 3
+
+
+@pytest.mark.parametrize("stop", range(6))
+@pytest.mark.parametrize("recipe", RECIPE_DEFAULTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_saved_run_goes_on_to_the_last_bit(method, recipe, stop):
+    """Whenever it was stopped: before the first step, and at every phase of the refreshes."""
+    options = dict(method=method, recipe=recipe, precondition_frequency=3, stagger=True)
+    params = parameters(torch.float32)
+    opt = KLShampoo(params.items(), lr=1e-2, **options)
+    train(opt, params, range(stop))
+    file = io.BytesIO()
+    torch.save({"model": values(params), "optimizer": opt.state_dict()}, file)
+    train(opt, params, range(stop, stop + 5))
+    file.seek(0)
+    saved = torch.load(file)
+    resumed = parameters(torch.float32)
+    for name, p in resumed.items():
+        p.data.copy_(saved["model"][name])
+    other = KLShampoo(resumed.items(), lr=0.5, betas=(0.1, 0.2), weight_decay=0.3, **options)
+    other.load_state_dict(saved["optimizer"])
+    train(other, resumed, range(stop, stop + 5))
+    assert same([values(params), states(opt)], [values(resumed), states(other)])
+    assert other.param_groups[0]["lr"] == 1e-2
+
+
+def test_a_loaded_schedule_keeps_the_ratio_of_learning_rates():
+    params, resumed = parameters(), parameters()
+    opt = KLShampoo(params.items(), lr=1e-2, adamw_lr=1e-3)
+    opt.param_groups[0]["lr"] = 5e-3
+    train(opt, params, range(3))
+    other = KLShampoo(resumed.items(), lr=5e-3, adamw_lr=7e-3)
+    other.load_state_dict(opt.state_dict())
+    for name, p in params.items():
+        resumed[name].data.copy_(p.data)
+    for opt_, all_ in ((opt, params), (other, resumed)):
+        train(opt_, all_, range(3, 6))
+    assert same(values(params), values(resumed))
+
+
+def test_a_state_dict_is_plain_data():
+    params = parameters()
+    opt = KLShampoo(params.items())
+    train(opt, params, range(2))
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    assert same(torch.load(file, weights_only=True)["state"], opt.state_dict()["state"])
+    keys = KLShampoo(parameters().items()).state_dict()["state"]
+    assert {i: s.keys() for i, s in keys.items()} == {i: s.keys() for i, s in opt.state_dict()["state"].items()}
+
+
+def adamw_state() -> dict:
+    params = parameters()
+    opt = torch.optim.AdamW(params.values())
+    train(opt, params, range(2))
+    return opt.state_dict()
+
+
+def state_of(shapes: dict = SHAPES, **options) -> dict:
+    params = parameters(shapes=shapes)
+    opt = KLShampoo(params.items(), **options)
+    train(opt, params, range(2))
+    return opt.state_dict()
+
+
+def state_without(group_key: str | None) -> dict:
+    saved = state_of()
+    if group_key is None:
+        del saved["state"]
+    else:
+        del saved["param_groups"][0][group_key]
+    return saved
+
+
+REFUSED: dict[str, tuple[Callable[[], dict], str]] = {
+    "AdamW's": (adamw_state, "KLShampoo"),
+    "nothing": (dict, "KLShampoo"),
+    "another method's": (lambda: state_of(method="soap"), "soap"),
+    "another recipe's": (lambda: state_of(recipe="paper"), "paper"),
+    "another cutting's": (lambda: state_of(max_preconditioner_dim=3), "max_preconditioner_dim"),
+    "other shapes'": (lambda: state_of({**SHAPES, "square": (5, 6)}), "square"),
+    "fewer parameters'": (lambda: state_of({name: SHAPES[name] for name in list(SHAPES)[1:]}), "parameter"),
+    "one without options": (lambda: state_without("method"), "method"),
+    "one without tensors": (lambda: state_without(None), "state"),
+    "other order's": (lambda: state_of(dict(reversed(SHAPES.items()))), "."),
+}
+
+
+@pytest.mark.parametrize("whose", REFUSED)
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(whose):
+    make, word = REFUSED[whose]
+    params = parameters()
+    opt = KLShampoo(params.items())
+    train(opt, params, range(2))
+    before = [states(opt), copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups])]
+    with pytest.raises(ValueError, match=word):
+        opt.load_state_dict(make())
+    assert same([states(opt), [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]], before)

@@ -30,13 +30,27 @@ def checked(
         TypeError, ValueError: a bad option or parameter, by name.
     """
     taken = [pair for group in before for pair in pairs_of(group)]
-    own = {key: value for key, value in given.items() if key != "param_names"}
+    own = {key: value for key, value in given.items() if not options.is_declined(key, value)}
+    names = own.pop("param_names", None)
     if isinstance(own.get("params"), Iterator):
         own["params"] = list(own["params"])
+    if names is not None:
+        own["params"] = _with_names(own.get("params", ()), names, len(before))
     group = {**defaults, **own, "params": named_parameters_of(own, len(before), taken)}
     options.resolve(group)
     group["adamw_names"] = renamed(group["adamw_names"], own["params"], group["params"])
+    if not group["params"]:
+        group["param_names"] = []  # torch wants all groups named or none
     return group
+
+
+def _with_names(params: Any, names: Sequence[str], number: int) -> list[tuple[str, Tensor]]:
+    """The parameters of a group with its `param_names`, as torch.optim writes them."""
+    entries = [params] if isinstance(params, Tensor) else list(params)
+    unnamed = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+    if len(names) != len(unnamed):
+        raise ValueError(f"parameter group {number} has {len(unnamed)} parameters and {len(names)} param_names")
+    return list(zip(map(str, names), unnamed, strict=True))
 
 
 def pairs_of(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
@@ -47,6 +61,58 @@ def pairs_of(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
 def by_name(groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
     """All parameters of the optimizer's groups."""
     return {name: parameter for group in groups for name, parameter in pairs_of(group)}
+
+
+Named = list[list[tuple[str, Tensor]]]
+"""By group the parameters that stand in it, with their names."""
+
+
+def follow(groups: Sequence[dict[str, Any]], before: Named) -> Named:
+    """Name what stands in the groups' lists now, which some libraries edit or exchange in place; what was there then.
+
+    A parameter that was there keeps its name, in whichever group it is. Another one takes the name of that in whose
+    place it stands where that is gone and had its shape (sharded by FSDP2, say), else a name of its own: that in
+    `param_names` where there are as many as parameters, or `group0.param3`.
+
+    Args:
+        groups: the optimizer's; their `param_names` are changed.
+        before: what this returned last.
+    """
+    if not are_changed(groups, before):
+        return before
+    names = {id(p): name for pairs in before for name, p in pairs}
+    stays = {id(p) for group in groups for p in group["params"]}
+    taken = set(names.values())
+    found: Named = []
+    for number, group in enumerate(groups):
+        old = before[number] if number < len(before) else []
+        given = list(group.get("param_names", ()))
+        pairs = []
+        for i, p in enumerate(group["params"]):
+            name = names.get(id(p))
+            if name is None and i < len(old) and id(old[i][1]) not in stays and old[i][1].shape == p.shape:
+                name = old[i][0]
+            if name is None:
+                name = given[i] if len(given) == len(group["params"]) else f"group{number}.param{i}"
+                while name in taken:
+                    name += "'"
+                taken.add(name)
+            pairs.append((name, p))
+        group["param_names"] = [name for name, _ in pairs]
+        found.append(pairs)
+    return found
+
+
+NOT_FOLLOWED = (
+    "the parameters in param_groups are not those of the last step: call follow_groups() on all ranks before saving or"
+    " loading the optimizer's state"
+)
+
+
+def are_changed(groups: Sequence[Mapping[str, Any]], before: Named) -> bool:
+    """Whether other parameters stand in the groups than `before`."""
+    now = [[id(p) for p in group["params"]] for group in groups]
+    return now != [[id(p) for _, p in pairs] for pairs in before]
 
 
 class Trained(NamedTuple):
@@ -73,8 +139,8 @@ def frozen_names(groups: Iterable[Mapping[str, Any]]) -> set[str]:
 
 
 def signature(trained: Iterable[Trained]) -> list[tuple[Any, ...]]:
-    """What a plan's buckets and state were made for, and what freezing, moving or casting a model changes."""
-    return [(one.name, tuple(one.parameter.shape), one.parameter.dtype, one.parameter.device) for one in trained]
+    """What a plan's buckets and state were made for, and what exchanging, freezing, moving or casting changes."""
+    return [(one.name, id(p := one.parameter), tuple(p.shape), p.dtype, p.device, one.group) for one in trained]
 
 
 def check_adamw_names(groups: Sequence[Mapping[str, Any]]) -> None:
@@ -146,7 +212,7 @@ def _unwrapped(named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
 def _check_parameter(name: str, parameter: Any) -> None:
     if not isinstance(parameter, Tensor):
         raise TypeError(f"parameter {name!r} is a {type(parameter).__name__}, not a tensor")
-    if not parameter.is_floating_point():
+    if not parameter.is_floating_point() and parameter.requires_grad:
         raise TypeError(f"parameter {name!r} is {parameter.dtype}; KLShampoo takes real floating-point parameters")
     if not (parameter.is_leaf or parameter.retains_grad):
         raise ValueError(f"parameter {name!r} is not a leaf: only what has a .grad can be optimized")

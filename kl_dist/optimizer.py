@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kl_dist import groups, options
 from kl_dist.checkpoint import full, load
-from kl_dist.checkpoint.holdings import Holding, holdings
+from kl_dist.checkpoint.holdings import Holding, carry_over, holdings
 from kl_dist.layouts import placement
 from kl_dist.layouts.reduction import Reduction
 from kl_dist.planning.plan import Plan, make_plan
@@ -22,7 +22,6 @@ from kl_dist.ranks import Ranks
 from kl_dist.step import stats
 from kl_dist.step.agreement import Presence, find_problem, not_finite
 from kl_dist.step.engine import Engine
-from kl_dist.step.stacks import carry_over
 
 log = logging.getLogger(__name__)
 
@@ -113,13 +112,15 @@ class KLShampoo(torch.optim.Optimizer):
         defaults = {key: given[key] for key in options.DEFAULTS}
         self._ranks = Ranks(process_group)
         self._engine: Engine | None = None
+        self._holdings: list[Holding] = []
         self._reduction: Reduction | None = None
         self._consolidated: dict[str, Any] | None = None
         self._on_nonfinite = on_nonfinite
         self._skipped = 0
         with self._ranks.together():
-            for key in unknown:
-                raise options.unknown_option(key, [*options.DEFAULTS, "process_group", "on_nonfinite"])
+            for key, value in unknown.items():
+                if not options.is_declined(key, value):
+                    raise options.unknown_option(key, [*options.DEFAULTS, "process_group", "on_nonfinite"])
             if on_nonfinite not in ("skip", "raise"):
                 raise ValueError(f'on_nonfinite is "skip" or "raise", not {on_nonfinite!r}')
             if isinstance(params, (set, frozenset)):
@@ -180,14 +181,14 @@ class KLShampoo(torch.optim.Optimizer):
         """Build the state a plan asks for, with what was there copied into it."""
         by_name = groups.by_name(self.param_groups)
         parameters = [by_name[parameter.name] for parameter in plan.parameters]
-        old = None if self._engine is None else self._engine.stacks
+        old = self._holdings
         self._engine = Engine(plan, self._ranks, parameters, self.param_groups, self._engine)
-        if old is not None:
-            carry_over(old, self._engine.stacks)
         if self._reduction is not None:
             self._reduction.follow(plan, parameters)
+        self._named = [list(groups.pairs_of(group)) for group in self.param_groups]
         self._signature = groups.signature(self._trained())
         self._holdings = holdings(plan, self._engine.stacks, self._ranks)
+        carry_over(old, self._holdings, self._ranks)
         self.state.clear()
         for holding in self._holdings:
             if not holding.entry.is_form:
@@ -195,6 +196,7 @@ class KLShampoo(torch.optim.Optimizer):
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # what is compiled around a step goes on behind it
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all parameters that have a gradient. A collective.
@@ -230,18 +232,29 @@ class KLShampoo(torch.optim.Optimizer):
         return self._engine
 
     def follow_groups(self) -> None:
-        """Take up a list that was put in the place of `param_groups`, as some libraries do; a collective then.
+        """Take up what was put in the place of `param_groups`, of a group or of its parameters; a collective.
 
-        `step` does so by itself; call it before loading state for groups that are new.
+        `step` does so by itself; call it before loading or saving state where groups were changed since. State goes
+        with a parameter's name: see kl_dist.groups.follow.
         """
-        if self._replaced:
+        self._named = groups.follow(self.param_groups, self._named)
+        moved = self._replaced or groups.signature(self._trained()) != self._signature
+        if any(self._ranks.gather_objects(moved)):
             self._adopt(self._new_plan(self.plan))
+
+    def _check_followed(self) -> None:
+        """Before state is saved or loaded, of what is sharded now by all ranks together: there it is followed."""
+        if self._replaced or groups.are_changed(self.param_groups, self._named):
+            if all(placement.is_whole(p) for group in self.param_groups for p in group["params"]):
+                raise RuntimeError(groups.NOT_FOLLOWED)
+            self.follow_groups()
 
     @property
     def _replaced(self) -> bool:
         return self.param_groups is not self._running.groups
 
     def _agree(self) -> Sequence[Presence]:
+        self._named = groups.follow(self.param_groups, self._named)
         trained = self._trained()
         moved = self._replaced or groups.signature(trained) != self._signature
         planned = self.param_groups[: len(self.plan.structure)] if self._replaced else self.param_groups
@@ -260,11 +273,7 @@ class KLShampoo(torch.optim.Optimizer):
             raise FloatingPointError(f"{what}; nothing was changed")
         self._skipped += 1
         if self._skipped == 1:
-            log.warning(
-                "%s: this step is skipped on all ranks, weights and state stay as they are. Further skipped steps are"
-                " counted in stats()['skipped_steps'].",
-                what,
-            )
+            log.warning("%s: this step is skipped on all ranks; stats()['skipped_steps'] counts those to come", what)
 
     # -- gradients that only their owners have ------------------------------------------------------------------------
 
@@ -312,10 +321,8 @@ class KLShampoo(torch.optim.Optimizer):
                 the largest, and `refresh_balance` is the largest refresh time over the mean.
         """
         mine = stats.of_rank(self._running)
-        return {
-            "skipped_steps": self._skipped,
-            **(stats.of_all(self._ranks.gather_objects(mine)) if all_ranks else mine),
-        }
+        found = stats.of_all(self._ranks.gather_objects(mine)) if all_ranks else mine
+        return {"skipped_steps": self._skipped, **found}
 
     # -- state dicts --------------------------------------------------------------------------------------------------
 
@@ -328,11 +335,15 @@ class KLShampoo(torch.optim.Optimizer):
         """
         if self._running.failure is not None:
             raise self._running.failure
+        self._check_followed()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         consolidated, self._consolidated = self._consolidated, None
-        if consolidated is not None:
-            return consolidated
         frozen = groups.frozen_names(self.param_groups)
-        return load.local_form(super().state_dict(), self._holdings, self._ranks, frozen)
+        state = consolidated or load.local_form(self.param_groups, self._holdings, self._ranks, frozen)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            state = after(self, state) or state
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of any form; local, never a collective: see kl_dist.checkpoint.load.
@@ -340,6 +351,7 @@ class KLShampoo(torch.optim.Optimizer):
         Raises:
             ValueError: it is not of this optimizer, or another rank's part; nothing is changed then.
         """
+        self._check_followed()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         frozen = groups.frozen_names(self.param_groups)
@@ -382,7 +394,7 @@ class KLShampoo(torch.optim.Optimizer):
         super().__setstate__(state)
         self.defaults = {key: self.defaults[key] for key in options.DEFAULTS}
         held = {parameter: dict(tensors) for parameter, tensors in self.state.items()}
-        self._ranks, self._engine, self._reduction, self._consolidated = ranks, None, None, None
+        self._ranks, self._engine, self._holdings, self._reduction, self._consolidated = ranks, None, [], None, None
         self._adopt(plan)
         by_name = groups.by_name(self.param_groups)
         for holding in self._holdings:

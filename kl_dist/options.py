@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from kl_dist.methods import ELEMENTWISE, METHODS
+
+log = logging.getLogger(__name__)
 
 LONG_SIDES = ("cut", "diagonal", "identity")
 BLOCKINGS = ("square", "none")
@@ -80,8 +83,8 @@ _NOT_OURS = {
     "differentiable": "the step runs without autograd",
     "momentum": "use betas",
 }
-_GROUP_KEYS = {*DEFAULTS, "params", "param_names", "base_lr", "initial_lr", "max_lr", "min_lr", "max_momentum"}
-_GROUP_KEYS |= {"base_momentum", "swa_lr", "name"}
+_KNOWN_KEYS = {*DEFAULTS, "params", "param_names", "base_lr", "initial_lr", "max_lr", "min_lr", "max_momentum"}
+_KNOWN_KEYS |= {"base_momentum", "swa_lr", "name", "lr_scale"}
 
 
 def recipes(method: str) -> tuple[str, ...]:
@@ -96,11 +99,31 @@ def recipe_defaults(method: str, recipe: str) -> dict[str, Any]:
     return {**RECIPE_DEFAULTS.get(recipe, RECIPE_DEFAULTS["fresh"]), **own}
 
 
-def unknown_option(key: str, known: Iterable[str], what: str = "option") -> TypeError:
-    """The error for a key nobody knows, naming the nearest that exists, or why torch's own is not here."""
+def unknown_option(key: str, known: Iterable[str]) -> TypeError:
+    """The error for an option nobody knows, naming the nearest that exists, or why torch's own is not here."""
     if key in _NOT_OURS:
         return TypeError(f"KLShampoo has no option {key!r}: {_NOT_OURS[key]}")
-    return TypeError(f"unknown {what} {key!r}{_nearest(key, known)}")
+    return TypeError(f"unknown option {key!r}{_nearest(key, known)}")
+
+
+def is_declined(key: str, value: Any) -> bool:
+    """Whether it is an option of torch's that is not here, and not asked for either: `fused=False`, say."""
+    return key in _NOT_OURS and value in (None, False)
+
+
+def check_keys(group: Mapping[str, Any]) -> None:
+    """Keys of the user's own are carried along, as torch's optimizers do; a warning where one is nearly an option.
+
+    Raises:
+        TypeError: an option of torch's optimizers that is not here is asked for.
+    """
+    for key, value in group.items():
+        if key in _KNOWN_KEYS or is_declined(key, value):
+            continue
+        if key in _NOT_OURS:
+            raise unknown_option(key, DEFAULTS)
+        if isinstance(key, str) and (close := difflib.get_close_matches(key, DEFAULTS, n=1, cutoff=0.85)):
+            log.warning("a parameter group has %r, which KLShampoo carries along unread; did you mean %r?", key, *close)
 
 
 def _nearest(word: object, known: Iterable[str]) -> str:
@@ -113,12 +136,10 @@ def resolve(group: dict[str, Any]) -> None:
     """Check a parameter group and fill what is None from its recipe, in place.
 
     Raises:
-        TypeError: an unknown key, or a value of the wrong type.
+        TypeError: an option of torch's that is not here, or a value of the wrong type.
         ValueError: a value out of range; the message says which are in range.
     """
-    for key in group:
-        if key not in _GROUP_KEYS:
-            raise unknown_option(key, DEFAULTS, "key in a parameter group:")
+    check_keys(group)
     _check_choice(group, "method", (*METHODS, ELEMENTWISE))
     _check_choice(group, "recipe", recipes(group["method"]))
     if group["adamw_betas"] is None:

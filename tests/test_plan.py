@@ -239,7 +239,7 @@ def test_what_adamw_has_of_shards_is_updated_in_parts(gpt2, world_size):
     for entry in inventory(found):
         if entry.key == "exp_avg" and len(entry.shape) == 2:
             assert all(len(entry.boxes(rank)) <= 1 for rank in range(world_size))
-            assert sum(math.prod(b - a for a, b in box) for box, _ in entry.places) == math.prod(entry.shape)
+            assert sum(math.prod(b - a for a, b in box) for box, _ in entry.holders) == math.prod(entry.shape)
     whole = plan(gpt2, world_size)
     assert max(map(found.working_bytes, range(world_size))) <= 1.01 * max(map(whole.working_bytes, range(world_size)))
 

@@ -18,8 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
+from kl_dist.checkpoint.holdings import on_every_rank
 from kl_dist.checkpoint.inventory import Entry
-from kl_dist.planning.boxes import Box, in_boxes, narrowed
+from kl_dist.planning.boxes import Box, in_boxes
 from kl_dist.ranks import Ranks
 
 _COPIES = (torch.ops.aten.clone.default, torch.ops.aten.detach.default, torch.ops.aten._to_copy.default)
@@ -69,11 +70,7 @@ class Divided(DTensor):
 
     def redistribute(self, *_: Any, **__: Any) -> DTensor:
         """All of it on every rank; a collective."""
-        full = torch.empty(self.shape, dtype=self.dtype, device=self.ranks.device)
-        held = dict(in_boxes(self._local_tensor, self.boxes))
-        for box, keepers in self.entry.holders:
-            part = held[box] if box in held else torch.empty_like(narrowed(full, box))
-            narrowed(full, box).copy_(self.ranks.from_rank(keepers[0], part.to(full.device).contiguous()))
+        full = on_every_rank(self.entry, self._local_tensor, self.boxes, self.ranks)
         return DTensor.from_local(full, self.device_mesh, [Replicate()], run_check=False)
 
     # -- what torch.distributed.checkpoint asks of a tensor ----------------------------------------------------------

@@ -64,6 +64,33 @@ def holdings(plan: Plan, stacks: Sequence[Sequence[Stack]], ranks: Ranks) -> lis
     return held
 
 
+def carry_over(old: Sequence[Holding], new: Sequence[Holding], ranks: Ranks) -> None:
+    """Copy the state of every parameter that is in both, by name and key, where it means the same.
+
+    A collective for what the ranks hold otherwise than before; one tensor at a time.
+    """
+    before = {(holding.name, holding.entry.key): holding for holding in old}
+    alike = {holding.name for holding in new if holding.entry.is_form and (holding.name, holding.entry.key) in before}
+    for holding in new:
+        source = before.get((holding.name, holding.entry.key))
+        if source is None or holding.name not in alike or holding.entry.constant is not None:
+            continue
+        if source.entry.holders == holding.entry.holders:
+            holding.fill(source.value)
+        elif source.entry.constant is None:
+            holding.fill_from_all(on_every_rank(source.entry, source.memory, source.boxes, ranks))
+
+
+def on_every_rank(entry: Entry, memory: Tensor, boxes: Sequence[Box], ranks: Ranks) -> Tensor:
+    """All of a tensor of which this rank holds some boxes, end to end in `memory`; a collective."""
+    full = torch.empty(entry.shape, dtype=memory.dtype, device=ranks.device)
+    held = dict(in_boxes(memory, boxes))
+    for box, keepers in entry.holders:
+        part = held[box] if box in held else torch.empty_like(narrowed(full, box))
+        narrowed(full, box).copy_(ranks.from_rank(keepers[0], part.to(full.device).contiguous()))
+    return full
+
+
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Neighbours in memory as one tensor, a view."""
     first, total = parts[0].view(-1), sum(part.numel() for part in parts)

@@ -8,6 +8,7 @@ tensor is what one rank holds; in the *full* one it is all of it; in that of tor
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,17 +35,16 @@ def origin_of(held: Sequence[Holding], ranks: Ranks) -> dict[str, Any]:
     return {"rank": ranks.rank, "world_size": ranks.size, "division": division}
 
 
-def local_form(empty: dict[str, Any], held: Sequence[Holding], ranks: Ranks, frozen: Collection[str]) -> dict[str, Any]:
-    """A state dict of torch.optim's, with what this rank holds for its state.
+def local_form(
+    groups: Sequence[Mapping[str, Any]], held: Sequence[Holding], ranks: Ranks, frozen: Collection[str]
+) -> dict[str, Any]:
+    """A state dict as torch.optim's, by numbers of parameters, with what this rank holds for its state.
 
     The tensors are on one device, as torch.distributed.checkpoint wants them. It loads into them, but hands nothing
     over for what is frozen, and writes constants: those are copies.
     """
-    numbers = {
-        name: number
-        for group in empty["param_groups"]
-        for name, number in zip(group["param_names"], group["params"], strict=True)
-    }
+    numbers = {name: i for i, name in enumerate(name for group in groups for name in group["param_names"])}
+    packed = [{**group, "params": [numbers[name] for name in group["param_names"]]} for group in groups]
     tensors = [
         holding.value.to(ranks.device, copy=holding.name in frozen or holding.entry.constant is not None)
         for holding in held
@@ -53,10 +53,10 @@ def local_form(empty: dict[str, Any], held: Sequence[Holding], ranks: Ranks, fro
         from kl_dist.checkpoint.divided import divide  # takes seconds to import
 
         tensors = divide([holding.entry for holding in held], tensors, ranks)
-    state: dict[int, dict[str, Tensor]] = {number: {} for number in empty["state"]}
+    state: dict[int, dict[str, Tensor]] = {}
     for holding, tensor in zip(held, tensors, strict=True):
-        state[numbers[holding.name]][holding.entry.key] = tensor
-    return {**empty, "state": state, ORIGIN: origin_of(held, ranks)}
+        state.setdefault(numbers[holding.name], {})[holding.entry.key] = tensor
+    return {"state": state, "param_groups": packed, ORIGIN: origin_of(held, ranks)}
 
 
 def causes_of(problem: BaseException) -> str:
@@ -123,12 +123,17 @@ def check_division(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
 
 
 def _names(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> dict[Any, str]:
-    """What the saved state's identifiers of parameters mean: by their names, or else by their order here."""
+    """What the saved state's identifiers of parameters mean: by their names, or else by their order here.
+
+    By order where either side was given no names and made some up.
+    """
     here = [group["param_names"] for group in groups]
     alike = [len(group["params"]) for group in saved] == [len(names) for names in here]
     found: dict[Any, str] = {}
     for index, group in enumerate(saved):
-        names = _names_in(group) or (here[index] if alike else [str(key) for key in group["params"]])
+        names = _names_in(group) or [str(key) for key in group["params"]]
+        if alike and (not _names_in(group) or is_made_up(names) or is_made_up(here[index])):
+            names = here[index]
         if len(names) < len(group["params"]):
             raise ValueError(f"the saved parameter group {index} has more parameters than names; {REMEDY}")
         found.update((key, name) for key, name in zip(group["params"], names, strict=False) if _is_key(key))
@@ -140,6 +145,11 @@ def _names_in(group: Mapping[str, Any]) -> list[str]:
     return list(group.get("param_names") or ())[: len(group["params"])]
 
 
+def is_made_up(names: Sequence[str]) -> bool:
+    """Whether all of a group's names are those that parameters without any are given (see `kl_dist.groups`)."""
+    return all(re.fullmatch(r"group\d+\.param\d+'*", name) for name in names)
+
+
 def _is_key(key: Any) -> bool:
     return isinstance(key, (int, str))
 
@@ -149,6 +159,8 @@ def _tensors(state: Mapping[Any, Any], names: Mapping[Any, str]) -> Iterator[tup
         if identifier not in names or not isinstance(entries, Mapping):
             raise ValueError(f"the saved state {identifier!r} belongs to no parameter")
         for key, tensor in entries.items():
+            if key == "step" and isinstance(tensor, (int, float)):  # as some make of it that can be a number
+                tensor = torch.tensor([int(tensor)])
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"state {key!r} of parameter {names[identifier]!r} is no tensor in the saved state")
             yield (names[identifier], key), _as_given(tensor)
@@ -164,8 +176,10 @@ def check_groups(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[st
     if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
         raise ValueError(f"the saved parameter groups have other lengths than this optimizer's; {REMEDY}")
     for index, (group, other) in enumerate(zip(groups, saved, strict=True)):
-        for mine, theirs in zip(group["param_names"], _names_in(other) or group["param_names"], strict=False):
-            if mine != theirs:
+        saved_names = _names_in(other) or group["param_names"]
+        nameless = is_made_up(saved_names) or is_made_up(group["param_names"])
+        for mine, theirs in zip(group["param_names"], saved_names, strict=False):
+            if mine != theirs and not nameless:
                 raise ValueError(
                     f"parameter group {index} was saved with parameter {theirs!r} where {mine!r} is here: give"
                     f" KLShampoo the same parameters in the same order; {REMEDY}"

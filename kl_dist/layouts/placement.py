@@ -38,6 +38,11 @@ def layout_of(tensor: Any) -> Layout:
     return next((layout for recognise, layout in _layouts if recognise(tensor)), WHOLE)
 
 
+def is_whole(tensor: Any) -> bool:
+    """Whether it is a plain tensor, of which every rank has all."""
+    return layout_of(tensor) is WHOLE
+
+
 def local_shard(tensor: Any) -> Tensor:
     """What this rank holds of a parameter or of a gradient, detached, sharing its memory."""
     return layout_of(tensor).local_shard(tensor)

@@ -241,14 +241,18 @@ def make_plan(
 def _carried_over(
     previous: Plan, parameters: Sequence[Parameter], groups: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Unit], list[int | None]]:
-    """The units of a plan whose parameters are still there, as they are now, with their owners."""
-    numbers = {parameter.name: i for i, parameter in enumerate(parameters)}
+    """The units of a plan whose parameters are still there and lie as they did, as they are now, with their owners."""
+    shaped = structure(groups)
+    alike = {(p.name, p.shape, p.sharding, shaped[p.group]): i for i, p in enumerate(parameters)}
+    numbers = {
+        p.name: alike.get((p.name, p.shape, p.sharding, previous.structure[p.group])) for p in previous.parameters
+    }
     units: list[Unit] = []
     owners: list[int | None] = []
     for unit, owner in zip(previous.units, previous.owners, strict=True):
         number = numbers.get(previous.parameters[unit.parameter].name)
         if number is not None:
-            units.append(recast(unit, number, parameters[number].dtype, groups[unit.group]))
+            units.append(recast(unit, number, parameters[number], groups[parameters[number].group]))
             owners.append(owner)
     return units, owners
 

@@ -73,14 +73,15 @@ def stack_key(unit: Unit) -> tuple[Any, ...]:
     return (unit.method, unit.group) if unit.elementwise else unit.kind
 
 
-def recast(unit: Unit, parameter: int, dtype: torch.dtype, group: Mapping[str, Any]) -> Unit:
-    """The unit at another place among the parameters, and in another dtype."""
+def recast(unit: Unit, number: int, parameter: Parameter, group: Mapping[str, Any]) -> Unit:
+    """The unit of a parameter that has another number, dtype or group than before."""
+    dtype = parameter.dtype
     if unit.elementwise:
         cost, held = costs.adamw_cost(unit.numel, dtype), costs.adamw_state_bytes(unit.numel, dtype)
     else:
         cost = costs.matrix_cost(unit.method, unit.recipe, unit.block, dtype, group["precondition_frequency"])
         held = costs.state_bytes(unit.method, unit.recipe, unit.block.shape, unit.block.sides, dtype)
-    return replace(unit, parameter=parameter, dtype=dtype, cost=cost, state_bytes=held)
+    return replace(unit, parameter=number, group=parameter.group, dtype=dtype, cost=cost, state_bytes=held)
 
 
 def method_of(parameter: Parameter, group: Mapping[str, Any]) -> str:

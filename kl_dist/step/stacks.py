@@ -153,14 +153,6 @@ def unit_states(stacks: Sequence[Sequence[Stack]]) -> Iterator[tuple[Unit, dict[
             yield unit, stack.state.row(row)
 
 
-def carry_over(old: Sequence[Sequence[Stack]], new: Sequence[Sequence[Stack]]) -> None:
-    """Copy the state of every unit that is in both, by its name."""
-    before = {unit.name: tensors for unit, tensors in unit_states(old)}
-    for unit, tensors in unit_states(new):
-        for key, tensor in before.get(unit.name, {}).items():
-            tensors[key].copy_(tensor)
-
-
 def matrix_hyper(group: Mapping[str, Any]) -> Hyper:
     """The numbers of a group as they are now: schedulers change them between steps."""
     return Hyper(

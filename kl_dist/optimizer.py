@@ -324,7 +324,7 @@ class KLShampoo(torch.optim.Optimizer):
         found = stats.of_all(self._ranks.gather_objects(mine)) if all_ranks else mine
         return {"skipped_steps": self._skipped, **found}
 
-    # -- state dicts --------------------------------------------------------------------------------------------------
+    # -- state dicts and copies ----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank holds, in torch.optim's form, with the same keys on all ranks; local, never a collective.
@@ -363,10 +363,7 @@ class KLShampoo(torch.optim.Optimizer):
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Have the next `state_dict()` of one rank be all of the state; a collective, as ZeroRedundancyOptimizer's."""
         self._ranks.raise_together(self._running.failure)
-        gathered = full.gather(self._holdings, self.param_groups, self._ranks, to)
-        self._consolidated = gathered or None
-
-    # -- copies -------------------------------------------------------------------------------------------------------
+        self._consolidated = full.gather(self._holdings, self.param_groups, self._ranks, to) or None
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and copying take: everything but the process group, which is a connection and not data."""

@@ -243,8 +243,12 @@ def param_groups(
         Up to three groups with named parameters, frozen ones included: matrices, AdamW decayed, AdamW not decayed.
 
     Raises:
+        TypeError: an option that KLShampoo does not have.
         ValueError: no module has the name `output_head`.
     """
+    for key in group_options:
+        if key not in options.DEFAULTS:
+            raise options.unknown_option(key, options.DEFAULTS)
     elementwise = embeddings_and_head(model, output_head)
     matrices: list[tuple[str, Tensor]] = []
     decayed: list[tuple[str, Tensor]] = []
@@ -320,6 +324,9 @@ def plan(
             if p.requires_grad
         ]
     else:
+        for key in group_options:
+            if key not in options.DEFAULTS:
+                raise options.unknown_option(key, options.DEFAULTS)
         groups = [dict(group_options)]
         found = [Parameter(name, tuple(shape), dtype, 0) for name, shape in model_or_named_shapes.items()]
     resolved = [{**options.DEFAULTS, **group} for group in groups]

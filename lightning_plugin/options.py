@@ -8,9 +8,13 @@ from typing import Any, ClassVar, Literal
 
 from torch.nn.parallel import DistributedDataParallel
 
-from kl_dist import options
+from kl_dist import METHODS, options
 
 Pair = tuple[float, float]
+
+# for a command line, which says what there is to choose
+MethodName = Literal[tuple(METHODS)]  # type: ignore[valid-type]
+RecipeName = Literal[options.recipes("adamw")]  # type: ignore[valid-type]
 
 
 class TakesOptimizerOptions:
@@ -56,8 +60,8 @@ class TakesOptimizerOptions:
         betas: Pair | None = None,
         eps: float | None = None,
         weight_decay: float | None = None,
-        method: str | None = None,
-        recipe: str | None = None,
+        method: MethodName | None = None,  # type: ignore[valid-type]
+        recipe: RecipeName | None = None,  # type: ignore[valid-type]
         precondition_frequency: int | None = None,
         shampoo_beta: float | None = None,
         blocking: Literal["square", "none"] | None = None,

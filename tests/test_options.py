@@ -97,9 +97,60 @@ def test_a_bad_group_is_not_added(options, kind, message):
 
 @pytest.mark.parametrize(("word", "message"), UNKNOWN)
 def test_an_unknown_option_is_refused_with_the_nearest_that_exists(word, message):
-    for give in (lambda: KLShampoo(named(), **{word: False}), lambda: KLShampoo([{"params": named(), word: False}])):
+    for give in (lambda: KLShampoo(named(), **{word: 1}), lambda: param_groups(nn.Linear(2, 2), **{word: 1})):
         with pytest.raises(TypeError, match=message.format(word)):
             give()
+
+
+TORCHS = ("amsgrad", "maximize", "fused", "foreach", "capturable", "differentiable")
+
+
+@pytest.mark.parametrize("word", TORCHS)
+def test_an_option_of_torchs_is_taken_where_it_is_not_asked_for_and_refused_where_it_is(word):
+    for value in (False, None):
+        opt = KLShampoo([{"params": named(), word: value}], **{word: value})
+        assert word not in opt.param_groups[0]
+    with pytest.raises(TypeError, match=f"no option '{word}'"):
+        KLShampoo([{"params": named(), word: True}])
+
+
+def test_keys_of_the_users_own_stay_in_their_group_and_a_likely_mistake_is_told(caplog):
+    own = {"lr_scale": 0.65, "last_layer": True, "wd_mult": 0.0, "layer_id": 3, "group_name": "layer_3"}
+    opt = KLShampoo([{"params": named(), **own}, {"params": [("later", matrix())], "wieght_decay": 0.1}])
+    assert {key: opt.param_groups[0][key] for key in own} == own
+    (record,) = caplog.records
+    assert "'wieght_decay', which KLShampoo carries along unread; did you mean 'weight_decay'" in record.getMessage()
+    other = KLShampoo([{"params": named()}, {"params": [("later", matrix())]}])
+    other.load_state_dict(opt.state_dict())
+    assert {key: other.param_groups[0][key] for key in own} == own
+
+
+def test_param_names_of_a_group_are_kept_as_torch_keeps_them():
+    groups = [{"params": [matrix()], "param_names": ["mine"]}, {"params": [matrix()], "param_names": ["yours"]}]
+    opt = KLShampoo(groups)
+    assert [group["param_names"] for group in opt.param_groups] == [["mine"], ["yours"]] and set(opt.plan.owner) == {
+        "mine",
+        "yours",
+    }
+    with pytest.raises(ValueError, match="parameter group 0 has 1 parameters and 2 param_names"):
+        KLShampoo([{"params": [matrix()], "param_names": ["one", "two"]}])
+
+
+def test_an_empty_group_may_stand_beside_others():
+    opt = KLShampoo([{"params": []}, {"params": named()}, {"params": [], "lr": 0.1}])
+    step(opt)
+    assert [len(group["params"]) for group in opt.param_groups] == [0, 3, 0]
+    opt.load_state_dict(opt.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_what_is_frozen_may_be_of_any_dtype(dtype):
+    frozen = nn.Parameter(torch.zeros(3, 3).to(dtype), requires_grad=False)
+    opt = KLShampoo([*named(), ("frozen", frozen)])
+    for p in opt.param_groups[0]["params"][:-1]:
+        p.grad = torch.randn_like(p)
+    opt.step()
+    assert "frozen" not in opt.plan.owner and frozen not in opt.state
 
 
 def test_on_nonfinite_is_skip_or_raise():
@@ -161,11 +212,6 @@ BAD_PARAMETERS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a set": (lambda: {shared}, TypeError, "set"),
     "a set in a group": (lambda: [{"params": {shared}}], TypeError, "set"),
     "complex": (lambda: [("z", matrix(dtype=torch.complex64))], TypeError, "'z' is torch.complex64"),
-    "integer": (
-        lambda: [("n", nn.Parameter(torch.ones(2, 2, dtype=torch.int64), requires_grad=False))],
-        TypeError,
-        "'n' is torch.int64",
-    ),
     "not a tensor": (lambda: [("n", 3.0)], TypeError, "'n' is a float"),
     "a module": (lambda: [nn.Linear(2, 2)], TypeError, "Linear"),
     "not a leaf": (lambda: [("p", matrix() * 2)], ValueError, "'p' is not a leaf"),

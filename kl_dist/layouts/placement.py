@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kl_dist.layouts import dtensor, fragment
 from kl_dist.layouts.layout import Layout, LocalSharding
-from kl_dist.planning.boxes import Grid, Sharding, volume
+from kl_dist.planning.boxes import Grid, Sharding, tile
 from kl_dist.planning.units import Parameter
 from kl_dist.ranks import Ranks
 
@@ -132,7 +132,6 @@ def sharding_of(by_rank: Sequence[LocalSharding | None], shape: Sequence[int]) -
     boxes = [tuple(one.boxes for rank in row if (one := by_rank[rank]) is not None) for row in grid]
     if any(other != boxes[0] for other in boxes):
         raise ValueError("its replicas are not sharded alike")
-    held = sum(volume(box) for there in boxes[0] for box in there)
-    if held != torch.Size(shape).numel():
+    if not tile((box for there in boxes[0] for box in there), shape):
         raise ValueError("its shards overlap or leave a part out")
     return Sharding(grid, boxes[0], next(one.flat for one in by_rank if one is not None))

@@ -8,7 +8,7 @@ box and block meet there is a *piece*, or several where a side is made of axes o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -139,6 +139,20 @@ def in_boxes(held: Tensor, boxes: Sequence[Box]) -> Iterator[tuple[Box, Tensor]]
 
 def volume(box: Box) -> int:
     return math.prod(stop - start for start, stop in box)
+
+
+def tile(boxes: Iterable[Box], shape: Sequence[int]) -> bool:
+    """Whether boxes have every element of a tensor once: their volumes add up, and only the whole's corners are odd.
+
+    A corner that is in an even number of boxes cancels out, as in a sum modulo 2 of the boxes' indicator functions.
+    """
+    corners: set[tuple[int, ...]] = set()
+    held = 0
+    for box in boxes:
+        held += volume(box)
+        for corner in product(*box) if volume(box) else ():
+            corners ^= {corner}
+    return held == volume(whole(shape)) and (not held or corners == set(product(*whole(shape))))
 
 
 def whole(shape: Sequence[int]) -> Box:

@@ -8,7 +8,8 @@
     def test_total(world):
         assert world.run(total, 3, 10) == [33, 33, 33]
 
-[Note: a pool that survives its tests] Processes that import torch cost seconds, so they are kept. What makes that
+[Note: a pool that survives its tests] Processes that import torch cost seconds, so they are kept, and forked from one
+that has imported what the tests at hand will (where there is no GPU: CUDA does not survive a fork). What makes that
 safe: every call begins with the same random seed; after every call the group makes one small all-reduce, which hangs
 when the ranks had not issued the same collectives; and whatever hangs or dies takes the pool with it, so that the next
 call begins with another one and a failure stays in the test that caused it.
@@ -24,6 +25,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -44,6 +46,23 @@ def patience() -> float:
     """
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     return float(os.environ.get("TEST_PATIENCE", "1")) * max(1.0, load)
+
+
+def import_once(modules: Iterable[str]) -> None:
+    """Have the processes of pools forked from one that has imported these; to be said before the first pool starts."""
+    # of torch what it imports by itself in a step, or in a test of sharding
+    torchs = (
+        "torch._dynamo",
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+    )
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*torchs, *modules])
+
+
+def forget() -> None:
+    """End the process that pools are forked from, so that their CPU time counts as that of this one's children."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 class RemoteTraceback(Exception):
@@ -104,7 +123,7 @@ class World:
 
     def _start(self) -> None:
         """Processes that have built their groups."""
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
         self._rendezvous = tempfile.TemporaryDirectory(prefix="world-", ignore_cleanup_errors=True)
         with self._stopping_on_failure():
             for rank in range(self.ranks):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kl_dist import KLShampoo
+from tests.jobs import without_operators
 from tests.models import Weights
 from tests.noise import NOISE
 
@@ -131,6 +132,8 @@ def deepspeed_here(group: dist.ProcessGroup, device: str = "cpu") -> Iterator[An
         import deepspeed_integration  # noqa: F401 (registers the optimizers)
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        if device == "cpu":
+            without_operators(deepspeed)
         deepspeed.get_accelerator().is_fp16_supported = lambda: True
         deepspeed.init_distributed(dist_backend="gloo")
         yield deepspeed

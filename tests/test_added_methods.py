@@ -106,7 +106,7 @@ def in_lightning(group: dist.ProcessGroup, namespace: str) -> tuple[Weights, Wei
     return weights, lightning_runs.alone(method=NAME, betas=BETAS)
 
 
-@pytest.mark.parametrize("namespace", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize("namespace", ["lightning.pytorch", pytest.param("pytorch_lightning", marks=pytest.mark.full)])
 def test_lightning_trains_it_by_its_name(worlds, namespace):
     for weights, expected in worlds[2].run(in_lightning, 2, namespace, timeout=120):
         assert deviation(weights, expected) <= 1e-9
@@ -123,7 +123,7 @@ def in_deepspeed(group: dist.ProcessGroup, stage: int) -> tuple[Weights, Weights
     return weights, deepspeed_runs.alone(NAME)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [2, pytest.param(0, marks=pytest.mark.full)])
 def test_a_deepspeed_config_trains_it_by_its_name(worlds, stage):
     (weights, expected), (others, _) = worlds[2].run(in_deepspeed, 2, stage, timeout=120)
     assert same_bits(weights, others) and deviation(weights, expected) <= 1e-5

@@ -36,6 +36,32 @@ def test_a_gradient_that_is_not_finite_skips_the_whole_step(recipe, value, where
     assert where in warning.getMessage() and warning.levelno == logging.WARNING
 
 
+@pytest.mark.parametrize("recipe", RECIPE_DEFAULTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_state_that_is_zeroed_in_place_starts_anew(method, recipe):
+    params = parameters()
+    opt = KLShampoo(params.items(), method=method, recipe=recipe)
+    train(opt, params, range(4))
+    fresh = {name: nn.Parameter(p.detach().clone()) for name, p in params.items()}
+    for entries in opt.state.values():
+        for tensor in entries.values():
+            tensor.zero_()
+    train(opt, params, range(4, 8))
+    train(KLShampoo(fresh.items(), method=method, recipe=recipe), fresh, range(4, 8))
+    assert same(values(params), values(fresh))
+
+
+def test_steps_that_find_no_gradient_say_so_once(caplog):
+    params = parameters()
+    opt = KLShampoo(params.items())
+    train(opt, params, range(2))
+    opt.zero_grad()
+    for _ in range(5):
+        opt.step()
+    (record,) = caplog.records
+    assert "3 steps in a row found no gradient on any parameter" in record.getMessage()
+
+
 @pytest.mark.parametrize("step", [0, 3])
 def test_a_gradient_that_is_not_finite_is_an_error_where_asked(step):
     params = parameters()

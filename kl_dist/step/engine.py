@@ -12,6 +12,7 @@ step's agreement.
 
 from __future__ import annotations
 
+import logging
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,10 @@ from kl_dist.ranks import Ranks
 from kl_dist.step.agreement import Presence, Sight, Trouble, agreed, describe_gradients
 from kl_dist.step.stacks import Gradients, Stack, build_stacks
 from kl_dist.step.trips import Trips, make_rooms
+
+log = logging.getLogger(__name__)
+
+IDLE_STEPS = 3  # without any gradient are no accident
 
 
 class Engine:
@@ -55,9 +60,10 @@ class Engine:
         self.failed = False  # in this step, on some rank
         self.refreshes = 0
         self.refresh_seconds = 0.0
+        self.idle_steps = 0  # in a row, without any gradient
         self.update_norms: list[tuple[Tensor, int]] = []  # of the last step's stacks of matrices, with their elements
         if previous is not None:
-            self.failure = previous.failure
+            self.failure, self.idle_steps = previous.failure, previous.idle_steps
             self.refreshes, self.refresh_seconds = previous.refreshes, previous.refresh_seconds
 
     def agree(self, problem: Exception | None, moved: bool) -> list[Presence] | None:
@@ -102,6 +108,7 @@ class Engine:
         """
         self.failed = False
         self.update_norms = []
+        self._note_idle(presences)
         under_way: list[Iterator[None]] = []
         with full_precision(self.device):
             for number in range(len(self.trips)):
@@ -112,6 +119,18 @@ class Engine:
         self.shards.forget()
         if self.failed:
             self.ranks.raise_together(self.failure)
+
+    def _note_idle(self, presences: Sequence[Presence]) -> None:
+        """A word where no gradient comes: nothing would tell that the tensors here are not those that are trained."""
+        idle = bool(presences) and all(presence is Presence.MISSING for presence in presences)
+        self.idle_steps = self.idle_steps + 1 if idle else 0
+        if self.idle_steps == IDLE_STEPS:
+            log.warning(
+                "%s steps in a row found no gradient on any parameter: has backward run, and are these the model's"
+                " parameters still? fully_shard, for one, puts others in their place: construct KLShampoo after it, or"
+                " put those into param_groups",
+                IDLE_STEPS,
+            )
 
     def pass_over(self) -> None:
         """Leave the step out that was agreed on."""

@@ -73,6 +73,7 @@ class MatrixStack(Stack):
         starting = [row for row in active if not self.state.started[row] and presences[row] is not Presence.ZERO]
         if starting:
             part = self.state.rows(starting)
+            self._forget(part)
             self.rule.start(part, _select(grads, active, starting), hyper)
             part.started.fill_(True)
             self.state.put(starting, part)
@@ -82,6 +83,13 @@ class MatrixStack(Stack):
             updates = self.rule.update(part, _select(grads, active, running), hyper)
             out.view(len(self.units), *self.units[0].block.shape)[span(running)] = updates.to(out.dtype)
             self.state.put(running, part)
+
+    def _forget(self, state: MatrixState) -> None:
+        """As allocated: a start may also follow on a run whose state somebody has zeroed in place."""
+        block = self.units[0].block
+        pristine = self.rule.allocate(block.shape, block.sides, 1, state.exp_avg.new_empty(())).tensors()
+        for name, tensor in state.tensors().items():
+            tensor.copy_(pristine[name])
 
     def refresh(self, presences: Sequence[Presence], group: Mapping[str, Any]) -> int:
         every = group["precondition_frequency"]

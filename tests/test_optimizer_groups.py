@@ -166,3 +166,70 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(whose):
     with pytest.raises(ValueError, match=word):
         opt.load_state_dict(make())
     assert same([states(opt), [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]], before)
+
+
+# -- state dicts as other programs hand them back ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named_first", [True, False])
+def test_states_of_named_and_of_nameless_parameters_load_into_each_other(named_first):
+    params, others = parameters(), parameters()
+    given = [params.items(), others.values()] if named_first else [params.values(), others.items()]
+    opt, other = (KLShampoo(one) for one in given)
+    train(opt, params, range(3))
+    other.load_state_dict(opt.state_dict())
+    with torch.no_grad():
+        for p, q in zip(params.values(), others.values(), strict=True):
+            q.copy_(p)
+    train(opt, params, range(3, 6))
+    train(other, others, range(3, 6))
+    assert same(values(others), values(params))
+
+
+def test_names_that_are_given_on_both_sides_must_be_the_same():
+    renamed = {f"{name} of another": p for name, p in parameters().items()}
+    with pytest.raises(ValueError, match="saved with parameter 'wide of another' where 'wide' is here"):
+        KLShampoo(parameters().items()).load_state_dict(KLShampoo(renamed.items()).state_dict())
+
+
+@pytest.mark.parametrize("kind", [int, float])
+def test_step_counts_may_come_back_as_numbers(kind):
+    params = parameters()
+    opt, other = KLShampoo(params.items()), KLShampoo(parameters().items())
+    train(opt, params, range(3))
+    saved = opt.state_dict()
+    for entries in saved["state"].values():
+        entries["step"] = kind(entries["step"])
+    other.load_state_dict(saved)
+    assert same(states(other), states(opt))
+
+
+def test_hooks_see_the_state_that_is_saved_and_may_change_it():
+    params = parameters()
+    opt = KLShampoo(params.items())
+    train(opt, params, range(3))
+    seen = []
+    opt.register_state_dict_pre_hook(lambda _: seen.append("before"))
+
+    def doubled(_, state: dict) -> dict:
+        for entries in state["state"].values():
+            entries["exp_avg"] = 2 * entries["exp_avg"]
+        return {**state, "mine": 1}
+
+    before = states(opt)
+    opt.register_state_dict_post_hook(doubled)
+    saved = opt.state_dict()
+    assert seen == ["before"] and saved["mine"] == 1 and same(states(opt), before)
+    for entries, own in zip(saved["state"].values(), before, strict=True):
+        assert torch.equal(entries["exp_avg"], 2 * own["exp_avg"])
+
+
+def test_a_compiled_step_makes_the_same_update():
+    params, expected = parameters(), parameters()
+    opt = KLShampoo(params.items())
+    step = torch.compile(opt.step, backend="eager")
+    train(KLShampoo(expected.items()), expected, range(4))
+    for number in range(4):
+        give_gradients(params, number)
+        step()
+    assert same(values(params), values(expected))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from kl_dist import groups, options
-from kl_dist.checkpoint import full, load
+from kl_dist.checkpoint import full, load, shown
 from kl_dist.checkpoint.holdings import Holding, carry_over, holdings
 from kl_dist.layouts import placement
 from kl_dist.layouts.reduction import Reduction
@@ -189,10 +189,7 @@ class KLShampoo(torch.optim.Optimizer):
         self._signature = groups.signature(self._trained())
         self._holdings = holdings(plan, self._engine.stacks, self._ranks)
         carry_over(old, self._holdings, self._ranks)
-        self.state.clear()
-        for holding in self._holdings:
-            if not holding.entry.is_form:
-                self.state[by_name[holding.name]][holding.entry.key] = holding.value
+        self.state = shown.show(self._holdings, by_name)
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -254,11 +251,16 @@ class KLShampoo(torch.optim.Optimizer):
         return self.param_groups is not self._running.groups
 
     def _agree(self) -> Sequence[Presence]:
+        problem = self._running.failure
+        try:
+            self.state = shown.settled(self.state, self._holdings, self._named)
+        except ValueError as error:
+            problem = problem or error
         self._named = groups.follow(self.param_groups, self._named)
         trained = self._trained()
         moved = self._replaced or groups.signature(trained) != self._signature
         planned = self.param_groups[: len(self.plan.structure)] if self._replaced else self.param_groups
-        problem = self._running.failure or find_problem(self.plan, trained, planned)
+        problem = problem or find_problem(self.plan, trained, planned)
         if problem is None and self._reduction is not None:
             problem = self._reduction.find_problem()
         presences = self._running.agree(problem, moved)
@@ -288,8 +290,7 @@ class KLShampoo(torch.optim.Optimizer):
         """
         if any(parameter.sharding is not None for parameter in self.plan.parameters):
             raise ValueError("reduce_to_owners is for parameters that are whole on every rank; some here are sharded")
-        reduction = Reduction(self._ranks)
-        reduction.follow(self.plan, self._running.shards.parameters)
+        reduction = Reduction(self._ranks, self.plan, self._running.shards.parameters)
         reduction.register(ddp)
         self._reduction = reduction
 
@@ -335,6 +336,7 @@ class KLShampoo(torch.optim.Optimizer):
         """
         if self._running.failure is not None:
             raise self._running.failure
+        self.state = shown.settled(self.state, self._holdings, self._named)
         self._check_followed()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
@@ -356,6 +358,7 @@ class KLShampoo(torch.optim.Optimizer):
             state_dict = before(self, state_dict) or state_dict
         frozen = groups.frozen_names(self.param_groups)
         load.load(state_dict, self.param_groups, self._holdings, self._ranks, frozen)
+        self.state = shown.show(self._holdings, groups.by_name(self.param_groups))
         self._running.failure = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -390,10 +393,7 @@ class KLShampoo(torch.optim.Optimizer):
             raise RuntimeError(f"this KLShampoo was pickled on {plan.world_size} ranks, here are {ranks.size}")
         super().__setstate__(state)
         self.defaults = {key: self.defaults[key] for key in options.DEFAULTS}
-        held = {parameter: dict(tensors) for parameter, tensors in self.state.items()}
+        held = self.state
         self._ranks, self._engine, self._holdings, self._reduction, self._consolidated = ranks, None, [], None, None
         self._adopt(plan)
-        by_name = groups.by_name(self.param_groups)
-        for holding in self._holdings:
-            if not holding.entry.is_form:
-                holding.fill(held[by_name[holding.name]][holding.entry.key])
+        shown.take_up(held, self._holdings, groups.by_name(self.param_groups))

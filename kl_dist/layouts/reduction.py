@@ -27,10 +27,11 @@ from kl_dist.ranks import Ranks
 class Reduction:
     """The communication hook, and the memory of what it made of the gradients."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, plan: Plan, parameters: Sequence[Tensor]) -> None:
         self.ranks = ranks
         self._made: dict[Tensor, tuple[Tensor, int]] = {}  # by parameter: its reduced gradient, and that one's version
         self._remembering = False
+        self.follow(plan, parameters)
 
     def follow(self, plan: Plan, parameters: Sequence[Tensor]) -> None:
         """Take up who owns what."""

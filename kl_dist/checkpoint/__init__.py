@@ -1,6 +1,6 @@
 """What is saved, and how it comes back.
 
 `inventory` names every tensor and its holders, `holdings` has this rank's memory of each, `divided` shows it to
-torch.distributed.checkpoint, `shown` to the user; `load` checks and copies, `full` collects all of it on one rank; `manifest` tells whether
-files are as they were written.
+torch.distributed.checkpoint and `shown` to the user; `load` checks and copies, `full` collects all of it on one rank;
+`manifest` tells whether files are as they were written.
 """

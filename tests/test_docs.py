@@ -83,19 +83,19 @@ class ForTokens(nn.Module):
         return {"loss": nn.functional.cross_entropy(output.float(), labels), "logits": output}
 
 
-def run_deepspeed_blocks(group: dist.ProcessGroup) -> int:
-    """Those that need its configs, as the page's reader has them; returns how many there were."""
+def run_deepspeed_blocks(group: dist.ProcessGroup, folder: str) -> int:
+    """Those that need its configs, as the page's reader has them, but for where they write; how many there were."""
     dataset = [{"tokens": torch.arange(4) + i % 8, "labels": torch.tensor(i % 16)} for i in range(16)]
     texts = blocks(NEED_DEEPSPEED, "python")
     for text in texts:
         with as_started(group, "docs"), deepspeed_here(group) as deepspeed:
             names = {"deepspeed": deepspeed, "torch": torch, "model": ForTokens(), "dataset": dataset}
-            exec(compile(text, str(NEED_DEEPSPEED), "exec"), names)
+            exec(compile(text.replace("runs/hf", folder), str(NEED_DEEPSPEED), "exec"), names)
     return len(texts)
 
 
-def test_the_code_of_deepspeeds_page_runs(worlds):
-    assert worlds[2].run(run_deepspeed_blocks, 2, timeout=180) == [2, 2]
+def test_the_code_of_deepspeeds_page_runs(worlds, tmp_path):
+    assert worlds[2].run(run_deepspeed_blocks, 2, str(tmp_path), timeout=180) == [2, 2]
 
 
 # -- what other programs read ------------------------------------------------------------------------------------------

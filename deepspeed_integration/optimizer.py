@@ -56,9 +56,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         on_nonfinite: str = "skip",
         **given: Any,
     ) -> None:
-        for key in given:
-            if key not in options.DEFAULTS:
-                raise options.unknown_option(key, [*options.DEFAULTS, "output_head", "on_nonfinite"])
+        options.check_known(given, "output_head", "on_nonfinite")
         self.core: kl_dist.KLShampoo | None = None
         self.groups: list[dict[str, Any]] = []  # DeepSpeed puts a list of one in the place of param_groups as it steps
         self._output_head, self._on_nonfinite, self._is_loading = output_head, on_nonfinite, False

@@ -246,9 +246,7 @@ def param_groups(
         TypeError: an option that KLShampoo does not have.
         ValueError: no module has the name `output_head`.
     """
-    for key in group_options:
-        if key not in options.DEFAULTS:
-            raise options.unknown_option(key, options.DEFAULTS)
+    options.check_known(group_options)
     elementwise = embeddings_and_head(model, output_head)
     matrices: list[tuple[str, Tensor]] = []
     decayed: list[tuple[str, Tensor]] = []
@@ -324,9 +322,7 @@ def plan(
             if p.requires_grad
         ]
     else:
-        for key in group_options:
-            if key not in options.DEFAULTS:
-                raise options.unknown_option(key, options.DEFAULTS)
+        options.check_known(group_options)
         groups = [dict(group_options)]
         found = [Parameter(name, tuple(shape), dtype, 0) for name, shape in model_or_named_shapes.items()]
     resolved = [{**options.DEFAULTS, **group} for group in groups]

@@ -118,9 +118,8 @@ class KLShampoo(torch.optim.Optimizer):
         self._on_nonfinite = on_nonfinite
         self._skipped = 0
         with self._ranks.together():
-            for key, value in unknown.items():
-                if not options.is_declined(key, value):
-                    raise options.unknown_option(key, [*options.DEFAULTS, "process_group", "on_nonfinite"])
+            asked = [key for key, value in unknown.items() if not options.is_declined(key, value)]
+            options.check_known(asked, "process_group", "on_nonfinite")
             if on_nonfinite not in ("skip", "raise"):
                 raise ValueError(f'on_nonfinite is "skip" or "raise", not {on_nonfinite!r}')
             if isinstance(params, (set, frozenset)):

@@ -106,6 +106,13 @@ def unknown_option(key: str, known: Iterable[str]) -> TypeError:
     return TypeError(f"unknown option {key!r}{_nearest(key, known)}")
 
 
+def check_known(given: Iterable[str], *also: str) -> None:
+    """Raises TypeError for what is neither an option nor among `also`."""
+    for key in given:
+        if key not in DEFAULTS and key not in also:
+            raise unknown_option(key, [*DEFAULTS, *also])
+
+
 def is_declined(key: str, value: Any) -> bool:
     """Whether it is an option of torch's that is not here, and not asked for either: `fused=False`, say."""
     return key in _NOT_OURS and value in (None, False)

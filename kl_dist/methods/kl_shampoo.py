@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kl_dist.methods import kl_factors, kronecker
 from kl_dist.methods.kronecker import Hyper
-from kl_dist.methods.rule import Method, Rule
+from kl_dist.methods.rule import Method, Rule, as_released
 from kl_dist.methods.state import KLShampooState, Side, unstarted
 
 START_REFRESHES = 4
@@ -83,13 +83,7 @@ def update_as_released(state: KLShampooState, grad: Tensor, hyper: Hyper) -> Ten
 FRESH = Rule(
     allocate, start, update, kl_factors.refresh, working_copies=6, defaults=MappingProxyType({"betas": (0.9, 0.9)})
 )
-PAPER = Rule(
-    allocate,
-    kl_factors.start_as_released,
-    update_as_released,
-    kl_factors.refresh_as_released,
-    starts_without_update=True,
-    decays_last=True,
-    working_copies=6,
+PAPER = as_released(
+    allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released, working_copies=6
 )
 METHOD = Method("KL-Shampoo", {"fresh": FRESH, "paper": PAPER})

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kl_dist.methods import kl_factors, kronecker
 from kl_dist.methods.kronecker import Hyper
-from kl_dist.methods.rule import Method, Rule
+from kl_dist.methods.rule import Method, Rule, as_released
 from kl_dist.methods.soap import scaled_adam
 from kl_dist.methods.state import KLSOAPState, Side, unstarted
 
@@ -58,13 +58,7 @@ def update_as_released(state: KLSOAPState, grad: Tensor, hyper: Hyper) -> Tensor
 
 
 FRESH = Rule(allocate, start, update, kl_factors.refresh, working_copies=6)
-PAPER = Rule(
-    allocate,
-    kl_factors.start_as_released,
-    update_as_released,
-    kl_factors.refresh_as_released,
-    starts_without_update=True,
-    decays_last=True,
-    working_copies=6,
+PAPER = as_released(
+    allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released, working_copies=6
 )
 METHOD = Method("KL-SOAP", {"fresh": FRESH, "paper": PAPER})

@@ -48,6 +48,11 @@ class Rule(NamedTuple):
     defaults: Mapping[str, Any] = MappingProxyType({})  # of options, where not the recipe's
 
 
+def as_released(allocate: Any, start: Any, update: Any, refresh: Any, **facts: Any) -> Rule:
+    """A rule of recipe "paper": the released codes spend their first call on the start, and decay after the update."""
+    return Rule(allocate, start, update, refresh, starts_without_update=True, decays_last=True, **facts)
+
+
 @dataclass(frozen=True)
 class Method:
     """A method under all its recipes."""

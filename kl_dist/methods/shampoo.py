@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kl_dist.methods import kronecker, linalg
 from kl_dist.methods.kronecker import Hyper
-from kl_dist.methods.rule import Flops, Method, Rule
+from kl_dist.methods.rule import Flops, Method, Rule, as_released
 from kl_dist.methods.soap import scaled_adam
 from kl_dist.methods.state import ShampooState, Side, unstarted
 
@@ -137,13 +137,5 @@ def flops(shape: Sequence[int], sides: Sequence[Side]) -> Flops:
 
 
 FRESH = Rule(allocate, start, update, refresh, flops=flops)
-PAPER = Rule(
-    allocate,
-    start_as_released,
-    update_as_released,
-    refresh_as_released,
-    starts_without_update=True,
-    decays_last=True,
-    flops=flops,
-)
+PAPER = as_released(allocate, start_as_released, update_as_released, refresh_as_released, flops=flops)
 METHOD = Method("Shampoo", {"fresh": FRESH, "paper": PAPER})

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kl_dist.methods import kl_factors, kronecker
 from kl_dist.methods.kronecker import Hyper
-from kl_dist.methods.rule import Method, Rule
+from kl_dist.methods.rule import Method, Rule, as_released
 from kl_dist.methods.state import Side, SOAPState, unstarted
 
 START_REFRESHES = 1
@@ -108,12 +108,5 @@ def refresh_as_released(state: SOAPState, hyper: Hyper) -> None:
 
 
 FRESH = Rule(allocate, start, update, kl_factors.refresh)
-PAPER = Rule(
-    allocate,
-    start_as_released,
-    update_as_released,
-    refresh_as_released,
-    starts_without_update=True,
-    decays_last=True,
-)
+PAPER = as_released(allocate, start_as_released, update_as_released, refresh_as_released)
 METHOD = Method("SOAP", {"fresh": FRESH, "paper": PAPER})

@@ -21,21 +21,7 @@ from kl_dist import KLShampoo, options
 from kl_dist.options import recipe_defaults
 from tests.deepspeed_runs import deepspeed_here, two_groups
 from tests.jobs import as_started
-
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [Path("README.md"), *sorted(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))]
-LANGUAGES = {"python", "sh", "json", "yaml"}
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    found = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
-    assert all(kind in LANGUAGES for kind, _ in found), f"{page} has a block that nothing here runs"
-    return [text for kind, text in found if kind == language]
-
-
-def pages_with(language: str) -> list[Path]:
-    return [page for page in PAGES if blocks(page, language)]
-
+from tests.pages import PAGES, ROOT, blocks, commands, pages_with
 
 # -- Python ------------------------------------------------------------------------------------------------------------
 
@@ -131,16 +117,11 @@ def test_the_classes_of_a_yaml_file_take_what_it_gives_them(page):
         assert "strategy" in make(yaml.safe_load(text))["trainer"]
 
 
-def commands(page: Path) -> list[list[str]]:
-    lines = [line.partition("#")[0].split() for text in blocks(page, "sh") for line in text.splitlines()]
-    return [line for line in lines if line]
-
-
 @pytest.mark.parametrize("page", pages_with("sh"), ids=str)
 def test_the_files_targets_and_flags_of_a_command_exist(page):
-    """That the jobs run is tested where they are; here that the page has not fallen behind them."""
+    """The cheap half of test_docs_commands.py, which runs them: that the page has not fallen behind the jobs."""
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for line in commands(page):
+    for line in map(str.split, commands(page)):
         if line[0] == "make":
             assert line[1] in targets
         for word in line[1:]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,13 +11,15 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from kl_dist import groups, options
-from kl_dist.checkpoint import full, load, shown
+from kl_dist.checkpoint import shown
 from kl_dist.checkpoint.holdings import Holding, carry_over, holdings
 from kl_dist.layouts import placement
 from kl_dist.layouts.reduction import Reduction
+from kl_dist.layouts.replicas import check_replicas
 from kl_dist.planning.plan import Plan, make_plan
-from kl_dist.planning.routes import routing_table
+from kl_dist.planning.routes import look_like_embeddings, routing_table
 from kl_dist.ranks import Ranks
+from kl_dist.state_dicts import StateDicts
 from kl_dist.step import stats
 from kl_dist.step.agreement import Presence, find_problem, not_finite
 from kl_dist.step.engine import Engine
@@ -35,7 +36,7 @@ class Parts(NamedTuple):
     reduction: Reduction | None  # where `reduce_to_owners` was called
 
 
-class KLShampoo(torch.optim.Optimizer):
+class KLShampoo(StateDicts):
     r"""KL-Shampoo and its family, with preconditioners partitioned over ranks.
 
     For a weight W with gradient G, Kronecker factors S_a, S_b and their eigenbases Q_a, Q_b,
@@ -47,8 +48,9 @@ class KLShampoo(torch.optim.Optimizer):
     after the model is on its device (and wrapped by DDP); construction is a collective.
 
     Args:
-        params: parameters, (name, parameter) pairs as `model.named_parameters()` gives them, or parameter groups.
-            Two or more dimensions are served by `method`, all others by AdamW.
+        params: a model, which `kl_dist.param_groups` divides; or parameters, (name, parameter) pairs as
+            `model.named_parameters()` gives them, or parameter groups. Of these two or more dimensions are served by
+            `method`, all others by AdamW.
         lr: learning rate of matrices, and of AdamW unless `adamw_lr` is given.
         betas: weights of the old momentum and the old second moments. None: (0.9, 0.9), for the other methods
             (0.95, 0.95), for recipe "paper" (0.9, 0.98).
@@ -114,7 +116,7 @@ class KLShampoo(torch.optim.Optimizer):
         self._engine: Engine | None = None
         self._holdings: list[Holding] = []
         self._reduction: Reduction | None = None
-        self._consolidated: dict[str, Any] | None = None
+        self._compared: set[str] = set()  # parameters whose replicas were found alike
         self._on_nonfinite = on_nonfinite
         self._skipped = 0
         with self._ranks.together():
@@ -122,12 +124,22 @@ class KLShampoo(torch.optim.Optimizer):
             options.check_known(asked, "process_group", "on_nonfinite")
             if on_nonfinite not in ("skip", "raise"):
                 raise ValueError(f'on_nonfinite is "skip" or "raise", not {on_nonfinite!r}')
+            if isinstance(params, torch.nn.Module):
+                params = groups.param_groups(params, weight_decay=weight_decay)
             if isinstance(params, (set, frozenset)):
                 raise TypeError("parameters in a set have no fixed order, and ranks would disagree: give a list")
             super().__init__(params, defaults)
         plan = self._new_plan(None)
         with self._ranks.together():
             self._adopt(plan)
+        seeming = look_like_embeddings(plan)
+        if seeming and self._ranks.rank == 0:
+            log.warning(
+                "%s %s like an embedding or output head, and %s served as a matrix: give KLShampoo the model or"
+                " param_groups(model, output_head=..), which know, or name what AdamW shall serve in adamw_names",
+                ", ".join(map(repr, seeming)),
+                *(("looks", "is") if len(seeming) == 1 else ("look", "are")),
+            )
 
     # -- parameters and plan ------------------------------------------------------------------------------------------
 
@@ -212,6 +224,8 @@ class KLShampoo(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         presences = self._agree()
+        self._compare_replicas()
+        self._consolidated = None  # of the state as it was
         bad = not_finite(self.plan, presences)
         if bad is None:
             self._running.run(presences)
@@ -221,11 +235,6 @@ class KLShampoo(torch.optim.Optimizer):
         if self._reduction is not None:
             self._reduction.forget()
         return loss
-
-    @property
-    def _running(self) -> Engine:
-        assert self._engine is not None
-        return self._engine
 
     def follow_groups(self) -> None:
         """Take up what was put in the place of `param_groups`, of a group or of its parameters; a collective.
@@ -237,17 +246,6 @@ class KLShampoo(torch.optim.Optimizer):
         moved = self._replaced or groups.signature(self._trained()) != self._signature
         if any(self._ranks.gather_objects(moved)):
             self._adopt(self._new_plan(self.plan))
-
-    def _check_followed(self) -> None:
-        """Before state is saved or loaded, of what is sharded now by all ranks together: there it is followed."""
-        if self._replaced or groups.are_changed(self.param_groups, self._named):
-            if all(placement.is_whole(p) for group in self.param_groups for p in group["params"]):
-                raise RuntimeError(groups.NOT_FOLLOWED)
-            self.follow_groups()
-
-    @property
-    def _replaced(self) -> bool:
-        return self.param_groups is not self._running.groups
 
     def _agree(self) -> Sequence[Presence]:
         problem = self._running.failure
@@ -268,6 +266,13 @@ class KLShampoo(torch.optim.Optimizer):
             presences = self._running.agree(None, False)
         assert presences is not None
         return presences
+
+    def _compare_replicas(self) -> None:
+        """Once, when all that wraps and broadcasts a model has had its turn: before the first step of a parameter."""
+        names = [parameter.name for parameter in self.plan.parameters]
+        if not self._compared.issuperset(names):
+            check_replicas(self._running.shards.parameters, self.plan, self._ranks, self._compared)
+            self._compared.update(names)
 
     def _skip(self, what: str) -> None:
         if self._on_nonfinite == "raise":
@@ -323,76 +328,3 @@ class KLShampoo(torch.optim.Optimizer):
         mine = stats.of_rank(self._running)
         found = stats.of_all(self._ranks.gather_objects(mine)) if all_ranks else mine
         return {"skipped_steps": self._skipped, **found}
-
-    # -- state dicts and copies ----------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """What this rank holds, in torch.optim's form, with the same keys on all ranks; local, never a collective.
-
-        Written by torch.save it is plain tensors, for the same rank of as many ranks. torch.distributed.checkpoint
-        finds in it what every rank has of every tensor, and loads it at any world size and in any layout. After
-        `consolidate_state_dict` it is, once and on the rank that was named, all of the state.
-        """
-        if self._running.failure is not None:
-            raise self._running.failure
-        self.state = shown.settled(self.state, self._holdings, self._named)
-        self._check_followed()
-        for before in self._optimizer_state_dict_pre_hooks.values():
-            before(self)
-        consolidated, self._consolidated = self._consolidated, None
-        frozen = groups.frozen_names(self.param_groups)
-        state = consolidated or load.local_form(self.param_groups, self._holdings, self._ranks, frozen)
-        for after in self._optimizer_state_dict_post_hooks.values():
-            state = after(self, state) or state
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of any form; local, never a collective: see kl_dist.checkpoint.load.
-
-        Raises:
-            ValueError: it is not of this optimizer, or another rank's part; nothing is changed then.
-        """
-        self._check_followed()
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = before(self, state_dict) or state_dict
-        frozen = groups.frozen_names(self.param_groups)
-        load.load(state_dict, self.param_groups, self._holdings, self._ranks, frozen)
-        self.state = shown.show(self._holdings, groups.by_name(self.param_groups))
-        self._running.failure = None
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
-
-    def consolidate_state_dict(self, to: int = 0) -> None:
-        """Have the next `state_dict()` of one rank be all of the state; a collective, as ZeroRedundancyOptimizer's."""
-        self._ranks.raise_together(self._running.failure)
-        self._consolidated = full.gather(self._holdings, self.param_groups, self._ranks, to) or None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What pickling and copying take: everything but the process group, which is a connection and not data."""
-        own = {"_plan": self.plan, "_on_nonfinite": self._on_nonfinite, "_skipped": self._skipped}
-        return {**super().__getstate__(), **own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Local, never a collective. Unpickled it shares its work with all ranks, of which there must be as many.
-
-        Raises:
-            RuntimeError: it was pickled at another world size.
-        """
-        self._restore(state, Ranks())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> KLShampoo:
-        copied = object.__new__(type(self))
-        memo[id(self)] = copied
-        copied._restore(copy.deepcopy(self.__getstate__(), memo), self._ranks)
-        return copied
-
-    def _restore(self, state: dict[str, Any], ranks: Ranks) -> None:
-        plan: Plan = state.pop("_plan")
-        if plan.world_size != ranks.size:
-            raise RuntimeError(f"this KLShampoo was pickled on {plan.world_size} ranks, here are {ranks.size}")
-        super().__setstate__(state)
-        self.defaults = {key: self.defaults[key] for key in options.DEFAULTS}
-        held = self.state
-        self._ranks, self._engine, self._holdings, self._reduction, self._consolidated = ranks, None, [], None, None
-        self._adopt(plan)
-        shown.take_up(held, self._holdings, groups.by_name(self.param_groups))

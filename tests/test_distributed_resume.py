@@ -29,7 +29,7 @@ def through_a_file(value: Any) -> Any:
 def stop_and_go_on(group, layout: str, stop: int) -> None:
     """Each rank's own part, to the bit."""
     run, other = Run(group, layout).train(0, stop), Run(group, layout, lr=0.5)
-    saved, weights = through_a_file(run.optimizer.state_dict()), run.weights()
+    saved, weights = through_a_file(run.optimizer.local_state_dict()), run.weights()
     assert same_keys(group, saved)
     other.set_weights(weights)
     other.optimizer.load_state_dict(saved)

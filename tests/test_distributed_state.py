@@ -1,5 +1,6 @@
 """What a rank holds and sends: state of its own matrices alone, and the bytes that the plan announced."""
 
+import pickle
 from typing import Any, NamedTuple
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from kl_dist import KLShampoo
 from kl_dist.planning.traffic import traffic_of
 from tests.counting import Counter
+from tests.made_up import same
 from tests.models import (
     METHODS,
     backward,
@@ -22,6 +24,7 @@ from tests.models import (
     zoo_groups,
 )
 from tests.products import product
+from tests.sharded import lay_out, layers
 
 STEP_BYTES = 8  # the step count of a slice under AdamW
 
@@ -102,7 +105,7 @@ def save(group) -> dict[str, Any]:
     model = zoo()
     optimizer = KLShampoo(zoo_groups(model), process_group=group)
     train_alone(model, optimizer, range(2))
-    return optimizer.state_dict()
+    return optimizer.local_state_dict()
 
 
 def refuse(group, states: list[dict[str, Any]], complaint: str) -> None:
@@ -121,3 +124,40 @@ def test_the_state_of_another_rank_or_world_size_is_refused_and_nothing_changes(
     world.run(refuse, 2, world.run(save, 2), "saved with rank")
     world.run(refuse, 2, world.run(save, 3), "saved with world_size 3, here it is 2")
     world.run(refuse, 2, [save(None)], "saved with world_size 1, here it is 2")
+
+
+def written_by_one_rank(group, folder) -> None:
+    """As a loop does that was written for DDP: `if rank == 0: torch.save(..)`."""
+    model = zoo()
+    optimizer = KLShampoo(zoo_groups(model), process_group=group)
+    train_alone(model, optimizer, range(2))
+    with raising(RuntimeError, f"has the part of rank {group.rank()} of 2, and a file of it lacks"):
+        torch.save({"optimizer": optimizer.state_dict()}, folder / f"{group.rank()}.pt")
+    for steps in (1, 0):  # a consolidated state is not kept past a step
+        optimizer.consolidate_state_dict()
+        train_alone(model, optimizer, range(steps))
+        state = optimizer.state_dict()
+        assert ("kl_dist" in state) == (steps > 0 or group.rank() != 0)
+    if group.rank() == 0:
+        torch.save({"optimizer": state}, folder / "whole.pt")
+    group.barrier().wait()
+    saved = torch.load(folder / "whole.pt", weights_only=True)["optimizer"]
+    other = KLShampoo(zoo_groups(zoo()), process_group=group)
+    other.load_state_dict(saved)
+    assert same(other.local_state_dict()["state"], optimizer.local_state_dict()["state"])
+
+
+def test_a_file_of_one_rank_is_whole_or_an_error(world, tmp_path):
+    world.run(written_by_one_rank, 2, tmp_path)
+
+
+def test_what_is_sharded_is_pickled_as_other_optimizers_state_is(world):
+    world.run(pickled_shards, 2)
+
+
+def pickled_shards(group) -> None:
+    model = layers(torch.float64)
+    lay_out(model, "fsdp", group)
+    optimizer = KLShampoo(model, process_group=group)
+    state = pickle.loads(pickle.dumps(optimizer.state_dict()))
+    assert same(state["state"], optimizer.local_state_dict()["state"])

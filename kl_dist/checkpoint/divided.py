@@ -2,7 +2,8 @@
 
 torch saves, gathers, offloads and stages a DTensor by itself, but no placement of a DTensor says "one rank has all of
 it" or "this range of the elements". `Divided` is a DTensor that says what it holds box by box, and nothing else: it
-can be copied, moved, gathered and saved, not computed with. What pickles it gets the part of this rank, a plain tensor.
+can be copied, moved, gathered and saved, not computed with. What pickles it gets the part of this rank, a plain tensor,
+or an error where that would be mistaken for all of it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ from kl_dist.checkpoint.inventory import Entry
 from kl_dist.planning.boxes import Box, in_boxes
 from kl_dist.ranks import Ranks
 
+ALONE = (
+    "this state_dict() has the part of rank {rank} of {size}, and a file of it lacks the others': call"
+    " consolidate_state_dict() on all ranks before state_dict() on rank 0 (kl_dist.huggingface does it for Trainer and"
+    " Accelerate), save with torch.distributed.checkpoint, or write each rank's local_state_dict() to a file of its own"
+)
+
 _COPIES = (torch.ops.aten.clone.default, torch.ops.aten.detach.default, torch.ops.aten._to_copy.default)
 
 
@@ -32,16 +39,17 @@ class Divided(DTensor):
     entry: Entry
     boxes: tuple[Box, ...]
     ranks: Ranks
+    pickles: bool
 
     @classmethod
-    def of(cls, entry: Entry, local: Tensor, ranks: Ranks, mesh: DeviceMesh) -> Divided:
+    def of(cls, entry: Entry, local: Tensor, ranks: Ranks, mesh: DeviceMesh, pickles: bool) -> Divided:
         """Without a copy. Writing into what comes out of torch.distributed.checkpoint writes into `local`."""
         if not local.numel():
             local = local.new_empty(1)[:0]  # torch stages no memory of no bytes
         meta = torch.empty(entry.shape, dtype=local.dtype, device="meta")
         spec = DTensorSpec(mesh, (Replicate(),), TensorMeta(meta.shape, meta.stride(), local.dtype))
         made: Any = cls(local, spec, requires_grad=False)
-        made.entry, made.boxes, made.ranks = entry, entry.boxes(ranks.rank), ranks
+        made.entry, made.boxes, made.ranks, made.pickles = entry, entry.boxes(ranks.rank), ranks, pickles
         return made
 
     @classmethod
@@ -57,7 +65,7 @@ class Divided(DTensor):
                 f"{func} on a part of the optimizer's state: .to_local() is what this rank holds, .full_tensor() (a"
                 " collective) all of it"
             )
-        return cls.of(like.entry, local, like.ranks, like.device_mesh)
+        return cls.of(like.entry, local, like.ranks, like.device_mesh, like.pickles)
 
     @property
     def is_meta(self) -> bool:  # type: ignore[override]
@@ -99,17 +107,19 @@ class Divided(DTensor):
         raise ValueError(f"{index.fqn} has nothing at {index.offset} on this rank")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if not self.pickles:
+            raise RuntimeError(ALONE.format(rank=self.ranks.rank, size=self.ranks.size))
         return self._local_tensor.__reduce_ex__(protocol)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Divided({tuple(self.shape)}, here {list(self.boxes)}: {self._local_tensor})"
 
 
-def divide(entries: Sequence[Entry], tensors: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+def divide(entries: Sequence[Entry], tensors: Sequence[Tensor], ranks: Ranks, pickles: bool) -> list[Tensor]:
     """What this rank holds of each entry, as `Divided`; constants as they are."""
     assert ranks.group is not None
     mesh = DeviceMesh.from_group(ranks.group, ranks.device.type)
     return [
-        Divided.of(entry, tensor, ranks, mesh) if entry.constant is None else tensor
+        Divided.of(entry, tensor, ranks, mesh, pickles) if entry.constant is None else tensor
         for entry, tensor in zip(entries, tensors, strict=True)
     ]

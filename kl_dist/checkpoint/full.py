@@ -94,7 +94,9 @@ def _decide(
 ) -> tuple[Saved, Decision]:
     if isinstance(state, Mapping) and isinstance(state.get(ORIGIN), Mapping):
         if state[ORIGIN].get("world_size") != 1:
-            raise ValueError("this is the part of one rank, as state_dict() gives it: load it with load_state_dict")
+            raise ValueError(
+                "this is the part of one rank, as local_state_dict() gives it: load it with load_state_dict"
+            )
         state = {key: value for key, value in state.items() if key != ORIGIN}  # of one rank it is all
     saved = load.read(state, groups)
     if strict:

@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -35,8 +36,16 @@ def origin_of(held: Sequence[Holding], ranks: Ranks) -> dict[str, Any]:
     return {"rank": ranks.rank, "world_size": ranks.size, "division": division}
 
 
+class Form(Enum):
+    """What the tensors of a local state dict are on several ranks."""
+
+    PLAIN = "what this rank holds"
+    SHARDED = "`Divided`, pickled as what this rank holds: so are the parameters"
+    WHOLE = "`Divided`, not to be pickled: it would be taken for all, as every rank has all of the parameters"
+
+
 def local_form(
-    groups: Sequence[Mapping[str, Any]], held: Sequence[Holding], ranks: Ranks, frozen: Collection[str]
+    groups: Sequence[Mapping[str, Any]], held: Sequence[Holding], ranks: Ranks, frozen: Collection[str], form: Form
 ) -> dict[str, Any]:
     """A state dict as torch.optim's, by numbers of parameters, with what this rank holds for its state.
 
@@ -49,10 +58,10 @@ def local_form(
         holding.value.to(ranks.device, copy=holding.name in frozen or holding.entry.constant is not None)
         for holding in held
     ]
-    if ranks.size > 1:
+    if ranks.size > 1 and form is not Form.PLAIN:
         from kl_dist.checkpoint.divided import divide  # takes seconds to import
 
-        tensors = divide([holding.entry for holding in held], tensors, ranks)
+        tensors = divide([holding.entry for holding in held], tensors, ranks, form is Form.SHARDED)
     state: dict[int, dict[str, Tensor]] = {}
     for holding, tensor in zip(held, tensors, strict=True):
         state.setdefault(numbers[holding.name], {})[holding.entry.key] = tensor
@@ -108,8 +117,9 @@ def check_origin(saved: Any, here: Mapping[str, Any]) -> None:
     for key in ("world_size", "rank"):
         if saved.get(key) != here[key]:
             raise ValueError(
-                f"the state was saved with {key} {saved.get(key)}, here it is {here[key]}: state_dict() holds the part"
-                " of one rank; save with torch.distributed.checkpoint or kl_dist.full_state_dict to resume elsewhere"
+                f"the state was saved with {key} {saved.get(key)}, here it is {here[key]}: this is the part of"
+                " one rank; to resume elsewhere call consolidate_state_dict() before the save, or save with"
+                " torch.distributed.checkpoint or kl_dist.full_state_dict"
             )
 
 

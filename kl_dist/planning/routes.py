@@ -3,8 +3,27 @@
 from __future__ import annotations
 
 import math
+import re
 
 from kl_dist.planning.plan import Plan
+
+VOCABULARY = 4096  # rows or columns of an embedding or output head, at least; and this many for each of the other side:
+VOCABULARY_RATIO = 6
+ITS_NAMES = re.compile(
+    r"(^|\.)(wte|wpe|lm_head|embed_tokens|tok_embeddings|word_embeddings|position_embeddings)\.weight$"
+)
+
+
+def look_like_embeddings(plan: Plan) -> list[str]:
+    """The names of parameters that are served as matrices, but by name or shape seem an embedding or an output head."""
+    matrices = {unit.parameter for unit in plan.units if not unit.elementwise}
+    found = []
+    for number, parameter in enumerate(plan.parameters):
+        if number in matrices and len(parameter.shape) == 2:
+            short, long = sorted(parameter.shape)
+            if ITS_NAMES.search(parameter.name) or long >= max(VOCABULARY, VOCABULARY_RATIO * short):
+                found.append(parameter.name)
+    return found
 
 
 def routing_table(plan: Plan) -> str:

@@ -1,0 +1,72 @@
+"""Hugging Face's Trainer and Accelerate, without DeepSpeed: KLShampoo's state is whole in what rank 0 writes.
+
+    Trainer(.., optimizer_cls_and_kwargs=(KLShampoo, {"model": model, "lr": 1e-2}), callbacks=[ConsolidateState()])
+
+    consolidate_on_save(accelerator)  # before accelerator.save_state
+
+Both save on some ranks what is divided over all, so it is gathered there first. Under FSDP2, where parameters are
+sharded, they save by torch.distributed.checkpoint, and nothing needs to be gathered. Needs transformers and accelerate
+(`pip install '.[huggingface]'`); see docs/huggingface.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from kl_dist.optimizer import KLShampoo
+
+
+class ConsolidateState(TrainerCallback):
+    """Gathers KLShampoo's state on the ranks that write before the Trainer saves; any other optimizer is left alone."""
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **given: Any) -> None:
+        if control.should_save:
+            _consolidate(given.get("optimizer"), args)
+
+    def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **given: Any) -> None:
+        self.on_step_end(args, state, control, **given)
+
+    def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **given: Any) -> None:
+        """Under save_strategy "best" whether to save is decided after this, and with no word to callbacks."""
+        if args.save_strategy == SaveStrategy.BEST:
+            _consolidate(given.get("optimizer"), args)
+
+
+def _consolidate(optimizer: Any, args: TrainingArguments) -> None:
+    if not args.save_only_model:
+        consolidate(optimizer, args.should_save)
+
+
+def consolidate_on_save(accelerator: Accelerator) -> Any:
+    """Have every `accelerator.save_state` write the whole state of each KLShampoo that the accelerator has prepared.
+
+    Returns:
+        A handle; its `remove()` ends it.
+    """
+
+    def before(models: Any, weights: Any, folder: str) -> None:
+        each_node = accelerator.project_configuration.save_on_each_node
+        here = accelerator.is_local_main_process if each_node else accelerator.is_main_process
+        for optimizer in accelerator._optimizers:
+            consolidate(optimizer, here)
+
+    return accelerator.register_save_state_pre_hook(before)
+
+
+def consolidate(optimizer: Any, here: bool) -> None:
+    """Have the next state_dict() be all of the state on every rank that says `here`; a collective.
+
+    Args:
+        optimizer: KLShampoo as it is or as accelerate has wrapped it; others, and one of sharded parameters, are left.
+    """
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    if isinstance(optimizer, KLShampoo) and not optimizer.is_sharded:
+        for rank, writes in enumerate(optimizer.parts.ranks.gather_objects(here)):
+            if writes:
+                optimizer.consolidate_state_dict(to=rank)

@@ -1,0 +1,61 @@
+"""Whether what several ranks hold of a parameter is the same on all of them, seen by its checksum.
+
+A replicated parameter is given its owner's update on every rank. Where it is not the same to begin with (experts of a
+rank's own as plain tensors, a model that nobody has broadcast), that update was computed for another rank's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from kl_dist.layouts.placement import local_shard
+from kl_dist.planning.plan import Plan
+from kl_dist.ranks import Ranks
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+NOTHING = torch.iinfo(torch.int64).min
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """The sum of an array's elements, taken for whole numbers, modulo 2^62: 0-D, on its device."""
+    whole = tensor.detach().contiguous().view(-1).view(BITS[tensor.element_size()])
+    return whole.sum(dtype=torch.int64) % 2**62
+
+
+def check_replicas(parameters: Sequence[Tensor], plan: Plan, ranks: Ranks, but: Collection[str] = ()) -> None:
+    """Compare what the ranks hold of parameters that they hold several times; a collective of 16 bytes for each.
+
+    Args:
+        parameters: this rank's, in the plan's order.
+        plan: tells who holds what.
+        ranks: of the plan.
+        but: names that are left out, the same on all ranks.
+
+    Raises:
+        ValueError: on all ranks, naming the first parameter that differs.
+    """
+    names: list[str] = []
+    told: list[Tensor] = []
+    nothing = torch.full((), NOTHING, device=ranks.device)
+    for one, parameter in zip(plan.parameters, parameters, strict=True):
+        columns = [tuple(range(ranks.size))] if one.sharding is None else list(zip(*one.sharding.grid, strict=True))
+        if one.name in but or len(columns[0]) < 2:
+            continue
+        mine = checksum(local_shard(parameter)).to(ranks.device)
+        names += [one.name] * len(columns)
+        told += [mine if ranks.rank in column else nothing for column in columns]
+    if not told:
+        return
+    here = torch.stack(told)
+    largest = ranks.largest(torch.cat([here, torch.where(here == NOTHING, here, -here)]))
+    for name, most, least in zip(names, largest, largest[len(names) :], strict=False):
+        if most != -least:
+            raise ValueError(
+                f"parameter {name!r} has other weights on some ranks, and all would be given the update of its owner's:"
+                " wrap the model in DistributedDataParallel or seed the ranks alike before the first step; what is"
+                " meant to differ, a rank's own experts, say, belongs in a KLShampoo of its own, whose process_group is"
+                " the ranks that share it"
+            )

@@ -1,0 +1,148 @@
+"""The half of KLShampoo that is saved, loaded, pickled and copied."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kl_dist import groups, options
+from kl_dist.checkpoint import full, load, shown
+from kl_dist.checkpoint.holdings import Holding
+from kl_dist.layouts import placement
+from kl_dist.layouts.reduction import Reduction
+from kl_dist.planning.plan import Plan
+from kl_dist.ranks import Ranks
+from kl_dist.step.engine import Engine
+
+
+class StateDicts(torch.optim.Optimizer):
+    """State dicts of three forms, see docs/checkpoints.md, and copies; the other half is `kl_dist.optimizer`."""
+
+    _ranks: Ranks
+    _engine: Engine | None
+    _holdings: list[Holding]
+    _reduction: Reduction | None
+    _named: groups.Named
+    _on_nonfinite: str
+    _skipped: int
+    _compared: set[str]
+    _consolidated: dict[str, Any] | None = None
+
+    def follow_groups(self) -> None:
+        raise NotImplementedError
+
+    def _adopt(self, plan: Plan) -> None:
+        raise NotImplementedError
+
+    @property
+    def _running(self) -> Engine:
+        assert self._engine is not None
+        return self._engine
+
+    @property
+    def _replaced(self) -> bool:
+        return self.param_groups is not self._running.groups
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this rank has less than all of some parameter, so that no optimizer's state would be whole here."""
+        return not all(placement.is_whole(p) for group in self.param_groups for p in group["params"])
+
+    def _check_followed(self) -> None:
+        """Before state is saved or loaded, of what is sharded now by all ranks together: there it is followed."""
+        if self._replaced or groups.are_changed(self.param_groups, self._named):
+            if not self.is_sharded:
+                raise RuntimeError(groups.NOT_FOLLOWED)
+            self.follow_groups()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in torch.optim's form, with the same keys on all ranks; local, never a collective.
+
+        torch.distributed.checkpoint finds in it what every rank has of every tensor, and loads it at any world size and
+        in any layout. After `consolidate_state_dict` it is, once and on the rank that was named, all of the state, for
+        torch.save. Without, where parameters are whole on every rank, what pickles it raises a RuntimeError that says
+        so: a file of one rank would lack what the others hold.
+        """
+        consolidated, self._consolidated = self._consolidated, None
+        return self._saved(lambda: consolidated or self._held_here(plain=False))
+
+    def local_state_dict(self) -> dict[str, Any]:
+        """What this rank holds, in plain tensors: for a file of each rank's own, which the same rank of as many loads.
+
+        Local, never a collective.
+        """
+        return self._saved(lambda: self._held_here(plain=True))
+
+    def _held_here(self, plain: bool) -> dict[str, Any]:
+        frozen = groups.frozen_names(self.param_groups)
+        form = load.Form.PLAIN if plain else load.Form.SHARDED if self.is_sharded else load.Form.WHOLE
+        return load.local_form(self.param_groups, self._holdings, self._ranks, frozen, form)
+
+    def _saved(self, state_of: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What a state dict is made of, after the checks and between the hooks."""
+        if self._running.failure is not None:
+            raise self._running.failure
+        self.state = shown.settled(self.state, self._holdings, self._named)
+        self._check_followed()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state = state_of()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            state = after(self, state) or state
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of any form; local, never a collective: see kl_dist.checkpoint.load.
+
+        Raises:
+            ValueError: it is not of this optimizer, or another rank's part; nothing is changed then.
+        """
+        self._check_followed()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        frozen = groups.frozen_names(self.param_groups)
+        load.load(state_dict, self.param_groups, self._holdings, self._ranks, frozen)
+        self._consolidated = None
+        self.state = shown.show(self._holdings, groups.by_name(self.param_groups))
+        self._running.failure = None
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Have the next `state_dict()` of one rank be all of the state; a collective, as ZeroRedundancyOptimizer's."""
+        self._ranks.raise_together(self._running.failure)
+        self._consolidated = full.gather(self._holdings, self.param_groups, self._ranks, to) or self._consolidated
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickling and copying take: everything but the process group, which is a connection and not data."""
+        own = {"_plan": self._running.plan, "_on_nonfinite": self._on_nonfinite, "_skipped": self._skipped}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Local, never a collective. Unpickled it shares its work with all ranks, of which there must be as many.
+
+        Raises:
+            RuntimeError: it was pickled at another world size.
+        """
+        self._restore(state, Ranks())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StateDicts:
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied._restore(copy.deepcopy(self.__getstate__(), memo), self._ranks)
+        return copied
+
+    def _restore(self, state: dict[str, Any], ranks: Ranks) -> None:
+        plan: Plan = state.pop("_plan")
+        if plan.world_size != ranks.size:
+            raise RuntimeError(f"this KLShampoo was pickled on {plan.world_size} ranks, here are {ranks.size}")
+        super().__setstate__(state)
+        self.defaults = {key: self.defaults[key] for key in options.DEFAULTS}
+        held = self.state
+        self._ranks, self._engine, self._holdings, self._reduction = ranks, None, [], None
+        self._compared = set()
+        self._adopt(plan)
+        shown.take_up(held, self._holdings, groups.by_name(self.param_groups))

@@ -20,7 +20,7 @@ and the same model and text by other libraries' loops:
 
     train_lightning.py   a LightningModule and its data, started by LightningCLI
     train_deepspeed.py   the same with DeepSpeed's engine
-    hf_trainer.py        a small GPT-2 under Hugging Face's Trainer and DeepSpeed
+    hf_trainer.py        a small GPT-2 under Hugging Face's Trainer: DeepSpeed, DDP, FSDP2
     configs/             files for these: DDP and FSDP2, ZeRO 0 to 3
 
 and of a comparison of many such jobs:

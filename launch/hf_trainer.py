@@ -1,11 +1,12 @@
-"""Train a GPT-2 of Hugging Face's transformers, byte by byte, with its Trainer on DeepSpeed, at any ZeRO stage.
+"""Train a GPT-2 of Hugging Face's transformers, byte by byte, with its Trainer: on DeepSpeed, under DDP or FSDP2.
 
-    torchrun --nproc-per-node 2 launch/hf_trainer.py
+    torchrun --nproc-per-node 2 launch/hf_trainer.py --parallel ddp
     deepspeed --num_gpus 2 launch/hf_trainer.py --deepspeed_config launch/configs/hf_zero3.json
     accelerate launch --use_deepspeed --num_processes 2 launch/hf_trainer.py
 
-The Trainer knows nothing of KL-Shampoo: importing deepspeed_integration, and a config whose optimizer is of type
-KLShampoo, is all there is to it. Batches are the Trainer's, so they depend on the number of processes.
+The Trainer knows nothing of KL-Shampoo. On DeepSpeed it takes importing deepspeed_integration, and a config whose
+optimizer is of type KLShampoo; elsewhere the class, and a callback that has its state whole where it is saved. Batches
+are the Trainer's, so they depend on the number of processes.
 """
 
 import os
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 if not __package__:
     # Started as a file, Python looks for modules beside it; this package's folder is one up.
@@ -27,11 +28,14 @@ from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import deepspeed_integration  # noqa: F401 (makes the optimizers known to DeepSpeed)
+from kl_dist import KLShampoo
+from kl_dist.huggingface import ConsolidateState
 from launch.data import load_corpus, validation_starts
 from launch.model import BYTES
 from launch.options import UsageError, status_of
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs/hf_zero2.json"
+FSDP2 = {"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "SHARDED_STATE_DICT"}
 VALIDATION_WINDOWS = 128
 
 
@@ -40,6 +44,7 @@ class Options:
     """A run of the Trainer. What the DeepSpeed config has at "auto" is taken from here.
 
     Args:
+        parallel: how the model lies over the processes: deepspeed, ddp, or, on GPUs, fsdp2.
         deepspeed_config: DeepSpeed's JSON file; by default accelerate's, if it has one, or else configs/hf_zero2.json.
         layers: transformer blocks.
         width: size of a byte's vector.
@@ -49,7 +54,7 @@ class Options:
         batch_size: windows that a process takes at once.
         accumulate: how often it does that for a step.
         learning_rate: its peak; begin at five times AdamW's.
-        weight_decay: decoupled weight decay of everything, since the Trainer gives DeepSpeed a single group.
+        weight_decay: decoupled weight decay; on DeepSpeed, to which the Trainer gives a single group, of norms as well.
         warmup: steps of linear warm-up before the cosine.
         grad_clip: largest norm of the whole gradient.
         bf16: compute in bfloat16.
@@ -63,6 +68,7 @@ class Options:
         local_rank: set by the deepspeed launcher.
     """
 
+    parallel: Literal["deepspeed", "ddp", "fsdp2"] = "deepspeed"
     deepspeed_config: Path | None = None
     layers: int = 4
     width: int = 128
@@ -103,8 +109,10 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 def make_arguments(options: Options) -> TrainingArguments:
     config = options.deepspeed_config or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", DEFAULT_CONFIG)
+    fsdp: dict[str, Any] = {"fsdp": True, "fsdp_config": FSDP2} if options.parallel == "fsdp2" else {}
     return TrainingArguments(
-        deepspeed=str(config),
+        deepspeed=str(config) if options.parallel == "deepspeed" else None,
+        **fsdp,
         use_cpu=not torch.cuda.is_available(),
         bf16=options.bf16,
         output_dir=str(options.out),
@@ -146,11 +154,18 @@ def make_trainer(options: Options) -> Trainer:
     corpus = load_corpus(options.data, options.context)
     training = torch.arange(0, len(corpus.train) - options.context, options.context)
     validation = validation_starts(corpus.validation, VALIDATION_WINDOWS, options.context)
+    model = make_model(options)
+    rates = {"lr": options.learning_rate, "adamw_lr": options.learning_rate / 2, "weight_decay": options.weight_decay}
+    others: dict[str, Any] = {
+        "optimizer_cls_and_kwargs": (KLShampoo, {"model": model, **rates}),
+        "callbacks": [ConsolidateState()],
+    }
     return Trainer(
-        model=make_model(options),
+        model=model,
         args=make_arguments(options),
         train_dataset=Windows(corpus.train, training, options.context),
         eval_dataset=Windows(corpus.validation, validation, options.context),
+        **({} if options.parallel == "deepspeed" else others),
     )
 
 
@@ -158,19 +173,22 @@ def train(options: Options) -> Trainer:
     """Train to the last step, and look at the validation loss.
 
     Raises:
-        UsageError: no launcher has started this, or accelerate has turned DeepSpeed off.
+        UsageError: no launcher has started this, or accelerate has turned DeepSpeed or FSDP off.
     """
     if "RANK" not in os.environ:
-        raise UsageError("start this with torchrun, deepspeed, or accelerate launch --use_deepspeed")
+        raise UsageError("start this with torchrun, deepspeed, or accelerate launch")
     trainer = make_trainer(options)
-    if not trainer.is_deepspeed_enabled:  # a Trainer would go on with AdamW
+    if options.parallel == "deepspeed" and not trainer.is_deepspeed_enabled:  # a Trainer would go on with AdamW
         raise UsageError("accelerate leaves DeepSpeed out where ACCELERATE_USE_CPU is set; unset it")
+    if options.parallel == "fsdp2" and not trainer.is_fsdp_enabled:  # it would go on with DDP
+        raise UsageError("accelerate has FSDP on GPUs alone: on CPUs take --parallel ddp")
     trainer.train(resume_from_checkpoint=options.resume)
     found = trainer.evaluate()["eval_loss"]
     trainer.save_state()
     if trainer.is_world_process_zero():
         engine: Any = trainer.model_wrapped
-        what = f"ZeRO {engine.zero_optimization_stage()}, {trainer.args.world_size} processes, {options.steps} steps"
+        where = f"ZeRO {engine.zero_optimization_stage()}" if trainer.is_deepspeed_enabled else options.parallel
+        what = f"{where}, {trainer.args.world_size} processes, {options.steps} steps"
         print(f"{what}: validation loss {found:.4f} nats per byte")
     return trainer
 

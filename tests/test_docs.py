@@ -25,7 +25,7 @@ from tests.pages import PAGES, ROOT, blocks, commands, pages_with
 
 # -- Python ------------------------------------------------------------------------------------------------------------
 
-NEED_DEEPSPEED = Path("docs/deepspeed.md")
+NEED_DEEPSPEED, HUGGING_FACE = Path("docs/deepspeed.md"), Path("docs/huggingface.md")
 
 
 def given(folder: Path) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def run_blocks(group: dist.ProcessGroup, page: str, folder: str) -> None:
             exec(compile(text, f"{page}, block {number}", "exec"), names)
 
 
-@pytest.mark.parametrize("page", [page for page in pages_with("python") if page != NEED_DEEPSPEED], ids=str)
+@pytest.mark.parametrize("page", sorted({*pages_with("python")} - {NEED_DEEPSPEED, HUGGING_FACE}), ids=str)
 def test_the_code_of_a_page_runs(worlds, page, tmp_path):
     worlds[2].run(run_blocks, 2, str(page), str(tmp_path), timeout=120)
 
@@ -78,6 +78,24 @@ def run_deepspeed_blocks(group: dist.ProcessGroup, folder: str) -> int:
             names = {"deepspeed": deepspeed, "torch": torch, "model": ForTokens(), "dataset": dataset}
             exec(compile(text.replace("runs/hf", folder), str(NEED_DEEPSPEED), "exec"), names)
     return len(texts)
+
+
+def run_huggingface_blocks(group: dist.ProcessGroup, folder: str) -> int:
+    """A block after another, each in processes that have just been started, and with what it is about."""
+    dataset = [{"tokens": torch.arange(4) + i % 8, "labels": torch.tensor(i % 16)} for i in range(64)]
+    texts = blocks(HUGGING_FACE, "python")
+    for text in texts:
+        with as_started(group, "docs"):
+            names = {"torch": torch, "model": ForTokens(), "expert": nn.Linear(3, 3), "dataset": dataset}
+            names |= {"batch": torch.utils.data.default_collate(dataset[:4]), "KLShampoo": KLShampoo}
+            names |= {"rank": group.rank(), "ranks": group.size()}
+            exec(compile(text.replace("runs/", f"{folder}/"), str(HUGGING_FACE), "exec"), names)
+    return len(texts)
+
+
+def test_the_code_of_hugging_faces_page_runs(worlds, tmp_path):
+    assert worlds[2].run(run_huggingface_blocks, 2, str(tmp_path), timeout=180) == [3, 3]
+    assert (tmp_path / "hf/checkpoint-4/optimizer.pt").exists() and (tmp_path / "state/optimizer.bin").exists()
 
 
 def test_the_code_of_deepspeeds_page_runs(worlds, tmp_path):

@@ -188,3 +188,34 @@ def test_names_given_to_adamw_follow_their_parameters_when_these_are_renamed():
 def test_the_head_of_a_part_of_the_model_goes_to_adamw():
     whole = nn.ModuleDict({"part": Model(has_method=True)})
     assert "part.head.weight" in routed_to_adamw(whole)
+
+
+@pytest.mark.parametrize("wrapped", [lambda model: model, torch.compile], ids=["plain", "compiled"])
+def test_a_model_in_the_place_of_parameters_is_divided_as_param_groups_does(wrapped):
+    model = Model(has_method=True)
+    opt = KLShampoo(wrapped(model), lr=1e-2, weight_decay=0.2)
+    other = KLShampoo(param_groups(model, weight_decay=0.2), lr=1e-2)
+    assert opt.plan == other.plan
+    for group, expected in zip(opt.param_groups, other.param_groups, strict=True):
+        assert all(p is q for p, q in zip(group.pop("params"), expected.pop("params"), strict=True))
+        assert group == expected
+
+
+def warned(caplog: pytest.LogCaptureFixture, params, **options) -> str:
+    caplog.clear()
+    KLShampoo(params, **options)
+    return caplog.text
+
+
+def test_what_looks_like_an_embedding_and_is_served_as_a_matrix_is_named_once(caplog):
+    def model(names: str) -> list[tuple[str, nn.Parameter]]:
+        shapes = {"table": (5000, 16), "wide": (16, 5000), "mlp": (64, 16), "x.lm_head.weight": (11, 8)}
+        return [(name, nn.Parameter(torch.zeros(shapes[name]))) for name in names.split()]
+
+    assert "'table', 'wide', 'x.lm_head.weight' look like" in warned(caplog, model("table mlp wide x.lm_head.weight"))
+    assert "'group0.param0' looks like an embedding" in warned(caplog, [model("table")[0][1]])
+    for served in ({"adamw_names": ["table"]}, {"method": "adamw"}):
+        assert "looks like" not in warned(caplog, model("table mlp"), **served)
+    assert "looks like" not in warned(caplog, nn.Sequential(nn.Embedding(5000, 16), nn.Linear(16, 64)))
+    long = [("long", nn.Parameter(torch.zeros(4000, 4))), ("mlp", nn.Parameter(torch.zeros(4096, 1024)))]
+    assert not warned(caplog, long)

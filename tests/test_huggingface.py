@@ -115,6 +115,8 @@ def test_the_trainer_under_fsdp2_trains_as_on_one_process_and_resumes(worlds, al
     for resume in (None, "checkpoint-3"):
         for weights in worlds[2].run(run_under_fsdp2, 2, tmp_path, kind, resume, timeout=120):
             assert deviation(weights, alone[1]) < 1e-9
+    for weights in worlds[4].run(run_under_fsdp2, 4, tmp_path, kind, "checkpoint-3", timeout=120):
+        assert deviation(weights, alone[1]) < 1e-9
     saved = "optimizer.bin" if kind == "FULL_STATE_DICT" else "optimizer_0"
     assert (tmp_path / "checkpoint-3" / saved).exists(), "FSDP was left out"
 

@@ -136,3 +136,29 @@ def test_it_is_refused_where_accelerate_would_leave_deepspeed_out(
 ) -> None:
     done = launch(f"{SIZES} --data {text} --out {tmp_path}", ACCELERATE_USE_CPU="true")
     assert done.status != 0 and "error: accelerate leaves DeepSpeed out" in done.stderr
+
+
+@pytest.mark.parametrize("launcher", ["the same", pytest.param("accelerate", marks=pytest.mark.full)])
+def test_without_deepspeed_it_learns_and_goes_on_exactly(
+    launcher: str, launch: Callable[..., Ended], text: Path, tmp_path: Path
+) -> None:
+    accelerate = f"-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0 {SCRIPT}"
+    start = launch if launcher == "the same" else lambda arguments: started(f"{accelerate} {arguments}")
+    arguments = f"{SIZES} --data {text} --out {tmp_path} --parallel ddp"
+    done = start(arguments)
+    assert done.status == 0, done.stderr
+    assert "ddp, 2 processes, 8 steps" in done.stdout
+    expected = losses(tmp_path)
+    assert expected[-2] < expected[3] < expected[1] and expected[-1] < expected[1] - 0.7
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    mark_losses(tmp_path / "checkpoint-4")
+    done = start(f"{arguments} --resume true")
+    assert done.status == 0, done.stderr
+    assert losses(tmp_path) == [0.0] * 4 + expected[4:]
+
+
+def test_fsdp_is_refused_where_accelerate_would_leave_it_out(
+    launch: Callable[..., Ended], text: Path, tmp_path: Path
+) -> None:
+    done = launch(f"{SIZES} --data {text} --out {tmp_path} --parallel fsdp2")
+    assert done.status != 0 and "error: accelerate has FSDP on GPUs alone" in done.stderr

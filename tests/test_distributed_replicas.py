@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from kl_dist import KLShampoo
 from kl_dist.layouts.replicas import checksum
 from tests.models import Weights, deviation, raising, same_bits
-from tests.sharded import LAYOUTS, lay_out, layers, loss_of, tokens_of, weights_of
+from tests.sharded import LAYOUTS, lay_out, layers, loss_of, mesh_of, tokens_of, weights_of
 
 DIFFERS = "has other weights on some ranks"
 
@@ -22,6 +23,21 @@ def net(seed: int) -> nn.Sequential:
 def backward(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     model(torch.randn(4, 5, generator=generator, dtype=torch.float64)).square().mean().backward()
+
+
+def gathered_for_a_forward(group: dist.ProcessGroup) -> None:
+    model = net(0)
+    fully_shard(model, mesh=mesh_of(group, (group.size(),), ("shard",)))
+    with torch.no_grad():
+        model(torch.ones(2, 5, dtype=torch.float64))
+    optimizer = KLShampoo(model.parameters(), process_group=group)
+    model.reshard()
+    with raising(ValueError, "parameter 'group0.param0' has no memory: FSDP2 frees"):
+        optimizer.step()
+
+
+def test_what_fsdp2_has_gathered_for_a_forward_and_freed_is_refused(world):
+    world.run(gathered_for_a_forward, 2)
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> Weights:

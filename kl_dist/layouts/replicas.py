@@ -17,10 +17,13 @@ from kl_dist.ranks import Ranks
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 NOTHING = torch.iinfo(torch.int64).min
+NO_MEMORY = torch.iinfo(torch.int64).max
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """The sum of an array's elements, taken for whole numbers, modulo 2^62: 0-D, on its device."""
+    """The sum of an array's elements, taken for whole numbers, modulo 2^62: 0-D, on its device; NO_MEMORY has none."""
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        return torch.tensor(NO_MEMORY)
     whole = tensor.detach().contiguous().view(-1).view(BITS[tensor.element_size()])
     return whole.sum(dtype=torch.int64) % 2**62
 
@@ -52,6 +55,11 @@ def check_replicas(parameters: Sequence[Tensor], plan: Plan, ranks: Ranks, but: 
     here = torch.stack(told)
     largest = ranks.largest(torch.cat([here, torch.where(here == NOTHING, here, -here)]))
     for name, most, least in zip(names, largest, largest[len(names) :], strict=False):
+        if most == NO_MEMORY:
+            raise ValueError(
+                f"parameter {name!r} has no memory: FSDP2 frees what it has gathered for a forward; construct KLShampoo"
+                " before the first forward, or after model.reshard()"
+            )
         if most != -least:
             raise ValueError(
                 f"parameter {name!r} has other weights on some ranks, and all would be given the update of its owner's:"

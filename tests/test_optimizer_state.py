@@ -40,7 +40,14 @@ def replace(opt: KLShampoo) -> None:
     opt.state = defaultdict(dict)
 
 
+def zero_each(opt: KLShampoo) -> None:
+    for entries in opt.state.values():
+        for tensor in entries.values():
+            tensor.mul_(0)
+
+
 RESETS = {"cleared": lambda opt: opt.state.clear(), "replaced": replace, "deleted": delete_each, "emptied": empty_each}
+RESETS["zeroed in place"] = zero_each
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -177,8 +177,9 @@ def _tensors(state: Mapping[Any, Any], names: Mapping[Any, str]) -> Iterator[tup
 
 
 def _as_given(tensor: Any) -> Tensor:
-    """What torch has spread to all ranks as a DTensor, as the plain tensor it is."""
-    return tensor.to_local() if is_dtensor(tensor) and not _divided(tensor) else tensor
+    """What torch has spread to all ranks as a DTensor, as the plain tensor it is; flags, once bool, as numbers."""
+    plain = tensor.to_local() if is_dtensor(tensor) and not _divided(tensor) else tensor
+    return plain.to(torch.uint8) if plain.dtype is torch.bool else plain
 
 
 def check_groups(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:

@@ -38,7 +38,7 @@ def no_steps(batch: int) -> Tensor:
 
 def unstarted(batch: int) -> tuple[Tensor, Tensor]:
     """`step` and `started` of matrices that have not seen a gradient yet."""
-    return no_steps(batch), torch.zeros(batch, dtype=torch.bool)
+    return no_steps(batch), torch.zeros(batch, dtype=torch.uint8)
 
 
 @dataclass
@@ -91,7 +91,7 @@ class State:
 class MatrixState(State):
     """What every matrix method keeps."""
 
-    started: Tensor  # (B,) bool on the CPU: the first non-zero gradient has been seen
+    started: Tensor  # (B,) uint8 on the CPU: 1 once the first non-zero gradient has been seen
     exp_avg: Tensor  # (B, d_1..d_K)
 
 

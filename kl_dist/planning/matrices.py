@@ -19,7 +19,7 @@ A *block* is what one preconditioner serves: one batch entry of a reading, or a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -116,15 +116,16 @@ def plain_reading(shape: Sequence[int]) -> Reading:
     return Reading(tuple(shape), tuple(shape), axes, (), tuple((axis,) for axis in axes))
 
 
-def is_by_name(matrices: Mapping[str, Any] | None) -> bool:
-    """Whether an option `matrices` has names with a declaration each; False: it is one declaration, or None."""
+def names_of(matrices: Mapping[str, Any] | None) -> Collection[str]:
+    """The names of parameters in an option `matrices`; none where it is one declaration for all."""
     keys = (*_AXES, *_SPLITS)
-    return bool(matrices) and all(key not in keys and isinstance(x, Mapping) for key, x in (matrices or {}).items())
+    by_name = matrices and all(key not in keys and isinstance(x, Mapping) for key, x in matrices.items())
+    return matrices.keys() if matrices and by_name else ()
 
 
 def declaration_of(name: str, matrices: Mapping[str, Any] | None) -> Declaration | None:
     """What the option `matrices` says of a parameter."""
-    return matrices.get(name) if matrices is not None and is_by_name(matrices) else matrices
+    return matrices.get(name) if matrices and names_of(matrices) else matrices
 
 
 def read_matrices(shape: Sequence[int], group: Mapping[str, Any], name: str = "") -> Reading:

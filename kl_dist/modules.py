@@ -3,8 +3,8 @@
 Nothing is guessed from a shape. A parameter of three dimensions or more is known where it is a convolution's, where
 `TABLE` has the class of its module, or where the module speaks for itself, as experts of transformers do; any other is
 served by AdamW, with a warning, until the option `matrices` says what it is. Classes go by name, so that no library is
-imported, and a class made of another (by FSDP2, say) is known by its base. What is stored transposed, (in, out), is read
-as it is: a matrix and its transpose are preconditioned alike.
+imported, and a class made of another (by FSDP2, say) is known by its base. What is stored transposed, (in, out), is
+read as it is: a matrix and its transpose are preconditioned alike.
 
 Checked on transformers 5.24.0, torchtitan 0.2.2 and its main branch of August 2026, and Megablocks 0.11.0.dev0.
 """

@@ -6,17 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
 from torch.nn.utils.parametrizations import weight_norm
 
 from kl_dist import METHODS, KLShampoo, modules, param_groups, plan
 from kl_dist.planning.matrices import read_matrices
-from tests.sharded import mesh_of
+from tests.stacks import Speaks, trained_stacks
 
 transformers = pytest.importorskip("transformers")
 
@@ -165,27 +162,6 @@ def test_a_matrix_and_its_transpose_get_the_same_update(method):
         for opt in opts:
             opt.step()
     torch.testing.assert_close(transposed.T, w, rtol=1e-8, atol=1e-10)
-
-
-class Speaks(nn.Module):
-    """Experts as transformers' decorator leaves them."""
-
-    def __init__(self, experts: int, inner: int, outer: int, transposed: bool, concatenated: bool) -> None:
-        super().__init__()
-        self.has_gate, self.is_transposed, self.is_concatenated = True, transposed, concatenated
-        turned = (2, 1) if transposed else (1, 2)
-        gate_up = torch.randn(experts, 2 * inner, outer).permute(0, *turned)
-        self.gate_up_proj = nn.Parameter(gate_up.contiguous())
-        self.down_proj = nn.Parameter(torch.randn(experts, outer, inner).permute(0, *turned).contiguous())
-        self.gate_up_proj_bias = nn.Parameter(torch.randn(experts, 2 * inner))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The sum of all experts."""
-        weights = (self.gate_up_proj, self.down_proj)
-        gate_up, down = (w.transpose(1, 2) for w in weights) if self.is_transposed else weights
-        mixed = x @ gate_up.transpose(1, 2) + self.gate_up_proj_bias[:, None]
-        gate, up = mixed.chunk(2, dim=-1) if self.is_concatenated else (mixed[..., ::2], mixed[..., 1::2])
-        return (F.silu(gate) * up @ down.transpose(1, 2)).sum(0)
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.booleans(), st.booleans())
@@ -352,24 +328,6 @@ def test_state_of_what_is_declared_by_name_is_saved_and_loaded(tmp_path):
     torch.save({"model": model.state_dict(), "optimizer": opt.state_dict()}, tmp_path / "saved.pt")
     resumed, whole = trained(range(3, 6))[0], trained(range(6))[0]
     assert all(torch.equal(p, q) for p, q in zip(resumed.parameters(), whole.parameters(), strict=True))
-
-
-def trained_stacks(group=None) -> dict[str, Tensor]:
-    """Weights after a few steps on the same data; on ranks sharded, two of the tensors along the axis that is fused."""
-    torch.manual_seed(0)
-    model = nn.Sequential(Speaks(3, 6, 8, False, True), Speaks(3, 6, 8, True, False)).double()
-    if group is not None:
-        fused = {id(model[0].gate_up_proj): Shard(1), id(model[1].gate_up_proj): Shard(2)}
-        mesh = mesh_of(group, (group.size(),), ("fsdp",))
-        for part in (*model, model):
-            fully_shard(part, mesh=mesh, shard_placement_fn=lambda p: fused.get(id(p)))
-    opt = KLShampoo(param_groups(model, lr=1e-2), process_group=group)
-    for step in range(4):
-        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(step)).double()
-        model(x).square().mean().backward()
-        opt.step()
-        opt.zero_grad()
-    return {name: (p if group is None else p.full_tensor()).detach() for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("ranks", [2])

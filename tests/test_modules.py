@@ -326,6 +326,8 @@ def test_state_of_what_is_declared_by_name_is_saved_and_loaded(tmp_path):
 
     model, opt = trained(range(3))
     torch.save({"model": model.state_dict(), "optimizer": opt.state_dict()}, tmp_path / "saved.pt")
+    opt.state_dict()["param_groups"][0]["matrices"].clear()
+    assert opt.param_groups[0]["matrices"], "what is saved is a copy"
     resumed, whole = trained(range(3, 6))[0], trained(range(6))[0]
     assert all(torch.equal(p, q) for p, q in zip(resumed.parameters(), whole.parameters(), strict=True))
 

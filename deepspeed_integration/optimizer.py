@@ -19,8 +19,9 @@ from torch import Tensor
 import kl_dist
 from deepspeed_integration import partitions
 from deepspeed_integration.partitions import Flat
-from kl_dist import options
-from kl_dist.groups import embeddings_and_head
+from kl_dist import modules, options
+from kl_dist.groups import check_names
+from kl_dist.planning.matrices import names_of
 from kl_dist.planning.plan import Plan
 from kl_dist.ranks import Ranks
 
@@ -35,6 +36,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         lr, betas, eps, weight_decay: as KLShampoo's. Betas of (0.9, 0.999), AdamW's default and HF Trainer's, become
             KLShampoo's own for matrices, and stay what they are for what AdamW serves.
         output_head: name of the module that is the model's output head, which AdamW serves; embeddings go there too.
+            Experts and other stacks are read as `kl_dist.param_groups` does.
         on_nonfinite: "skip"; or "raise" at stage 0 in float32, elsewhere DeepSpeed leaves such steps out by itself.
         given: any option of a group of KLShampoo.
 
@@ -97,18 +99,18 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
             )
         self.groups = list(self.param_groups)
         stand_ins = self._stand_ins(engine.zero_optimization_stage(), torch.device(engine.device))
-        elementwise = embeddings_and_head(engine.module, self._output_head)
+        said = modules.look_up(engine.module, self._output_head)
         names = {p: name.replace("_orig_mod.", "") for p, name in engine.param_names.items()}
-        for name in (name for group in self.groups for name in group["adamw_names"] or ()):
-            if name not in names.values():
-                raise ValueError(f"adamw_names has {name!r}, but no parameter has this name")
         made = []
         for i, (group, pairs) in enumerate(zip(self.groups, stand_ins, strict=True)):
+            check_names("adamw_names", group["adamw_names"] or (), names.values())
+            check_names("matrices", names_of(group["matrices"]), names.values())
             named = [(names.get(p, f"group{i}.param{j}"), p, s) for j, (p, s) in enumerate(pairs)]
             chosen = group["adamw_names"] or ()
-            served = [name for name, p, s in named if s.ndim >= 2 and (id(p) in elementwise or name in chosen)]
+            served = said.serve([(name, p) for name, p, _ in named], group["matrices"], chosen)
+            adamw = tuple(name for name, _, s in named if s.ndim >= 2 and (name in served.adamw or name in chosen))
             own = {key: group[key] for key in (*options.DEFAULTS, "base_lr")}
-            own |= {"lr": group["base_lr"], "adamw_names": tuple(served)}
+            own |= {"lr": group["base_lr"], "adamw_names": adamw, "matrices": served.matrices}
             if named:
                 made.append({**own, "params": [(name, s) for name, _, s in named]})
                 self._served.append(group)

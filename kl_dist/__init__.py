@@ -11,6 +11,7 @@ Where to look, from the top down; each line needs those below it alone:
     step/          one step: agree, bring gradients to the owners, update, refresh, bring updates back
     layouts/       where parameters live: whole, DTensors, fragments of flat memory
     groups.py      parameter groups: names, which method serves what, and plan() for a model
+    modules.py     what a model's modules say: embeddings, output head, experts and other stacks
     planning/      who does what: units, owners, buckets, bytes; frozen data, made before the first step
     options.py     every option, its default and its check
     methods/       the maths, one update rule a file

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kl_dist import options
+from kl_dist import modules, options
 from kl_dist.methods import ELEMENTWISE
 from kl_dist.planning.boxes import fully_sharded
+from kl_dist.planning.matrices import names_of
 from kl_dist.planning.plan import Plan, make_plan
 from kl_dist.planning.units import Parameter
 
@@ -38,7 +39,11 @@ def checked(
         own["params"] = _with_names(own.get("params", ()), names, len(before))
     group = {**defaults, **own, "params": named_parameters_of(own, len(before), taken)}
     options.resolve(group)
-    group["adamw_names"] = renamed(group["adamw_names"], own["params"], group["params"])
+    names_now = renaming(own["params"], group["params"])
+    if group["adamw_names"]:
+        group["adamw_names"] = tuple(names_now.get(name, name) for name in group["adamw_names"])
+    if names_of(group["matrices"]):
+        group["matrices"] = {names_now.get(name, name): x for name, x in group["matrices"].items()}
     if not group["params"]:
         group["param_names"] = []  # torch wants all groups named or none
     return group
@@ -143,12 +148,19 @@ def signature(trained: Iterable[Trained]) -> list[tuple[Any, ...]]:
     return [(one.name, id(p := one.parameter), tuple(p.shape), p.dtype, p.device, one.group) for one in trained]
 
 
-def check_adamw_names(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError where a group's `adamw_names` has a name of no parameter."""
+def check_group_names(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError where a group's `adamw_names` or `matrices` has a name of no parameter."""
     known = by_name(groups)
-    for name in (name for group in groups for name in group["adamw_names"] or ()):
+    for group in groups:
+        check_names("adamw_names", group["adamw_names"] or (), known)
+        check_names("matrices", names_of(group["matrices"]), known)
+
+
+def check_names(option: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Raises ValueError where one is not among those that parameters have."""
+    for name in names:
         if name not in known:
-            raise ValueError(f"adamw_names has {name!r}, but no parameter has this name")
+            raise ValueError(f"{option} has {name!r}, but no parameter has this name")
 
 
 def named_parameters_of(
@@ -189,13 +201,10 @@ def named_parameters_of(
     return [(f"group{number}.{name}" if name in names else name, parameter) for name, parameter in named]
 
 
-def renamed(
-    names: Iterable[str] | None, given: Iterable[Any], named: Iterable[tuple[str, Tensor]]
-) -> tuple[str, ...] | None:
-    """Names of parameters as `named_parameters_of` has made them of those that were given."""
-    pairs = zip(given, named, strict=False) if names else ()
-    found = {entry[0]: name for entry, (name, _) in pairs if isinstance(entry, tuple)}
-    return tuple(found.get(name, name) for name in names) if names else None
+def renaming(given: Any, named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """What `named_parameters_of` has made of the names that were given."""
+    pairs = () if isinstance(given, Tensor) else zip(given, named, strict=False)
+    return {entry[0]: name for entry, (name, _) in pairs if isinstance(entry, tuple)}
 
 
 def _unwrapped(named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
@@ -230,10 +239,12 @@ def param_groups(
 
     nn.Embedding and the output head go to AdamW. An output head is the module named `output_head`, the
     `get_output_embeddings()` of the model or a part of it, or one whose weight is an Embedding's; never just the last
-    Linear. Norms, biases and other parameters of fewer than two dimensions are not decayed.
+    Linear. Norms, biases and other parameters of fewer than two dimensions are not decayed. Stacked experts and fused
+    weights of known libraries are read as the matrices that they hold; other parameters of three dimensions or more,
+    but for convolutions, go to AdamW with a warning, unless `matrices` says what they are: see kl_dist.modules.
 
     Args:
-        model: unwrapped, so that the names are its own.
+        model: on its own or within torch.compile or DistributedDataParallel; the names are its own.
         lr: of all groups; None leaves it to the optimizer.
         weight_decay: of what is decayed.
         output_head: name of a module, as in `model.named_modules()`.
@@ -244,48 +255,31 @@ def param_groups(
 
     Raises:
         TypeError: an option that KLShampoo does not have.
-        ValueError: no module has the name `output_head`.
+        ValueError: no module has the name `output_head`, no parameter one in `matrices`.
     """
     options.check_known(group_options)
-    elementwise = embeddings_and_head(model, output_head)
+    given = group_options.pop("matrices", None)
+    named = dict(_unwrapped(list(model.named_parameters())))
+    check_names("matrices", names_of(given), named)
+    said = modules.look_up(model, output_head)
+    served = said.serve(named.items(), given, group_options.get("adamw_names"))
     matrices: list[tuple[str, Tensor]] = []
     decayed: list[tuple[str, Tensor]] = []
     undecayed: list[tuple[str, Tensor]] = []
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
+    for name, parameter in named.items():
+        if parameter.ndim < 2 or (name in served.adamw and id(parameter) in said.vectors):
             undecayed.append((name, parameter))
-        elif id(parameter) in elementwise:
+        elif name in served.adamw:
             decayed.append((name, parameter))
         else:
             matrices.append((name, parameter))
     shared = {**group_options, **({} if lr is None else {"lr": lr})}
     groups = [
-        {**shared, "params": matrices, "weight_decay": weight_decay},
+        {**shared, "params": matrices, "weight_decay": weight_decay, **served.option},
         {**shared, "params": decayed, "weight_decay": weight_decay, "method": ELEMENTWISE},
         {**shared, "params": undecayed, "weight_decay": 0.0, "method": ELEMENTWISE},
     ]
     return [group for group in groups if group["params"]]
-
-
-def embeddings_and_head(model: nn.Module, output_head: str | None = None) -> set[int]:
-    """The ids of the parameters of every nn.Embedding and of the output head; see `param_groups`.
-
-    Raises:
-        ValueError: no module has the name `output_head`.
-    """
-    embeddings = (nn.Embedding, nn.EmbeddingBag)
-    modules: list[nn.Module] = [module for module in model.modules() if isinstance(module, embeddings)]
-    if output_head is not None:
-        named = dict(model.named_modules())
-        if output_head not in named:
-            raise ValueError(f"the model has no module named {output_head!r} to be its output head")
-        modules.append(named[output_head])
-    for module in model.modules():  # a model of a library is often a part of the user's
-        get_head = getattr(module, "get_output_embeddings", None)
-        if callable(get_head) and isinstance(head := get_head(), nn.Module):
-            modules.append(head)
-    # a head tied to an Embedding has its very parameter, so it needs no look-up of its own
-    return {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
 
 
 def plan(

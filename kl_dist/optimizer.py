@@ -67,7 +67,8 @@ class KLShampoo(StateDicts):
         stagger: spread the refreshes over the T steps. None: True ("paper": False).
         long_side: "cut", "diagonal" or "identity".
         merge_dims: read small trailing dimensions (convolution kernels) as columns. None: True ("paper": False).
-        matrices: which axes are batch, rows and columns, and equal parts along an axis: kl_dist.planning.matrices.
+        matrices: which axes are batch, rows and columns, and equal parts along an axis, of all parameters of a group
+            or by name: kl_dist.planning.matrices.
         shampoo_exponent: p of method "shampoo". None: 1 / (2 K) for K sides.
         adamw_lr: AdamW's learning rate while `lr` has its constructed value; schedules move both in proportion.
         adamw_betas: None: `betas` where given, else (0.9, 0.95).
@@ -125,7 +126,8 @@ class KLShampoo(StateDicts):
             if on_nonfinite not in ("skip", "raise"):
                 raise ValueError(f'on_nonfinite is "skip" or "raise", not {on_nonfinite!r}')
             if isinstance(params, torch.nn.Module):
-                params = groups.param_groups(params, weight_decay=weight_decay)
+                told = {key: value for key in ("matrices", "adamw_names") if (value := given[key]) is not None}
+                params = groups.param_groups(params, weight_decay=weight_decay, **told)
             if isinstance(params, (set, frozenset)):
                 raise TypeError("parameters in a set have no fixed order, and ranks would disagree: give a list")
             super().__init__(params, defaults)
@@ -177,7 +179,7 @@ class KLShampoo(StateDicts):
         """A plan for the parameters as they are now; a collective, which raises on all ranks alike."""
         with self._ranks.together():
             trained = self._trained()
-            groups.check_adamw_names(self.param_groups)
+            groups.check_group_names(self.param_groups)
             self._ranks.settle_on(placement.device_of(trained, self._ranks.device))
             seen = placement.seen_from_here(trained, self._ranks)
         everywhere = self._ranks.gather_objects(seen)

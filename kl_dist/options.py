@@ -164,7 +164,9 @@ def resolve(group: dict[str, Any]) -> None:
     if not isinstance(names, (tuple, list)) or not all(isinstance(x, str) for x in names):
         raise TypeError(f'adamw_names is a tuple of names of parameters, such as ("head.weight",), not {names!r}')
     if group["matrices"] is not None and not isinstance(group["matrices"], Mapping):
-        raise TypeError('matrices is a dict such as {"batch": (0,), "rows": (1,), "columns": (2,)}')
+        raise TypeError(
+            'matrices is a dict such as {"batch": (0,), "rows": (1,), "columns": (2,)}, or one of names to such'
+        )
     if group["adamw_lr"] is not None and float(group["lr"]) == 0:
         raise ValueError("adamw_lr is kept in proportion to lr, so lr must not be 0 where adamw_lr is given")
     group.setdefault("base_lr", float(group["lr"]))

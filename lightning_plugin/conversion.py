@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from kl_dist import KLShampoo, options
-from kl_dist.groups import embeddings_and_head
+from kl_dist import KLShampoo, modules, options
+from kl_dist.groups import check_names
+from kl_dist.modules import shape_of
+from kl_dist.planning.matrices import names_of
 from lightning_plugin.schedulers import hand_over
 
 _IMPLEMENTATION = {"foreach", "fused", "capturable", "decoupled_weight_decay"}
@@ -43,7 +44,7 @@ def convert(
     Args:
         optimizer: torch's AdamW, or Adam without weight decay; those whose numbers mean something else (Adam with
             weight decay, SGD) only where `given` has its own. KLShampoo is returned as it is.
-        module: has the parameters; tells their names, and which are embeddings or output head.
+        module: has the parameters; tells their names, and which are embeddings, output head or stacks of experts.
         given: options of KLShampoo that go before what the optimizer has, and `output_head`.
         schedulers: those of `optimizer` drive KLShampoo afterwards.
         kind: of optimizer to make: KLShampoo, or one that takes its options and groups.
@@ -98,7 +99,7 @@ class _Conversion:
     optimizer: Optimizer
     given: Mapping[str, Any]
     names: Mapping[int, str]  # of the module's parameters, by their ids
-    elementwise: set[int]  # ids of the embeddings and the output head
+    said: modules.Said  # of embeddings, the output head, experts and their like
     factor: float  # new learning rates over old ones
 
     @classmethod
@@ -106,10 +107,9 @@ class _Conversion:
         usual = _usual_lr(optimizer)
         factor = float(given["lr"]) / usual if "lr" in given and usual else 1.0
         names = {id(p): name.replace("_orig_mod.", "") for name, p in module.named_parameters()}
-        for name in given.get("adamw_names", ()):
-            if name not in names.values():
-                raise ValueError(f"adamw_names has {name!r}, which is no parameter of the module")
-        return cls(optimizer, given, names, embeddings_and_head(module, given.get("output_head")), factor)
+        check_names("adamw_names", given.get("adamw_names", ()), names.values())
+        check_names("matrices", names_of(given.get("matrices")), names.values())
+        return cls(optimizer, given, names, modules.look_up(module, given.get("output_head")), factor)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class _Conversion:
         named = [(self.names.get(id(p), name), p) for name, p in _named(group)]
         begins = self.lr(group.get("initial_lr", group["lr"]))
         made |= {"params": named, "lr": begins, "weight_decay": self.weight_decay(group), **self.betas(group)}
-        made["adamw_names"] = self.adamw_names(named)
+        made |= self.served(named, group.get("matrices", self.given.get("matrices")))
         if "eps" in group and "eps" not in self.given:
             made["eps"] = group["eps"]
         if "adamw_lr" in self.given:
@@ -167,9 +167,12 @@ class _Conversion:
             chosen = options.recipe_defaults(method, recipe)["betas"]
         return {**found, "betas": (group["betas"][0], chosen[1]) if cycled else tuple(chosen)}
 
-    def adamw_names(self, named: Iterable[tuple[str, Tensor]]) -> tuple[str, ...]:
+    def served(self, named: Iterable[tuple[str, Tensor]], matrices: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Which parameters of a group AdamW serves, and as which matrices the others are read."""
         chosen = self.given.get("adamw_names", ())
-        return tuple(name for name, p in named if len(_shape(p)) >= 2 and (id(p) in self.elementwise or name in chosen))
+        served = self.said.serve(named, matrices, chosen)
+        names = (name for name, p in named if len(shape_of(p)) >= 2 and (name in served.adamw or name in chosen))
+        return {"adamw_names": tuple(names), "matrices": served.matrices}
 
 
 def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
@@ -177,11 +180,6 @@ def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
     if group.get("param_names"):
         return zip(group["param_names"], group["params"], strict=True)
     return ((f"parameter {i}", p) for i, p in enumerate(group["params"]))
-
-
-def _shape(p: Tensor) -> torch.Size:
-    """DeepSpeed's zero.Init leaves an empty tensor, with the parameter's shape beside it."""
-    return torch.Size(getattr(p, "ds_shape", p.shape))
 
 
 def _usual_lr(optimizer: Optimizer) -> float:
@@ -193,7 +191,7 @@ def _usual_lr(optimizer: Optimizer) -> float:
     rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
     if usual in rates:
         return usual
-    sizes = [sum(_shape(p).numel() for p in group["params"]) for group in optimizer.param_groups]
+    sizes = [sum(shape_of(p).numel() for p in group["params"]) for group in optimizer.param_groups]
     return rates[sizes.index(max(sizes))]
 
 
@@ -228,8 +226,8 @@ def _check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
         for name, p in _named(group):
             if id(p) not in known:
                 raise ValueError(
-                    f"{name!r} of parameter group {number}, of shape {tuple(_shape(p))}, is no parameter of the module,"
-                    " and no gradient would reach it: make the optimizer of the module's parameters, in"
+                    f"{name!r} of parameter group {number}, of shape {tuple(shape_of(p))}, is no parameter of the"
+                    " module, and no gradient would reach it: make the optimizer of the module's parameters, in"
                     " configure_optimizers (FSDP2 has put others in the place of those there were before)"
                 )
 

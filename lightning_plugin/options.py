@@ -38,7 +38,8 @@ class TakesOptimizerOptions:
         stagger: spread the refreshes over the T steps.
         long_side: "cut", "diagonal" or "identity".
         merge_dims: read small trailing dimensions (convolution kernels) as columns.
-        matrices: which axes are batch, rows and columns, and equal parts along an axis: kl_dist.planning.matrices.
+        matrices: which axes are batch, rows and columns, and equal parts along an axis, of all parameters or by name:
+            kl_dist.planning.matrices. It goes before what is known of the modules of libraries.
         shampoo_exponent: p of method "shampoo".
         adamw_lr: AdamW's learning rate where the matrices have `lr`.
         adamw_betas: AdamW's betas.

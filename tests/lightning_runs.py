@@ -17,7 +17,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import lightning_plugin  # noqa: F401 (registers the strategies)
-from kl_dist import KLShampoo
+from kl_dist import KLShampoo, modules
 from tests.jobs import torchrun
 from tests.models import Weights
 from tests.sharded import SAMPLES, layers, loss_of, tokens_of, weights_of
@@ -178,7 +178,7 @@ def alone(
     `start` may alter model and optimizer before the first step, `change` the gradients of a step.
     """
     model = layers(dtype)
-    optimizer = plain(model, **options)
+    optimizer = plain(model, **{"matrices": modules.TABLE["Layers"], **options})
     if start is not None:
         start(model, optimizer)
     scheduler = None if schedule is None else schedule(optimizer)

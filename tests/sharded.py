@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from kl_dist import KLShampoo
+from kl_dist import KLShampoo, modules
 from tests.models import Weights
 
 SAMPLES, TOKENS, WIDTH = 8, 11, 12
@@ -47,6 +47,9 @@ class Layers(nn.Module):
         x = torch.tanh(self.odd(x)) + self.tied(x)
         x = torch.einsum("bi,bij->bj", x, self.experts[tokens[:, 0] % 2])  # the third expert is never chosen
         return self.one(torch.tanh(x))
+
+
+modules.TABLE["Layers"] = {"experts": {"rows": (0,), "columns": (1, 2)}}  # as they are read where no modules are known
 
 
 def layers(dtype: torch.dtype) -> Layers:

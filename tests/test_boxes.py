@@ -28,6 +28,9 @@ READINGS = [
     ((4, 6, 5), {"matrices": {"batch": (0,)}}),
     ((4, 6, 5), {"matrices": {"batch": (0,), "parts": {0: 2, 1: 3}}}),
     ((4, 6, 5), {"matrices": {"batch": (2,), "rows": (1,), "columns": (0,)}}),
+    ((4, 5, 6), {"matrices": {"batch": (0,), "interleaved": {2: 2}}}),
+    ((4, 6, 5), {"matrices": {"batch": (1,), "interleaved": {1: 3}}}),
+    ((4, 6, 6), {"matrices": {"rows": (0,), "columns": (1, 2), "parts": {1: 2}, "interleaved": {2: 3}}}),
     ((3, 4, 5, 2), {"matrices": {"rows": (1, 0), "columns": (3, 2)}}),
 ]
 

@@ -3,11 +3,13 @@
 from functools import cache, partial
 
 import pytest
+import torch
 
-from tests.deepspeed_runs import alone, config, deepspeed_here, engine_of, fit, noisy, train, weights_of
+from tests.deepspeed_runs import OPTIONS, alone, config, deepspeed_here, engine_of, fit, noisy, train, weights_of
 from tests.models import METHODS, Weights, deviation, same_bits
 from tests.noise import float32_limit
 from tests.products import product
+from tests.stacks import loss_of, stacks, trained_stacks
 from tests.world import World
 
 STAGES = (0, 1, 2, 3)
@@ -105,3 +107,26 @@ def test_low_precision_trains_about_what_float32_does(worlds, name, stage):
     weights, left_out, said = worlds[2].run(fit_in_low_precision, 2, name, stage, timeout=120)[0]
     assert said == len(left_out) and bool(left_out) == (name == "fp16")
     assert deviation(weights, reference(steps=LOW[name][1], left_out=left_out)) <= LOW_LIMIT
+
+
+def fit_stacks(group, stage: int) -> Weights:
+    """Weights after a few steps on the same data on all ranks."""
+    with deepspeed_here(group) as deepspeed:
+        given = config(stage, ranks=group.size(), shares=1, options={"weight_decay": 0.0}, gradient_clipping=0.0)
+        model = stacks()
+        engine = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=given)[0]
+        for step in range(4):
+            engine.backward(loss_of(engine, step))
+            engine.step()
+        assert "[5]" in engine.basic_optimizer.plan.units[5].name, "of three experts gate and up"
+        found = weights_of(deepspeed, engine)
+        engine.destroy()
+        return found
+
+
+@product(ranks=[2], stage=[0, 1, 2, 3])
+def test_experts_are_read_as_in_one_process(worlds, ranks, stage):
+    """As `param_groups` has them, though DeepSpeed has one group."""
+    expected = trained_stacks(dtype=torch.float32, **OPTIONS | {"weight_decay": 0.0})
+    for found in worlds[ranks].run(fit_stacks, ranks, stage, timeout=120):
+        assert deviation(found, expected) < 1e-4

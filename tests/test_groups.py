@@ -193,8 +193,11 @@ def test_the_head_of_a_part_of_the_model_goes_to_adamw():
 @pytest.mark.parametrize("wrapped", [lambda model: model, torch.compile], ids=["plain", "compiled"])
 def test_a_model_in_the_place_of_parameters_is_divided_as_param_groups_does(wrapped):
     model = Model(has_method=True)
-    opt = KLShampoo(wrapped(model), lr=1e-2, weight_decay=0.2)
-    other = KLShampoo(param_groups(model, weight_decay=0.2), lr=1e-2)
+    said = {"matrices": {"linear.weight": {"parts": {0: 2}}}, "adamw_names": ["table"]}
+    opt = KLShampoo(wrapped(model), lr=1e-2, weight_decay=0.2, **said)
+    other = KLShampoo(param_groups(model, weight_decay=0.2, **said), lr=1e-2, **said)
+    assert methods(opt)["table"] == "adamw" and "linear.weight" in opt.routes()
+    assert sum(opt.plan.parameters[unit.parameter].name == "linear.weight" for unit in opt.plan.units) == 2
     assert opt.plan == other.plan
     for group, expected in zip(opt.param_groups, other.param_groups, strict=True):
         assert all(p is q for p, q in zip(group.pop("params"), expected.pop("params"), strict=True))

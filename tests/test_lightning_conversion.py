@@ -12,6 +12,7 @@ from kl_dist import KLShampoo
 from kl_dist.options import DEFAULTS, RECIPE_DEFAULTS
 from lightning_plugin import KLShampooStrategy
 from lightning_plugin.conversion import announcement, convert
+from tests.stacks import Speaks
 
 
 class Net(nn.Module):
@@ -144,6 +145,29 @@ def test_names_given_to_the_strategy_go_to_adamw_too(net):
     assert found["body.weight"] == found["embedding.weight"] == "adamw"
     with pytest.raises(ValueError, match=r"'bodi\.weight'"):
         convert(AdamW(net.parameters()), net, {"adamw_names": ["bodi.weight"]})
+
+
+def test_experts_are_read_one_by_one_and_what_is_unknown_is_told_of(caplog):
+    model = nn.ModuleDict({"experts": Speaks(2, 3, 4, False, True)})
+    model.own = nn.Parameter(torch.zeros(3, 4, 5))
+    groups = [{"params": [model.own]}, {"params": model.experts.parameters(), "weight_decay": 0.0}]
+    found = convert(AdamW(groups), model, {})
+    served = {unit.name: unit.block.shape for unit in found.plan.units if unit.method == "kl_shampoo"}
+    assert served == {f"experts.gate_up_proj[{i}]": (3, 4) for i in range(4)} | {
+        f"experts.down_proj[{i}]": (4, 3) for i in range(2)
+    }
+    assert "AdamW serves own:" in caplog.text and found.param_groups[1]["adamw_names"] == ("experts.gate_up_proj_bias",)
+
+
+def test_what_the_strategy_says_of_matrices_goes_before_what_modules_do():
+    model = nn.ModuleDict({"experts": Speaks(2, 3, 4, False, True)})
+    given = {"matrices": {"experts.gate_up_proj": {"batch": (0,)}}}
+    names = {unit.name: unit.block.shape for unit in convert(AdamW(model.parameters()), model, given).plan.units}
+    assert names["experts.gate_up_proj[1]"] == (6, 4) and names["experts.down_proj[1]"] == (4, 3)
+    whole = convert(AdamW([model.experts.down_proj]), model, {"matrices": {"rows": (0,), "columns": (1, 2)}})
+    assert [unit.block.shape for unit in whole.plan.units] == [(2, 12)]
+    with pytest.raises(ValueError, match="matrices has 'expert'"):
+        convert(AdamW(model.parameters()), model, {"matrices": {"expert": {"batch": (0,)}}})
 
 
 def test_a_learning_rate_of_the_strategys_own_scales_groups_and_schedule(net):

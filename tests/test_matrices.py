@@ -174,6 +174,8 @@ def test_every_block_of_a_parameter_has_a_name_of_its_own(declared):
         ((6, 4, 3), {"batch": (0,), "rows": (1,), "columns": (-3,)}, "every axis .* exactly one"),
         ((6, 4, 3), {"rows": (0,), "columns": (1,)}, "every axis .* exactly one"),
         ((6, 4), {"row": (0,), "columns": (1,)}, "no key 'row'.*'rows'"),
+        ((6, 4), {"interleaved": {1: 3}}, "axis 1 of size 4 does not divide into 3"),
+        ((6, 4), {"parts": {0: 2}, "interleaved": {0: 3}}, "axis 0 is either in 'parts' or 'interleaved'"),
     ],
     ids=lambda x: str(x)[:40],
 )

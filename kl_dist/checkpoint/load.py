@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -53,7 +54,11 @@ def local_form(
     over for what is frozen, and writes constants: those are copies.
     """
     numbers = {name: i for i, name in enumerate(name for group in groups for name in group["param_names"])}
-    packed = [{**group, "params": [numbers[name] for name in group["param_names"]]} for group in groups]
+    # torch.distributed.checkpoint loads into what it is given, with words for the axes in `matrices`
+    packed = [
+        {**group, "params": [numbers[name] for name in group["param_names"]], "matrices": deepcopy(group["matrices"])}
+        for group in groups
+    ]
     tensors = [
         holding.value.to(ranks.device, copy=holding.name in frozen or holding.entry.constant is not None)
         for holding in held

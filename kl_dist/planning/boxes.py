@@ -77,11 +77,19 @@ class Run(NamedTuple):
     local: int
 
 
+class Stride(NamedTuple):
+    """Indices of an axis: `start`, `start + step` and so on, below `stop`; steps above 1 are of interleaved parts."""
+
+    start: int
+    stop: int
+    step: int = 1
+
+
 @dataclass(frozen=True)
 class Piece:
     """A part of a block within a box."""
 
-    cut: Box  # of the shard, axis by axis: the entry, and what the box has of it
+    cut: tuple[Stride, ...]  # of the shard, axis by axis: the entry, and what the box has of it
     order: tuple[int, ...]  # of the shard's axes, so that those of a side lie together
     held: tuple[int, ...]  # lengths of the sides of what was cut
     local: Box  # of what was cut, side by side
@@ -112,7 +120,7 @@ class Piece:
         if self.within is not None:
             start, shape = self.within
             shard = shard[start : start + math.prod(shape)].view(shape)
-        cut = narrowed(shard, self.cut)
+        cut = shard[tuple(slice(*indices) for indices in self.cut)]
         return cut.permute(self.order) if self.order != tuple(range(len(self.order))) else cut
 
     def of_block(self, block: Tensor) -> Tensor:
@@ -166,15 +174,17 @@ def pieces(reading: Reading, block: Block, box: Box, begins: int | None = None) 
     Args:
         begins: where the box begins in the flat shard it is a part of; None: the shard is the box.
     """
-    cut: list[Range] = []
+    cut: list[Stride] = []
     held: list[Range] = []  # of each stored axis, counted within the entry
     entry = _entry(reading, block.entry)
-    for (start, stop), (first, last) in zip(box, entry, strict=True):
-        low, high = max(start, first), min(stop, last)
+    for (start, stop), (first, last, step) in zip(box, entry, strict=True):
+        low = max(0, -(-(start - first) // step))
+        high = -(-(min(stop, last) - first) // step)
         if low >= high:
             return ()
-        cut.append((low - start, high - start))
-        held.append((low - first, high - first))
+        begin = first + low * step - start
+        cut.append(Stride(begin, begin + (high - low - 1) * step + 1, step))
+        held.append((low, high))
     sides = [tuple(reading.origin[axis] for axis in side) for side in reading.sides]
     runs = [_runs([held[axis] for axis in side], [_length(entry[axis]) for axis in side]) for side in sides]
     met = [_meet(have, wanted) for have, wanted in zip(runs, block.ranges, strict=True)]
@@ -192,20 +202,25 @@ def pieces(reading: Reading, block: Block, box: Box, begins: int | None = None) 
     )
 
 
-def _entry(reading: Reading, entry: int) -> list[Range]:
-    """The range of every stored axis that belongs to one entry of the batch."""
-    ranges = [(0, d) for d in reading.stored]
+def _entry(reading: Reading, entry: int) -> list[Stride]:
+    """Which indices of every stored axis belong to one entry of the batch."""
+    found = [Stride(0, d) for d in reading.stored]
     # from the last, so that of an axis that was split its part is chosen before what is kept of the part
     for axis in reversed(reading.batch):
         count, stored = reading.split[axis], reading.origin[axis]
         entry, chosen = divmod(entry, count)
-        start, length = ranges[stored][0], _length(ranges[stored]) // count
-        ranges[stored] = (start + chosen * length, start + (chosen + 1) * length)
-    return ranges
+        start, _, step = found[stored]
+        length = _length(found[stored]) // count
+        if axis > 0 and reading.origin[axis - 1] == stored:  # it runs fastest: every count-th index
+            first, step = start + chosen * step, step * count
+        else:
+            first = start + chosen * length * step
+        found[stored] = Stride(first, first + (length - 1) * step + 1, step)
+    return found
 
 
-def _length(ends: Sequence[int]) -> int:
-    return ends[1] - ends[0]
+def _length(indices: Stride) -> int:
+    return -(-(indices.stop - indices.start) // indices.step)
 
 
 def _runs(held: Sequence[Range], lengths: Sequence[int]) -> list[Run]:

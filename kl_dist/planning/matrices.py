@@ -6,7 +6,12 @@ are batch, rows or columns is declared by the group's `matrices` option, never g
     {"parts": {0: 3}}                                    a fused qkv weight (3d, d): three matrices (d, d)
     {"parts": {0: 3 * heads}}                            the same per head
     {"batch": (0,), "rows": (1,), "columns": (2,)}       stacked experts (E, m, n): E matrices
+    {"batch": (0,), "parts": {1: 2}}                     the same with gate and up fused, (E, 2m, n): 2E matrices (m, n)
+    {"batch": (0,), "interleaved": {1: 2}}               the same where their rows take turns: gate, up, gate, up, ..
     {"rows": (0,), "columns": (1, 2, 3)}                 a conv weight as one matrix (the same as merge_dims=True)
+
+One declaration is for all parameters of the group. A dict of parameters' names with a declaration each is for these
+alone: {"experts.down_proj": {"batch": (0,)}, ..}.
 
 A *block* is what one preconditioner serves: one batch entry of a reading, or a part of it where a side was cut.
 """
@@ -14,7 +19,7 @@ A *block* is what one preconditioner serves: one batch entry of a reading, or a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -27,13 +32,21 @@ from kl_dist.methods.state import Side
 SMALL_DIM = 16  # trailing dimensions up to this size are merged into columns under merge_dims (kernel sizes)
 SHORTEST_PART = 64  # square blocking cuts no side into shorter parts
 
+Declaration = Mapping[str, Any]
+"""How one tensor is read."""
+
+_AXES = ("batch", "rows", "columns")
+_SPLITS = ("parts", "interleaved")
+
 
 @dataclass(frozen=True)
 class Reading:
     """A stored tensor as a batch of logical tensors: reshape to `split`, permute by `order`, reshape to `shape`."""
 
     stored: tuple[int, ...]
-    split: tuple[int, ...]  # the stored axes, some of them as (parts, rest)
+    split: tuple[
+        int, ...
+    ]  # the stored axes, some of them as (parts, rest), or (rest, parts) where they are interleaved
     origin: tuple[int, ...]  # the stored axis that each axis of the split came from
     batch: tuple[int, ...]  # axes of the split that count entries
     sides: tuple[tuple[int, ...], ...]  # axes of the split that make each side, the last running fastest
@@ -103,14 +116,27 @@ def plain_reading(shape: Sequence[int]) -> Reading:
     return Reading(tuple(shape), tuple(shape), axes, (), tuple((axis,) for axis in axes))
 
 
-def read_matrices(shape: Sequence[int], group: Mapping[str, Any]) -> Reading:
+def names_of(matrices: Mapping[str, Any] | None) -> Collection[str]:
+    """The names of parameters in an option `matrices`; none where it is one declaration for all."""
+    keys = (*_AXES, *_SPLITS)
+    by_name = matrices and all(key not in keys and isinstance(x, Mapping) for key, x in matrices.items())
+    return matrices.keys() if matrices and by_name else ()
+
+
+def declaration_of(name: str, matrices: Mapping[str, Any] | None) -> Declaration | None:
+    """What the option `matrices` says of a parameter."""
+    return matrices.get(name) if matrices and names_of(matrices) else matrices
+
+
+def read_matrices(shape: Sequence[int], group: Mapping[str, Any], name: str = "") -> Reading:
     """How a parameter of `shape` (two dimensions or more) is read, by the options `matrices` and `merge_dims`.
 
     Raises:
         ValueError: a declaration that does not fit the shape; the message says what does.
     """
-    if group["matrices"] is not None:
-        return _declared(tuple(shape), group["matrices"])
+    declared = declaration_of(name, group["matrices"])
+    if declared is not None:
+        return _declared(tuple(shape), declared)
     axes = tuple(range(len(shape)))
     sides: list[tuple[int, ...]] = [(axis,) for axis in axes]
     if group["merge_dims"]:
@@ -156,19 +182,16 @@ def near_equal(length: int, parts: int) -> list[tuple[int, int]]:
     return list(zip([0, *stops[:-1]], stops, strict=True))
 
 
-def _declared(shape: tuple[int, ...], declared: Mapping[str, Any]) -> Reading:
-    """The reading a `matrices` declaration asks for. Axes count in the stored tensor; parts come before the batch."""
-    unknown = set(declared) - {"batch", "rows", "columns", "parts"}
-    if unknown:
-        raise ValueError(f"matrices has no key {sorted(unknown)[0]!r}; there are 'batch', 'rows', 'columns', 'parts'")
-    for key, value in declared.items():
-        if not isinstance(value, Mapping if key == "parts" else (tuple, list)):
-            kind = "a dict {axis: number of parts}" if key == "parts" else "a tuple of axes"
-            raise ValueError(f"matrices: {key!r} is {kind}, not {value!r}")
-    parts = {_axis(axis, shape): count for axis, count in declared.get("parts", {}).items()}
-    for axis, count in parts.items():
+def _declared(shape: tuple[int, ...], declared: Declaration) -> Reading:
+    """The reading a declaration asks for. Axes count in the stored tensor; parts come before the batch."""
+    _check_keys(declared)
+    counts = {kind: {_axis(axis, shape): n for axis, n in declared.get(kind, {}).items()} for kind in _SPLITS}
+    parts, interleaved = counts["parts"], counts["interleaved"]
+    for axis, count in (*parts.items(), *interleaved.items()):
         if not isinstance(count, int) or count < 1 or shape[axis] % count:
             raise ValueError(f"matrices: axis {axis} of size {shape[axis]} does not divide into {count!r} equal parts")
+    if both := parts.keys() & interleaved.keys():
+        raise ValueError(f"matrices: axis {min(both)} is either in 'parts' or 'interleaved', not both")
     batch = [_axis(axis, shape) for axis in declared.get("batch", ())]
     sides = [[_axis(axis, shape) for axis in declared[key]] for key in ("rows", "columns") if key in declared]
     if not sides:
@@ -184,16 +207,29 @@ def _declared(shape: tuple[int, ...], declared: Mapping[str, Any]) -> Reading:
     part_axis: dict[int, int] = {}
     kept_axis: dict[int, int] = {}
     for axis, d in enumerate(shape):
+        count = parts.get(axis) or interleaved.get(axis) or 1
+        lengths = [(kept_axis, d // count)]
         if axis in parts:
-            part_axis[axis] = len(split)
-            split.append(parts[axis])
+            lengths.insert(0, (part_axis, count))
+        elif axis in interleaved:
+            lengths.append((part_axis, count))
+        for place, length in lengths:
+            place[axis] = len(split)
+            split.append(length)
             origin.append(axis)
-        kept_axis[axis] = len(split)
-        split.append(d // parts.get(axis, 1))
-        origin.append(axis)
     entries = (*(kept_axis[axis] for axis in batch), *part_axis.values())
     made_of = tuple(tuple(kept_axis[axis] for axis in side) for side in sides)
     return Reading(shape, tuple(split), tuple(origin), entries, made_of, of_batch=bool(batch))
+
+
+def _check_keys(declared: Declaration) -> None:
+    for key, value in declared.items():
+        if key not in (*_AXES, *_SPLITS):
+            known = ", ".join(map(repr, (*_AXES, *_SPLITS)))
+            raise ValueError(f"matrices has no key {key!r}; there are {known}, or names of parameters alone")
+        if not isinstance(value, Mapping if key in _SPLITS else (tuple, list)):
+            kind = "a dict {axis: number of parts}" if key in _SPLITS else "a tuple of axes"
+            raise ValueError(f"matrices: {key!r} is {kind}, not {value!r}")
 
 
 def _axis(axis: int, shape: tuple[int, ...]) -> int:

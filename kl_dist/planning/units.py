@@ -105,7 +105,7 @@ def matrix_units(
     """
     method, recipe = group["method"], group["recipe"]
     try:
-        reading = read_matrices(parameter.shape, group)
+        reading = read_matrices(parameter.shape, group, parameter.name)
     except ValueError as problem:
         raise ValueError(f"parameter {parameter.name!r}: {problem}") from None
     for block in cut(reading, group):

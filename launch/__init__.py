@@ -22,6 +22,7 @@ and the same model and text by other libraries' loops:
     train_deepspeed.py   the same with DeepSpeed's engine
     hf_trainer.py        a small GPT-2 under Hugging Face's Trainer: DeepSpeed, DDP, FSDP2
     configs/             files for these: DDP and FSDP2, ZeRO 0 to 3
+    gpu.sh               all that only a GPU can tell, for a machine with one: tests, a step's cost, a comparison
 
 and of a comparison of many such jobs:
 

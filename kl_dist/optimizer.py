@@ -84,7 +84,7 @@ class KLShampoo(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | torch.Tensor = 1e-3,
         betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.01,
@@ -188,7 +188,7 @@ class KLShampoo(torch.optim.Optimizer):
         self._signature = groups.signature(self._trained())
         self._holdings = holdings(plan, self._engine.stacks, self._ranks)
         carry_over(old, self._holdings, self._ranks)
-        self.state = shown.show(self._holdings, by_name)
+        self.state = shown.show(self._holdings, by_name, self.state)
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -335,13 +335,13 @@ class KLShampoo(torch.optim.Optimizer):
         """
         if self._running.failure is not None:
             raise self._running.failure
-        self.state = shown.settled(self.state, self._holdings, self._named)
-        self._check_followed()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
+        self.state = shown.settled(self.state, self._holdings, self._named)
+        self._check_followed()
         consolidated, self._consolidated = self._consolidated, None
         frozen = groups.frozen_names(self.param_groups)
-        state = consolidated or load.local_form(self.param_groups, self._holdings, self._ranks, frozen)
+        state = consolidated or load.local_form(self.param_groups, self._holdings, self._ranks, frozen, self.state)
         for after in self._optimizer_state_dict_post_hooks.values():
             state = after(self, state) or state
         return state
@@ -353,11 +353,12 @@ class KLShampoo(torch.optim.Optimizer):
             ValueError: it is not of this optimizer, or another rank's part; nothing is changed then.
         """
         self._check_followed()
+        state_dict = copy.copy(state_dict)  # a hook may put something else into it
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         frozen = groups.frozen_names(self.param_groups)
-        load.load(state_dict, self.param_groups, self._holdings, self._ranks, frozen)
-        self.state = shown.show(self._holdings, groups.by_name(self.param_groups))
+        own = load.load(state_dict, self.param_groups, self._holdings, self._ranks, frozen)
+        self.state = shown.show(self._holdings, groups.by_name(self.param_groups), own)
         self._running.failure = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

@@ -7,6 +7,7 @@ tensor is what one rank holds; in the *full* one it is all of it; in that of tor
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 from kl_dist import options
 from kl_dist.checkpoint.holdings import Holding
 from kl_dist.checkpoint.inventory import FORM
+from kl_dist.checkpoint.shown import own
 from kl_dist.layouts.dtensor import is_dtensor
 from kl_dist.ranks import Ranks
 
@@ -36,12 +38,16 @@ def origin_of(held: Sequence[Holding], ranks: Ranks) -> dict[str, Any]:
 
 
 def local_form(
-    groups: Sequence[Mapping[str, Any]], held: Sequence[Holding], ranks: Ranks, frozen: Collection[str]
+    groups: Sequence[Mapping[str, Any]],
+    held: Sequence[Holding],
+    ranks: Ranks,
+    frozen: Collection[str],
+    live: Mapping[Any, Any],
 ) -> dict[str, Any]:
     """A state dict as torch.optim's, by numbers of parameters, with what this rank holds for its state.
 
     The tensors are on one device, as torch.distributed.checkpoint wants them. It loads into them, but hands nothing
-    over for what is frozen, and writes constants: those are copies.
+    over for what is frozen, and writes constants: those are copies. The user's own in the `live` state comes along.
     """
     numbers = {name: i for i, name in enumerate(name for group in groups for name in group["param_names"])}
     packed = [{**group, "params": [numbers[name] for name in group["param_names"]]} for group in groups]
@@ -53,7 +59,7 @@ def local_form(
         from kl_dist.checkpoint.divided import divide  # takes seconds to import
 
         tensors = divide([holding.entry for holding in held], tensors, ranks)
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[Any, Any] = own(live)
     for holding, tensor in zip(held, tensors, strict=True):
         state.setdefault(numbers[holding.name], {})[holding.entry.key] = tensor
     return {"state": state, "param_groups": packed, ORIGIN: origin_of(held, ranks)}
@@ -75,6 +81,9 @@ class Saved:
     groups: Sequence[Mapping[str, Any]]
     tensors: Mapping[tuple[str, str], Tensor]  # by name of the parameter and key
     local: bool  # what one rank holds, in plain tensors
+    own: Mapping[
+        Any, Any
+    ]  # the user's, under keys that are no parameters: in the local form, which has numbers for those
 
 
 def read(state: Any, groups: Sequence[Mapping[str, Any]]) -> Saved:
@@ -98,7 +107,10 @@ def read(state: Any, groups: Sequence[Mapping[str, Any]]) -> Saved:
             )
         if not isinstance(group.get("param_names", []), (list, tuple)):
             raise ValueError(f"the 'param_names' of the saved parameter group {index} are no list")
-    return Saved(saved, dict(_tensors(state["state"], _names(saved, groups))), ORIGIN in state)
+    local = ORIGIN in state
+    mine = {key: value for key, value in state["state"].items() if local and not isinstance(key, int)}
+    theirs = {key: value for key, value in state["state"].items() if key not in mine}
+    return Saved(saved, dict(_tensors(theirs, _names(saved, groups))), local, mine)
 
 
 def check_origin(saved: Any, here: Mapping[str, Any]) -> None:
@@ -266,11 +278,14 @@ def load(
     held: Sequence[Holding],
     ranks: Ranks,
     frozen: Collection[str],
-) -> None:
+) -> Mapping[Any, Any]:
     """Copy a saved state of any form into the tensors and options that are there, after all checks; local.
 
     Args:
         frozen: names of parameters that may be missing from the saved state.
+
+    Returns:
+        What it has under keys that are no parameters.
 
     Raises:
         ValueError: it does not fit; nothing is changed then.
@@ -294,6 +309,7 @@ def load(
         else:
             holding.fill_from_all(tensor)
     take_options(groups, saved.groups)
+    return saved.own
 
 
 def take_options(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
@@ -305,6 +321,7 @@ def take_options(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, 
 def _taken(saved: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("params", "param_names", *options.STRUCTURAL)
     taken = {key: value for key, value in saved.items() if key not in kept}
+    taken = copy.deepcopy(taken)  # a schedule writes into a learning rate that is a tensor
     return {key: tuple(value) if isinstance(value, list) else value for key, value in taken.items()}
 
 

@@ -5,6 +5,7 @@
 Where to look, from the top down; each line needs those below it alone:
 
     optimizer.py   KLShampoo, a torch.optim.Optimizer: the shell; clipping.py and saving.py are functions on it
+    torchtitan.py  the container of optimizers that torchtitan builds; imported by nothing in here
     checkpoint/    what is saved, and how it comes back at another world size or in another layout
     step/          one step: agree, bring gradients to the owners, update, refresh, bring updates back
     layouts/       where parameters live: whole, DTensors, fragments of flat memory

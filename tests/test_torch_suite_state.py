@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import lr_scheduler
 
 from kl_dist import KLShampoo
 from tests.made_up import parameters, same, states, train, values
@@ -130,30 +129,3 @@ def test_hooks_before_loading_come_in_order_and_one_may_be_put_first(name):
     opt.register_load_state_dict_post_hook(lambda opt: opt.state.update(lr_after=opt.param_groups[0]["lr"]))
     opt.load_state_dict(state)
     assert opt.state["lr_after"] == 0.003
-
-
-def test_what_is_the_users_own_in_the_state_stays_and_travels():
-    opt, params = trained("adamw")
-    opt.state["mine"] = {"tokens": 5}
-    train(opt, params, [3])
-    opt.add_param_group({"params": [("late", nn.Parameter(torch.zeros(2, 2)))]})
-    assert opt.state["mine"] == copy.deepcopy(opt).state["mine"] == {"tokens": 5}
-    other, _ = trained("adamw")
-    other.add_param_group({"params": [("late", nn.Parameter(torch.zeros(2, 2)))]})
-    other.load_state_dict(opt.state_dict())
-    assert other.state["mine"] == {"tokens": 5}
-    opt.load_state_dict(
-        {**opt.state_dict(), "state": {k: x for k, x in opt.state_dict()["state"].items() if k != "mine"}}
-    )
-    assert "mine" not in opt.state
-
-
-def test_a_schedule_writes_into_no_state_that_was_loaded():
-    """A learning rate that is a tensor is changed in place."""
-    opt, _ = trained("a tensor for lr")
-    other, others = trained("a tensor for lr")
-    other.load_state_dict(opt.state_dict())
-    scheduler = lr_scheduler.ExponentialLR(other, 0.5)
-    train(other, others, [3])
-    scheduler.step()
-    assert other.param_groups[0]["lr"] == opt.param_groups[0]["lr"] / 2

@@ -45,6 +45,10 @@ def closure_of(opt: torch.optim.Optimizer, params: dict[str, nn.Parameter]) -> C
     return closure
 
 
+def test_torchs_testing_library_leaves_the_process_as_it_was():
+    assert not torch.backends.flags_frozen()
+
+
 @product(name=NAMES, schedule=SCHEDULES, strided=[False, True])
 def test_the_loss_falls(name, schedule, strided):
     """And no schedule warns that no step was made before its own."""

@@ -24,7 +24,9 @@ def unnoticed() -> Iterator[None]:
     """
     names, filters, frozen = set(os.environ), warnings.filters[:], torch.backends.flags_frozen()
     yield
-    setattr(torch.backends, "__allow_nonbracketed_mutation_flag", not frozen)
+    variables = torch.backends.flags_frozen.__globals__  # torch.backends itself is a wrapper of its module
+    assert torch.backends.flags_frozen() != variables["__allow_nonbracketed_mutation_flag"]
+    variables["__allow_nonbracketed_mutation_flag"] = not frozen
     warnings.filters[:] = filters
     for name in os.environ.keys() - names:
         del os.environ[name]

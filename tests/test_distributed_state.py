@@ -121,3 +121,26 @@ def test_the_state_of_another_rank_or_world_size_is_refused_and_nothing_changes(
     world.run(refuse, 2, world.run(save, 2), "saved with rank")
     world.run(refuse, 2, world.run(save, 3), "saved with world_size 3, here it is 2")
     world.run(refuse, 2, [save(None)], "saved with world_size 1, here it is 2")
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def taken_up(group, named: bool, named_then: bool) -> None:
+    """What one that was given names has saved, or one that was not, goes on in another."""
+    model, twin = zoo(torch.float64), zoo(torch.float64)
+    first, then = (
+        KLShampoo(list(one.named_parameters()) if names else list(one.parameters()), process_group=group)
+        for one, names in ((model, named), (twin, named_then))
+    )
+    train_alone(model, first, range(3))
+    then.load_state_dict(first.state_dict())
+    twin.load_state_dict(model.state_dict())
+    for one, optimizer in ((model, first), (twin, then)):
+        train_alone(one, optimizer, range(3, 6))
+    assert same_bits(dict(model.named_parameters()), dict(twin.named_parameters()))
+
+
+@pytest.mark.parametrize(("named", "named_then"), [(True, False), (False, True)])
+def test_ranks_load_states_of_named_parameters_into_nameless_ones_and_back(world, named, named_then):
+    world.run(taken_up, 2, named, named_then)

@@ -30,9 +30,12 @@ ORIGIN = "kl_dist"
 REMEDY = "of a full state, kl_dist.load_full_state_dict(optimizer, state, strict=False) loads what fits"
 
 
-def origin_of(held: Sequence[Holding], ranks: Ranks) -> dict[str, Any]:
-    """What a state dict says of where it is from: the rank, and a digest of which rank holds what."""
-    said = "\n".join(f"{holding.name} {holding.entry.key} {holding.entry.holders}" for holding in held)
+def origin_of(held: Sequence[Holding], ranks: Ranks, called: Mapping[str, str]) -> dict[str, Any]:
+    """What a state dict says of where it is from: the rank, and a digest of which rank holds what.
+
+    Of parameters that are `called` otherwise there, under those names.
+    """
+    said = "\n".join(f"{called.get(x.name, x.name)} {x.entry.key} {x.entry.holders}" for x in held)
     division = hashlib.sha256(said.encode()).hexdigest()
     return {"rank": ranks.rank, "world_size": ranks.size, "division": division}
 
@@ -62,7 +65,7 @@ def local_form(
     state: dict[Any, Any] = own(live)
     for holding, tensor in zip(held, tensors, strict=True):
         state.setdefault(numbers[holding.name], {})[holding.entry.key] = tensor
-    return {"state": state, "param_groups": packed, ORIGIN: origin_of(held, ranks)}
+    return {"state": state, "param_groups": packed, ORIGIN: origin_of(held, ranks, {})}
 
 
 def causes_of(problem: BaseException) -> str:
@@ -150,6 +153,16 @@ def _names(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any
             raise ValueError(f"the saved parameter group {index} has more parameters than names; {REMEDY}")
         found.update((key, name) for key, name in zip(group["params"], names, strict=False) if _is_key(key))
     return found
+
+
+def _called(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """By its name here what a parameter is called in a saved state."""
+    pairs = zip(groups, saved, strict=False)
+    return {
+        mine: theirs
+        for group, other in pairs
+        for mine, theirs in zip(group["param_names"], _names_in(other), strict=False)
+    }
 
 
 def _names_in(group: Mapping[str, Any]) -> list[str]:
@@ -291,7 +304,7 @@ def load(
         ValueError: it does not fit; nothing is changed then.
     """
     saved = read(state, groups)
-    here = origin_of(held, ranks) if saved.local else {}
+    here = origin_of(held, ranks, _called(groups, saved.groups)) if saved.local else {}
     if saved.local:
         check_origin(state[ORIGIN], here)
     check_groups(groups, saved.groups)

@@ -223,6 +223,8 @@ def _check_parameter(name: str, parameter: Any) -> None:
         raise TypeError(f"parameter {name!r} is a {type(parameter).__name__}, not a tensor")
     if not parameter.is_floating_point() and parameter.requires_grad:
         raise TypeError(f"parameter {name!r} is {parameter.dtype}; KLShampoo takes real floating-point parameters")
+    if parameter.layout is not torch.strided:
+        raise TypeError(f"parameter {name!r} is sparse ({parameter.layout}); KLShampoo takes dense parameters")
     if not (parameter.is_leaf or parameter.retains_grad):
         raise ValueError(f"parameter {name!r} is not a leaf: only what has a .grad can be optimized")
 

@@ -87,7 +87,7 @@ class KLShampoo(StateDicts):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | torch.Tensor = 1e-3,
         betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.01,
@@ -202,7 +202,7 @@ class KLShampoo(StateDicts):
         self._signature = groups.signature(self._trained())
         self._holdings = holdings(plan, self._engine.stacks, self._ranks)
         carry_over(old, self._holdings, self._ranks)
-        self.state = shown.show(self._holdings, by_name)
+        self.state = shown.show(self._holdings, by_name, self.state)
 
     # -- the step -----------------------------------------------------------------------------------------------------
 

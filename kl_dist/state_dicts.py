@@ -79,16 +79,16 @@ class StateDicts(torch.optim.Optimizer):
     def _held_here(self, plain: bool) -> dict[str, Any]:
         frozen = groups.frozen_names(self.param_groups)
         form = load.Form.PLAIN if plain else load.Form.SHARDED if self.is_sharded else load.Form.WHOLE
-        return load.local_form(self.param_groups, self._holdings, self._ranks, frozen, form)
+        return load.local_form(self.param_groups, self._holdings, self._ranks, frozen, self.state, form)
 
     def _saved(self, state_of: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What a state dict is made of, after the checks and between the hooks."""
         if self._running.failure is not None:
             raise self._running.failure
-        self.state = shown.settled(self.state, self._holdings, self._named)
-        self._check_followed()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
+        self.state = shown.settled(self.state, self._holdings, self._named)
+        self._check_followed()
         state = state_of()
         for after in self._optimizer_state_dict_post_hooks.values():
             state = after(self, state) or state
@@ -101,12 +101,13 @@ class StateDicts(torch.optim.Optimizer):
             ValueError: it is not of this optimizer, or another rank's part; nothing is changed then.
         """
         self._check_followed()
+        state_dict = copy.copy(state_dict)  # a hook may put something else into it
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         frozen = groups.frozen_names(self.param_groups)
-        load.load(state_dict, self.param_groups, self._holdings, self._ranks, frozen)
+        own = load.load(state_dict, self.param_groups, self._holdings, self._ranks, frozen)
         self._consolidated = None
-        self.state = shown.show(self._holdings, groups.by_name(self.param_groups))
+        self.state = shown.show(self._holdings, groups.by_name(self.param_groups), own)
         self._running.failure = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

@@ -161,3 +161,26 @@ def pickled_shards(group) -> None:
     optimizer = KLShampoo(model, process_group=group)
     state = pickle.loads(pickle.dumps(optimizer.state_dict()))
     assert same(state["state"], optimizer.local_state_dict()["state"])
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def taken_up(group, named: bool, named_then: bool) -> None:
+    """What one that was given names has saved, or one that was not, goes on in another."""
+    model, twin = zoo(torch.float64), zoo(torch.float64)
+    first, then = (
+        KLShampoo(list(one.named_parameters()) if names else list(one.parameters()), process_group=group)
+        for one, names in ((model, named), (twin, named_then))
+    )
+    train_alone(model, first, range(3))
+    then.load_state_dict(first.state_dict())
+    twin.load_state_dict(model.state_dict())
+    for one, optimizer in ((model, first), (twin, then)):
+        train_alone(one, optimizer, range(3, 6))
+    assert same_bits(dict(model.named_parameters()), dict(twin.named_parameters()))
+
+
+@pytest.mark.parametrize(("named", "named_then"), [(True, False), (False, True)])
+def test_ranks_load_states_of_named_parameters_into_nameless_ones_and_back(world, named, named_then):
+    world.run(taken_up, 2, named, named_then)

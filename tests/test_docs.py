@@ -26,6 +26,7 @@ from tests.pages import PAGES, ROOT, blocks, commands, pages_with
 # -- Python ------------------------------------------------------------------------------------------------------------
 
 NEED_DEEPSPEED, HUGGING_FACE = Path("docs/deepspeed.md"), Path("docs/huggingface.md")
+NEED_TORCHTITAN = Path("docs/torchtitan.md")  # tests/test_torchtitan.py runs it, where torchtitan is
 
 
 def given(folder: Path) -> dict[str, Any]:
@@ -52,7 +53,10 @@ def run_blocks(group: dist.ProcessGroup, page: str, folder: str) -> None:
             exec(compile(text, f"{page}, block {number}", "exec"), names)
 
 
-@pytest.mark.parametrize("page", sorted({*pages_with("python")} - {NEED_DEEPSPEED, HUGGING_FACE}), ids=str)
+OF_THEIR_OWN = {NEED_DEEPSPEED, NEED_TORCHTITAN, HUGGING_FACE}
+
+
+@pytest.mark.parametrize("page", sorted({*pages_with("python")} - OF_THEIR_OWN), ids=str)
 def test_the_code_of_a_page_runs(worlds, page, tmp_path):
     worlds[2].run(run_blocks, 2, str(page), str(tmp_path), timeout=120)
 

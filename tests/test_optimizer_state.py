@@ -108,6 +108,32 @@ def test_a_loaded_state_wins_over_what_was_taken_away_before():
     assert same(opt.state_dict()["state"], saved["state"])
 
 
+def test_what_is_the_users_own_in_the_state_stays_and_travels():
+    opt, params = trained()
+    other, _ = trained()
+    opt.state["mine"] = {"tokens": 5}
+    train(opt, params, AFTER)
+    for one in (opt, other):
+        one.add_param_group({"params": [("late", nn.Parameter(torch.zeros(2, 2)))]})
+    assert opt.state["mine"] == copy.deepcopy(opt).state["mine"] == {"tokens": 5}
+    other.load_state_dict(opt.state_dict())
+    assert other.state["mine"] == {"tokens": 5}
+    saved = opt.state_dict()
+    del saved["state"]["mine"]
+    opt.load_state_dict(saved)
+    assert "mine" not in opt.state
+
+
+def test_a_schedule_writes_into_no_state_that_was_loaded():
+    """It changes a learning rate in place that is a tensor."""
+    opt, _ = trained(lr=torch.tensor(0.25))
+    other, params = trained(lr=torch.tensor(0.25))
+    other.load_state_dict(opt.state_dict())
+    schedule = torch.optim.lr_scheduler.ExponentialLR(other, 0.5)
+    train(other, params, AFTER, schedule.step)
+    assert opt.param_groups[0]["lr"] == 0.25 and other.param_groups[0]["lr"] == 0.25 / 2 ** len(AFTER)
+
+
 MISTAKES: dict[str, tuple[Callable[[dict], object], str]] = {
     "of another shape": (lambda entries: entries.update(exp_avg=torch.empty(0)), "'exp_avg'.*'square'.*replaced"),
     "gone beside others": (lambda entries: entries.pop("factors.0"), "'factors.0'.*'square'.*is gone"),

@@ -7,6 +7,7 @@ tensor is what one rank holds; in the *full* one it is all of it; in that of tor
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from torch import Tensor
 from kl_dist import options
 from kl_dist.checkpoint.holdings import Holding
 from kl_dist.checkpoint.inventory import FORM
+from kl_dist.checkpoint.shown import own
 from kl_dist.layouts.dtensor import is_dtensor
 from kl_dist.ranks import Ranks
 
@@ -30,9 +32,12 @@ ORIGIN = "kl_dist"
 REMEDY = "of a full state, kl_dist.load_full_state_dict(optimizer, state, strict=False) loads what fits"
 
 
-def origin_of(held: Sequence[Holding], ranks: Ranks) -> dict[str, Any]:
-    """What a state dict says of where it is from: the rank, and a digest of which rank holds what."""
-    said = "\n".join(f"{holding.name} {holding.entry.key} {holding.entry.holders}" for holding in held)
+def origin_of(held: Sequence[Holding], ranks: Ranks, called: Mapping[str, str]) -> dict[str, Any]:
+    """What a state dict says of where it is from: the rank, and a digest of which rank holds what.
+
+    Of parameters that are `called` otherwise there, under those names.
+    """
+    said = "\n".join(f"{called.get(x.name, x.name)} {x.entry.key} {x.entry.holders}" for x in held)
     division = hashlib.sha256(said.encode()).hexdigest()
     return {"rank": ranks.rank, "world_size": ranks.size, "division": division}
 
@@ -46,12 +51,17 @@ class Form(Enum):
 
 
 def local_form(
-    groups: Sequence[Mapping[str, Any]], held: Sequence[Holding], ranks: Ranks, frozen: Collection[str], form: Form
+    groups: Sequence[Mapping[str, Any]],
+    held: Sequence[Holding],
+    ranks: Ranks,
+    frozen: Collection[str],
+    live: Mapping[Any, Any],
+    form: Form,
 ) -> dict[str, Any]:
     """A state dict as torch.optim's, by numbers of parameters, with what this rank holds for its state.
 
     The tensors are on one device, as torch.distributed.checkpoint wants them. It loads into them, but hands nothing
-    over for what is frozen, and writes constants: those are copies.
+    over for what is frozen, and writes constants: those are copies. The user's own in the `live` state comes along.
     """
     numbers = {name: i for i, name in enumerate(name for group in groups for name in group["param_names"])}
     # torch.distributed.checkpoint loads into what it is given, with words for the axes in `matrices`
@@ -67,10 +77,10 @@ def local_form(
         from kl_dist.checkpoint.divided import divide  # takes seconds to import
 
         tensors = divide([holding.entry for holding in held], tensors, ranks, form is Form.SHARDED)
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[Any, Any] = own(live)
     for holding, tensor in zip(held, tensors, strict=True):
         state.setdefault(numbers[holding.name], {})[holding.entry.key] = tensor
-    return {"state": state, "param_groups": packed, ORIGIN: origin_of(held, ranks)}
+    return {"state": state, "param_groups": packed, ORIGIN: origin_of(held, ranks, {})}
 
 
 def causes_of(problem: BaseException) -> str:
@@ -89,6 +99,9 @@ class Saved:
     groups: Sequence[Mapping[str, Any]]
     tensors: Mapping[tuple[str, str], Tensor]  # by name of the parameter and key
     local: bool  # what one rank holds, in plain tensors
+    own: Mapping[
+        Any, Any
+    ]  # the user's, under keys that are no parameters: in the local form, which has numbers for those
 
 
 def read(state: Any, groups: Sequence[Mapping[str, Any]]) -> Saved:
@@ -112,7 +125,10 @@ def read(state: Any, groups: Sequence[Mapping[str, Any]]) -> Saved:
             )
         if not isinstance(group.get("param_names", []), (list, tuple)):
             raise ValueError(f"the 'param_names' of the saved parameter group {index} are no list")
-    return Saved(saved, dict(_tensors(state["state"], _names(saved, groups))), ORIGIN in state)
+    local = ORIGIN in state
+    mine = {key: value for key, value in state["state"].items() if local and not isinstance(key, int)}
+    theirs = {key: value for key, value in state["state"].items() if key not in mine}
+    return Saved(saved, dict(_tensors(theirs, _names(saved, groups))), local, mine)
 
 
 def check_origin(saved: Any, here: Mapping[str, Any]) -> None:
@@ -153,6 +169,16 @@ def _names(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any
             raise ValueError(f"the saved parameter group {index} has more parameters than names; {REMEDY}")
         found.update((key, name) for key, name in zip(group["params"], names, strict=False) if _is_key(key))
     return found
+
+
+def _called(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """By its name here what a parameter is called in a saved state."""
+    pairs = zip(groups, saved, strict=False)
+    return {
+        mine: theirs
+        for group, other in pairs
+        for mine, theirs in zip(group["param_names"], _names_in(other), strict=False)
+    }
 
 
 def _names_in(group: Mapping[str, Any]) -> list[str]:
@@ -282,17 +308,20 @@ def load(
     held: Sequence[Holding],
     ranks: Ranks,
     frozen: Collection[str],
-) -> None:
+) -> Mapping[Any, Any]:
     """Copy a saved state of any form into the tensors and options that are there, after all checks; local.
 
     Args:
         frozen: names of parameters that may be missing from the saved state.
 
+    Returns:
+        What it has under keys that are no parameters.
+
     Raises:
         ValueError: it does not fit; nothing is changed then.
     """
     saved = read(state, groups)
-    here = origin_of(held, ranks) if saved.local else {}
+    here = origin_of(held, ranks, _called(groups, saved.groups)) if saved.local else {}
     if saved.local:
         check_origin(state[ORIGIN], here)
     check_groups(groups, saved.groups)
@@ -310,6 +339,7 @@ def load(
         else:
             holding.fill_from_all(tensor)
     take_options(groups, saved.groups)
+    return saved.own
 
 
 def take_options(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
@@ -321,6 +351,7 @@ def take_options(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, 
 def _taken(saved: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("params", "param_names", *options.STRUCTURAL)
     taken = {key: value for key, value in saved.items() if key not in kept}
+    taken = copy.deepcopy(taken)  # a schedule writes into a learning rate that is a tensor
     return {key: tuple(value) if isinstance(value, list) else value for key, value in taken.items()}
 
 

@@ -2,6 +2,7 @@
 
 The tensors are views of the engine's memory. What a user puts in the place of one is copied there before the next step
 (tensors that were on the host meanwhile, say); a parameter whose entries are gone, or all of whose are, starts anew.
+What stands under a key that is no parameter is the user's own: it stays, is saved by `state_dict` and loaded again.
 """
 
 from __future__ import annotations
@@ -47,9 +48,15 @@ class State(Watched, defaultdict):
         return defaultdict, (dict, dict(self))
 
 
-def show(held: Sequence[Holding], by_name: Mapping[str, Tensor]) -> State:
-    """What this rank holds of every parameter, by its keys in a checkpoint."""
+def own(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What stands there under keys that are no parameters."""
+    return {key: value for key, value in state.items() if not isinstance(key, Tensor)}
+
+
+def show(held: Sequence[Holding], by_name: Mapping[str, Tensor], before: Mapping[Any, Any]) -> State:
+    """What this rank holds of every parameter, by its keys in a checkpoint, and of `before` what is the user's own."""
     state = State(dict)
+    dict.update(state, own(before))
     for name, entries in _by_parameter(held):
         dict.__setitem__(state, by_name[name], Entries({one.entry.key: one.value for one in entries}))
     return state
@@ -61,11 +68,13 @@ def settled(state: Any, held: Sequence[Holding], named: Iterable[Iterable[tuple[
     Raises:
         ValueError: as `take_up`.
     """
-    if isinstance(state, State) and not state.touched and not any(getattr(x, "touched", True) for x in state.values()):
-        return state
+    if isinstance(state, State) and not state.touched:
+        entries = (value for key, value in state.items() if isinstance(key, Tensor))
+        if not any(getattr(x, "touched", True) for x in entries):
+            return state
     by_name = {name: parameter for pairs in named for name, parameter in pairs}
     take_up(state, held, by_name)
-    return show(held, by_name)
+    return show(held, by_name, state)
 
 
 def take_up(state: Mapping[Tensor, Any], held: Sequence[Holding], by_name: Mapping[str, Tensor]) -> None:

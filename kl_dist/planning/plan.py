@@ -8,7 +8,7 @@ Nothing here is ever timed: costs come from a fixed table of flops and bytes.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -199,8 +199,14 @@ def make_plan(
         previous: a plan whose units keep their owners (ownership is sticky: adding a group moves no state).
 
     Raises:
-        ValueError: a `matrices` declaration that does not fit, naming the parameter.
+        ValueError: a `matrices` declaration that does not fit, or a parameter that is there twice, by name.
     """
+    counts = Counter(parameter.name for parameter in parameters)
+    for name, count in counts.items():
+        if count > 1:
+            raise ValueError(
+                f"parameter {name!r} stands in param_groups {count} times: each belongs to one group, once"
+            )
     units, owners = ([], []) if previous is None else _carried_over(previous, parameters, groups)
     known = {parameters[unit.parameter].name for unit in units}
     seen: dict[tuple[Any, ...], int] = defaultdict(int)

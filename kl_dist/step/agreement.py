@@ -60,6 +60,11 @@ def find_problem(
         groups: the parameter groups as they are now.
     """
     try:
+        if len(groups) != len(plan.structure):
+            raise ValueError(
+                f"param_groups has {len(groups)} groups, and {len(plan.structure)} are planned for: add one with"
+                " add_param_group, or call follow_groups() on all ranks"
+            )
         if structure(groups) != plan.structure:
             raise ValueError(
                 f"the options {', '.join(options.STRUCTURAL)} shape the state and cannot be changed after"

@@ -11,6 +11,7 @@ import torch
 from kl_dist import groups, options
 from kl_dist.checkpoint import full, load, shown
 from kl_dist.checkpoint.holdings import Holding
+from kl_dist.checkpoint.local import Form, local_form
 from kl_dist.layouts import placement
 from kl_dist.layouts.reduction import Reduction
 from kl_dist.planning.plan import Plan
@@ -78,8 +79,8 @@ class StateDicts(torch.optim.Optimizer):
 
     def _held_here(self, plain: bool) -> dict[str, Any]:
         frozen = groups.frozen_names(self.param_groups)
-        form = load.Form.PLAIN if plain else load.Form.SHARDED if self.is_sharded else load.Form.WHOLE
-        return load.local_form(self.param_groups, self._holdings, self._ranks, frozen, self.state, form)
+        form = Form.PLAIN if plain else Form.SHARDED if self.is_sharded else Form.WHOLE
+        return local_form(self.param_groups, self._holdings, self._ranks, frozen, self.state, form)
 
     def _saved(self, state_of: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What a state dict is made of, after the checks and between the hooks."""

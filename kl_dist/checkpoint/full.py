@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kl_dist.checkpoint import load
 from kl_dist.checkpoint.holdings import Holding
-from kl_dist.checkpoint.load import ORIGIN, Saved
+from kl_dist.checkpoint.load import Saved
+from kl_dist.checkpoint.local import ORIGIN
 from kl_dist.planning.boxes import in_boxes, narrowed
 from kl_dist.ranks import Ranks
 

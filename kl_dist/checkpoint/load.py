@@ -1,19 +1,16 @@
-"""State of the optimizer, saved and loaded: checks that come before anything is written, and the copying itself.
+"""State of the optimizer, loaded: checks that come before anything is written, and the copying itself.
 
-Three forms of a state dict are read alike. In the *local* one, as `state_dict` gives it and torch.save writes it, a
-tensor is what one rank holds; in the *full* one it is all of it; in that of torch.distributed.checkpoint it is a
-`Divided`, which knows. See kl_dist.checkpoint.inventory, [Note: canonical state], for the tensors and their keys.
+Three forms of a state dict are read alike. In the *local* one (`kl_dist.checkpoint.local`) a tensor is what one rank
+holds; in the *full* one it is all of it; in that of torch.distributed.checkpoint it is a `Divided`, which knows. See
+kl_dist.checkpoint.inventory, [Note: canonical state], for the tensors and their keys.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
@@ -22,65 +19,11 @@ from torch import Tensor
 from kl_dist import options
 from kl_dist.checkpoint.holdings import Holding
 from kl_dist.checkpoint.inventory import FORM
-from kl_dist.checkpoint.shown import own
+from kl_dist.checkpoint.local import ORIGIN, origin_of
 from kl_dist.layouts.dtensor import is_dtensor
 from kl_dist.ranks import Ranks
 
-ORIGIN = "kl_dist"
-"""The entry of a state dict that says which rank of how many it was saved on."""
-
 REMEDY = "of a full state, kl_dist.load_full_state_dict(optimizer, state, strict=False) loads what fits"
-
-
-def origin_of(held: Sequence[Holding], ranks: Ranks, called: Mapping[str, str]) -> dict[str, Any]:
-    """What a state dict says of where it is from: the rank, and a digest of which rank holds what.
-
-    Of parameters that are `called` otherwise there, under those names.
-    """
-    said = "\n".join(f"{called.get(x.name, x.name)} {x.entry.key} {x.entry.holders}" for x in held)
-    division = hashlib.sha256(said.encode()).hexdigest()
-    return {"rank": ranks.rank, "world_size": ranks.size, "division": division}
-
-
-class Form(Enum):
-    """What the tensors of a local state dict are on several ranks."""
-
-    PLAIN = "what this rank holds"
-    SHARDED = "`Divided`, pickled as what this rank holds: so are the parameters"
-    WHOLE = "`Divided`, not to be pickled: it would be taken for all, as every rank has all of the parameters"
-
-
-def local_form(
-    groups: Sequence[Mapping[str, Any]],
-    held: Sequence[Holding],
-    ranks: Ranks,
-    frozen: Collection[str],
-    live: Mapping[Any, Any],
-    form: Form,
-) -> dict[str, Any]:
-    """A state dict as torch.optim's, by numbers of parameters, with what this rank holds for its state.
-
-    The tensors are on one device, as torch.distributed.checkpoint wants them. It loads into them, but hands nothing
-    over for what is frozen, and writes constants: those are copies. The user's own in the `live` state comes along.
-    """
-    numbers = {name: i for i, name in enumerate(name for group in groups for name in group["param_names"])}
-    # torch.distributed.checkpoint loads into what it is given, with words for the axes in `matrices`
-    packed = [
-        {**group, "params": [numbers[name] for name in group["param_names"]], "matrices": deepcopy(group["matrices"])}
-        for group in groups
-    ]
-    tensors = [
-        holding.value.to(ranks.device, copy=holding.name in frozen or holding.entry.constant is not None)
-        for holding in held
-    ]
-    if ranks.size > 1 and form is not Form.PLAIN:
-        from kl_dist.checkpoint.divided import divide  # takes seconds to import
-
-        tensors = divide([holding.entry for holding in held], tensors, ranks, form is Form.SHARDED)
-    state: dict[Any, Any] = own(live)
-    for holding, tensor in zip(held, tensors, strict=True):
-        state.setdefault(numbers[holding.name], {})[holding.entry.key] = tensor
-    return {"state": state, "param_groups": packed, ORIGIN: origin_of(held, ranks, {})}
 
 
 def causes_of(problem: BaseException) -> str:
@@ -99,9 +42,7 @@ class Saved:
     groups: Sequence[Mapping[str, Any]]
     tensors: Mapping[tuple[str, str], Tensor]  # by name of the parameter and key
     local: bool  # what one rank holds, in plain tensors
-    own: Mapping[
-        Any, Any
-    ]  # the user's, under keys that are no parameters: in the local form, which has numbers for those
+    own: Mapping[Any, Any]  # the user's, under keys that are no parameters; in the local form alone
 
 
 def read(state: Any, groups: Sequence[Mapping[str, Any]]) -> Saved:

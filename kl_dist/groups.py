@@ -208,11 +208,12 @@ def renaming(given: Any, named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 
 def _unwrapped(named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """With the names that the parameters have within torch.compile and DistributedDataParallel.
+    """With the names that the parameters have within torch.compile, checkpointed activations, DistributedDataParallel.
 
     torch.distributed.checkpoint has them so too.
     """
-    named = [(str(name).replace("_orig_mod.", ""), parameter) for name, parameter in named]
+    for wrapping in ("_orig_mod.", "_checkpoint_wrapped_module."):
+        named = [(str(name).replace(wrapping, ""), parameter) for name, parameter in named]
     while named and all(name.startswith("module.") for name, _ in named):
         named = [(name.removeprefix("module."), parameter) for name, parameter in named]
     return named

@@ -14,7 +14,6 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.components.optimizer import OptimizersContainer
 
 from kl_dist.groups import param_groups
@@ -48,12 +47,9 @@ class KLShampooContainer(OptimizersContainer):
         )
 
     def groups_of(self, part: nn.Module, config: Config) -> list[dict[str, Any]]:
-        """The parameter groups of a part; override it to declare `matrices` of experts, say."""
+        """The parameter groups of a part; override it for `matrices` that kl_dist.modules does not know, say."""
         head = config.output_head if config.output_head in dict(part.named_modules()) else None
-        groups = param_groups(part, weight_decay=config.weight_decay, output_head=head)
-        for group in groups:  # without what activation checkpointing puts into the names
-            group["params"] = [(canonical_fqn(name), parameter) for name, parameter in group["params"]]
-        return groups
+        return param_groups(part, weight_decay=config.weight_decay, output_head=head)
 
 
 def groups_of_ranks(parts: Sequence[nn.Module]) -> list[dist.ProcessGroup | None]:

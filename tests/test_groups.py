@@ -153,7 +153,7 @@ def test_a_plan_of_a_model_routes_as_its_groups_do():
 
 def test_names_are_those_of_the_model_within_its_wrappers():
     """As torch.distributed.checkpoint has them, so that what DDP saved loads without it."""
-    for wrapped in ("module._orig_mod.{}", "_orig_mod.module.{}", "module.{}"):
+    for wrapped in ("module._orig_mod.{}", "_orig_mod.module.{}", "module.{}", "_checkpoint_wrapped_module.{}"):
         named = [(wrapped.format(name), parameter) for name, parameter in nn.Linear(3, 4).named_parameters()]
         assert set(KLShampoo(named).plan.owner) == {"weight", "bias"}
     named = [(name, nn.Parameter(torch.zeros(2))) for name in ("module.weight", "weight", "a._orig_mod.b")]

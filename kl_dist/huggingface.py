@@ -1,6 +1,6 @@
 """Hugging Face's Trainer and Accelerate, without DeepSpeed: KLShampoo's state is whole in what rank 0 writes.
 
-    Trainer(.., optimizer_cls_and_kwargs=(KLShampoo, {"model": model, "lr": 1e-2}), callbacks=[ConsolidateState()])
+    Trainer(.., optimizer_cls_and_kwargs=(KLShampooFactory, {"lr": 1e-2}), callbacks=[ConsolidateState()])
 
     consolidate_on_save(accelerator)  # before accelerator.save_state
 
@@ -15,10 +15,18 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from kl_dist.optimizer import KLShampoo
+
+
+class KLShampooFactory:
+    """What the Trainer calls with its model, where it would call a class with groups of nameless parameters."""
+
+    def __call__(self, model: nn.Module, **options: Any) -> KLShampoo:
+        return KLShampoo(model, **options)
 
 
 class ConsolidateState(TrainerCallback):

@@ -86,7 +86,7 @@ class KLShampoo(StateDicts):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: torch.nn.Module | Iterable[Any],
         lr: float | torch.Tensor = 1e-3,
         betas: tuple[float, float] | None = None,
         eps: float = 1e-8,

@@ -5,7 +5,7 @@
     accelerate launch --use_deepspeed --num_processes 2 launch/hf_trainer.py
 
 The Trainer knows nothing of KL-Shampoo. On DeepSpeed it takes importing deepspeed_integration, and a config whose
-optimizer is of type KLShampoo; elsewhere the class, and a callback that has its state whole where it is saved. Batches
+optimizer is of type KLShampoo; elsewhere a factory, and a callback that has its state whole where it is saved. Batches
 are the Trainer's, so they depend on the number of processes.
 """
 
@@ -28,8 +28,7 @@ from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import deepspeed_integration  # noqa: F401 (makes the optimizers known to DeepSpeed)
-from kl_dist import KLShampoo
-from kl_dist.huggingface import ConsolidateState
+from kl_dist.huggingface import ConsolidateState, KLShampooFactory
 from launch.data import load_corpus, validation_starts
 from launch.model import BYTES
 from launch.options import UsageError, status_of
@@ -154,14 +153,13 @@ def make_trainer(options: Options) -> Trainer:
     corpus = load_corpus(options.data, options.context)
     training = torch.arange(0, len(corpus.train) - options.context, options.context)
     validation = validation_starts(corpus.validation, VALIDATION_WINDOWS, options.context)
-    model = make_model(options)
     rates = {"lr": options.learning_rate, "adamw_lr": options.learning_rate / 2, "weight_decay": options.weight_decay}
     others: dict[str, Any] = {
-        "optimizer_cls_and_kwargs": (KLShampoo, {"model": model, **rates}),
+        "optimizer_cls_and_kwargs": (KLShampooFactory, rates),
         "callbacks": [ConsolidateState()],
     }
     return Trainer(
-        model=model,
+        model=make_model(options),
         args=make_arguments(options),
         train_dataset=Windows(corpus.train, training, options.context),
         eval_dataset=Windows(corpus.validation, validation, options.context),

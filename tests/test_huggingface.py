@@ -66,7 +66,7 @@ def run_trainer(group: dist.ProcessGroup | None, folder: Path, resume: str | Non
     """What the Trainer has after STEPS steps, or after it was resumed from a checkpoint of the folder: its weights."""
     from transformers import Trainer, TrainingArguments
 
-    from kl_dist.huggingface import ConsolidateState
+    from kl_dist.huggingface import ConsolidateState, KLShampooFactory
 
     ranks = 1 if group is None else group.size()
     with as_started(group, "huggingface"):
@@ -79,7 +79,7 @@ def run_trainer(group: dist.ProcessGroup | None, folder: Path, resume: str | Non
             args=arguments,
             train_dataset=samples(),
             eval_dataset=samples()[:8],
-            optimizer_cls_and_kwargs=(KLShampoo, {"model": model, **OPTIONS}),
+            optimizer_cls_and_kwargs=(KLShampooFactory, OPTIONS),
             callbacks=[ConsolidateState()],
         )
         trainer.train(resume_from_checkpoint=resume and str(folder / resume))

@@ -10,7 +10,7 @@ from tests.world import World, forget, import_once
 POOLS = {"world", "worlds"}
 IMPORTED = {
     "test_deepspeed": ("deepspeed",),
-    "test_launch": ("jsonargparse", "lightning.pytorch", "transformers.trainer", "deepspeed"),
+    "test_launch": ("jsonargparse", "lightning.pytorch", "transformers.trainer", "deepspeed", "peft"),
     "test_lightning": ("lightning.pytorch", "pytorch_lightning"),
 }
 """By the beginning of a test module's name what its tests import on ranks: kept out of runs that have none of them."""

@@ -41,7 +41,10 @@ ADAPTED = ("c_attn", "c_proj", "c_fc")
 
 LONG_SIDES = ("blocks", "diagonal", "identity")
 
-DEFAULT_RATES = dict.fromkeys(METHODS, Rates(1e-2, 1e-2)) | {"adamw": Rates(2e-3, 2e-3)}
+OPTIMIZERS = (*METHODS, "adamw")
+
+DEFAULT_LR = 1e-2
+"""The best of KL-Shampoo's and of AdamW's at rank 8, by docs/finetuning.md; rank 64 wants half of it."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ class LoraOptions(Options):
 
     rank: int = option(8, "of the adapters")
     alpha: int | None = option(None, "what B A is multiplied by is alpha / rank; by default alpha is twice the rank")
-    long_side: str = option("blocks", f"what a Kronecker method keeps of an adapter's: {', '.join(LONG_SIDES)}")
+    long_side: str | None = option(
+        None, "what a Kronecker method keeps of an adapter's: blocks, diagonal (the default) or identity"
+    )
     b_ratio: float = option(1.0, "learning rate of B over that of A, which LoRA+ wants above 1")
     base: str | None = option(None, "folder of the model that is fine-tuned; by default one for each size, in runs")
     base_steps: int = option(600, "how many steps the base model is trained where it is not there yet")
@@ -67,21 +72,21 @@ class LoraOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.optimizer not in DEFAULT_RATES:
-            raise UsageError(f"--optimizer takes {', '.join(DEFAULT_RATES)} here, not {self.optimizer}")
+        if self.optimizer not in OPTIMIZERS:
+            raise UsageError(f"--optimizer takes {', '.join(OPTIMIZERS)} here, not {self.optimizer}")
         if self.adamw_lr is not None:
             raise UsageError("--adamw-lr means nothing here: adapters are matrices, and one optimizer serves them all")
         if self.parallel != "ddp":
             raise UsageError(f"--parallel takes ddp here, not {self.parallel}")
-        if self.long_side not in LONG_SIDES:
+        if self.long_side not in (None, *LONG_SIDES):
             raise UsageError(f"--long-side takes {', '.join(LONG_SIDES)}, not {self.long_side}")
-        if self.optimizer == "adamw" and self.long_side != "blocks":
+        if self.optimizer == "adamw" and self.long_side is not None:
             raise UsageError("--long-side means nothing to --optimizer adamw; leave it out")
 
     @property
     def rates(self) -> Rates:
-        default = DEFAULT_RATES[self.optimizer].lr
-        return Rates(*[default if self.lr is None else self.lr] * 2)
+        lr = DEFAULT_LR if self.lr is None else self.lr
+        return Rates(lr, lr)
 
     @property
     def folder(self) -> Path:
@@ -93,11 +98,11 @@ class LoraOptions(Options):
         return Path(self.base or f"runs/base-{sizes}-{self.base_steps}")
 
     @property
-    def preconditioned(self) -> dict[str, Any]:
+    def route(self) -> dict[str, Any]:
         """What --long-side means to a Kronecker method."""
         if self.long_side == "blocks":
             return {}
-        return {"blocking": "none", "max_preconditioner_dim": self.rank, "long_side": self.long_side}
+        return {"blocking": "none", "max_preconditioner_dim": self.rank, "long_side": self.long_side or "diagonal"}
 
 
 class Pretraining(train.Job):
@@ -149,7 +154,7 @@ class Finetuning(Pretraining):
                 given = {"betas": ADAMW_BETAS, "weight_decay": options.weight_decay, **options.optimizer_options}
                 optimizer: Optimizer = AdamW(groups, **given)
             else:
-                kept = {"weight_decay": options.weight_decay, **options.preconditioned}
+                kept = {"weight_decay": options.weight_decay, **options.route}
                 optimizer = kronecker(options, adapter_groups(model, options.rates.lr, options.b_ratio, **kept))
         return Trainer([optimizer], options.steps, options.warmup_steps)
 

@@ -16,3 +16,8 @@ compare 8 --run "$kl --long-side blocks" --run "$kl --long-side diagonal" --run 
 compare 64 --run "--optimizer adamw" --grid lr=2.5e-3,3.5e-3,5e-3,1e-2,2e-2
 compare 64 --run "$kl --long-side blocks" --run "$kl --long-side diagonal" --grid lr=2.5e-3,5e-3,1e-2,2e-2
 compare 64 --run "$kl --long-side identity" --grid lr=5e-3,1e-2
+# the best of three routes with another seed, LoRA+, and pieces as long as the rank
+compare 8 --seeds 1 --run "--optimizer adamw" --run "$kl --long-side diagonal" --run "$kl --long-side blocks" --grid lr=1e-2
+compare 64 --seeds 1 --run "--optimizer adamw" --run "$kl --long-side diagonal" --run "$kl --long-side blocks" --grid lr=5e-3
+compare 8 --b-ratio 4 --run "--optimizer adamw" --run "$kl --long-side diagonal" --grid lr=5e-3
+compare 8 --run "$kl --long-side blocks --set max_preconditioner_dim=8 --lr 1e-2"

@@ -184,8 +184,8 @@ def embeddings_and_head(model: nn.Module, output_head: str | None = None) -> set
         get_head = getattr(module, "get_output_embeddings", None)
         if callable(get_head) and isinstance(head := get_head(), nn.Module):
             modules.append(head)
-    # a head tied to an Embedding has its very parameter, so it needs no look-up of its own
-    return {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
+    # a head tied to an Embedding has its very parameter, so it needs no look-up of its own; peft's lie in a wrapper
+    return {id(parameter) for module in modules for parameter in module.parameters()}
 
 
 def shape_of(p: Tensor) -> torch.Size:

@@ -16,7 +16,11 @@ The files are the parts of a training job, each readable on its own:
     metrics.py      the progress bar, JSON lines and TensorBoard
     report.py       the loss curve and the closing words
 
-and the same model and text by other libraries' loops:
+another job on the same parts:
+
+    lora.py         a small GPT-2 fine-tuned by peft's adapters
+
+the same model and text by other libraries' loops:
 
     train_lightning.py   a LightningModule and its data, started by LightningCLI
     train_deepspeed.py   the same with DeepSpeed's engine

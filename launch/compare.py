@@ -84,11 +84,12 @@ def plan(asked: argparse.Namespace, shared: Sequence[str]) -> list[Run]:
     if "RANK" in os.environ:
         raise UsageError("a comparison is one process that makes its own; start it without torchrun")
     runs: dict[str, Run] = {}
-    for text, choice in itertools.product(asked.run, itertools.product(*map(grid, asked.grid))):
+    choices = [grid(text, TASKS[asked.task].kind) for text in asked.grid]
+    for text, choice in itertools.product(asked.run, itertools.product(*choices)):
         flags = [*words(text), *itertools.chain.from_iterable(choice)]
         for seed in asked.seeds:
             try:
-                options = parse([*shared, *flags, "--seed", str(seed)])
+                options = parse([*shared, *flags, "--seed", str(seed)], TASKS[asked.task].kind)
                 settings = settings_of(asked.task, options)
             except UsageError as error:
                 raise UsageError(f"{error} (in --run {shlex.join(flags)!r})") from error
@@ -105,14 +106,14 @@ def words(text: str) -> list[str]:
         raise UsageError(f"--run {text!r} cannot be read: {error}") from error
 
 
-def grid(text: str) -> list[list[str]]:
+def grid(text: str, options: type[Options] = Options) -> list[list[str]]:
     """The flags of each value of a grid; a comma within parentheses is part of a value."""
     name, equals, values = text.partition("=")
     choices = re.split(r",(?![^()\[\]]*[)\]])", values)
     if not (name and equals and all(choices)):
         raise UsageError(f"--grid takes NAME=A,B, not {text}")
     name = name.removeprefix("--").replace("-", "_")
-    is_flag = name in {field.name for field in fields(Options)}
+    is_flag = name in {field.name for field in fields(options)}
     return [[f"--{name.replace('_', '-')}", one] if is_flag else ["--set", f"{name}={one}"] for one in choices]
 
 
@@ -181,7 +182,7 @@ def among(records: Sequence[Record], runs: Sequence[Run]) -> list[Record]:
 
 def matching(records: Sequence[Record], task: str, shared: Sequence[str]) -> list[Record]:
     """The records of a task, and of the steps and sizes given on the command line, if any were."""
-    options = parse(shared)
+    options = parse(shared, TASKS[task].kind)
     given = {flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in shared}
     wanted = {name: getattr(options, name) for name in set(results.ARENA) & given} | {"task": task}
     return [one for one in records if all(one["settings"][name] == value for name, value in wanted.items())]

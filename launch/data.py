@@ -6,6 +6,7 @@ to one side of the split by a hash of its name, so that no file is on both sides
 
 import hashlib
 import sysconfig
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,23 +34,23 @@ class Corpus:
     validation_files: tuple[str, ...]
 
 
-def load_corpus(file: str | None, context: int) -> Corpus:
-    """The text of `file`, its last tenth for validation, or else the standard library's, a tenth of its files."""
-    corpus = standard_library() if file is None else single_file(Path(file))
+def load_corpus(file: str | None, context: int, otherwise: Callable[[], Corpus] | None = None) -> Corpus:
+    """The text of `file`, its last tenth for validation, or else the standard library's, or what `otherwise` makes."""
+    corpus = (otherwise or standard_library)() if file is None else single_file(Path(file))
     for side, text in (("training", corpus.train), ("validation", corpus.validation)):
         if len(text) <= context:
             raise UsageError(f"{corpus.name} has {len(text)} bytes of {side} text, too few for --context {context}")
     return corpus
 
 
-def standard_library() -> Corpus:
-    """Python's own .py files, sorted by their path within the library."""
+def standard_library(without: Collection[str] = ()) -> Corpus:
+    """Python's own .py files, sorted by their path within the library, but for those in folders named in `without`."""
     root = Path(sysconfig.get_path("stdlib"))
     sides: dict[bool, dict[str, bytes]] = {True: {}, False: {}}
     size = 0
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         relative = path.relative_to(root)
-        if NOT_LIBRARY.intersection(relative.parts):
+        if NOT_LIBRARY.union(without).intersection(relative.parts):
             continue
         text = path.read_bytes()
         size += len(text)
@@ -62,6 +63,21 @@ def standard_library() -> Corpus:
         validation=as_tensor(b"\n".join(sides[True].values())),
         train_files=tuple(sides[False]),
         validation_files=tuple(sides[True]),
+    )
+
+
+def library_manual() -> Corpus:
+    """The chapters of Python's reference that `help()` shows, prose; the last tenth of each for validation."""
+    from pydoc_data.topics import topics
+
+    chapters = {name: text.encode() for name, text in sorted(topics.items())}
+    cuts = {name: len(text) * 9 // 10 for name, text in chapters.items()}
+    return Corpus(
+        name="the Python reference manual",
+        train=as_tensor(b"\n".join(text[: cuts[name]] for name, text in chapters.items())),
+        validation=as_tensor(b"\n".join(text[cuts[name] :] for name, text in chapters.items())),
+        train_files=tuple(f"{name} (start)" for name in chapters),
+        validation_files=tuple(f"{name} (end)" for name in chapters),
     )
 
 

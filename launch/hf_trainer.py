@@ -25,12 +25,12 @@ import torch.distributed as dist
 from jsonargparse import CLI
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
 import deepspeed_integration  # noqa: F401 (makes the optimizers known to DeepSpeed)
 from kl_dist.huggingface import ConsolidateState, KLShampooFactory
 from launch.data import load_corpus, validation_starts
-from launch.model import BYTES
+from launch.model import gpt2
 from launch.options import UsageError, status_of
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs/hf_zero2.json"
@@ -132,21 +132,9 @@ def make_arguments(options: Options) -> TrainingArguments:
 
 
 def make_model(options: Options) -> GPT2LMHeadModel:
-    """A GPT-2 without dropout, whole on every rank: from_config would make other weights at stage 3 than at stage 2."""
+    """A GPT-2, whole on every rank: from_config would make other weights at stage 3 than at stage 2."""
     torch.manual_seed(options.seed)
-    config = GPT2Config(
-        vocab_size=BYTES,
-        n_positions=options.context + 1,
-        n_embd=options.width,
-        n_layer=options.layers,
-        n_head=options.heads,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return GPT2LMHeadModel(config)
+    return gpt2(options.layers, options.width, options.heads, options.context + 1)
 
 
 def make_trainer(options: Options) -> Trainer:

@@ -3,16 +3,21 @@
 The output head is a Linear of its own, not tied to the embedding. All matrices inside the blocks are plain 2-D weights,
 which is what a matrix optimizer is made for; embeddings, head and norms are what it leaves to AdamW.
 
-A multilayer perceptron of the same make stands beside it for tasks that have no text. What the optimizers ask of a
+A multilayer perceptron of the same make stands beside it for tasks that have no text, and a GPT-2 of transformers for
+jobs that show how libraries go together. What the optimizers ask of a
 model is the same for both: matrices in `blocks`, and an output layer `head`.
 """
 
 import itertools
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
 
 BYTES = 256
 
@@ -53,6 +58,25 @@ class Perceptron(nn.Module):
 
 
 Model = GPT | Perceptron
+
+
+def gpt2(layers: int, width: int, heads: int, positions: int) -> "GPT2LMHeadModel":
+    """A GPT-2 of Hugging Face's transformers on bytes, freshly initialised, without dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel  # seconds, and a library that the other jobs do without
+
+    config = GPT2Config(
+        vocab_size=BYTES,
+        n_positions=positions,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return GPT2LMHeadModel(config)
 
 
 class Block(nn.Module):

@@ -4,8 +4,9 @@ All of them decay the same parameters (matrices and embeddings, never norms). Mu
 blocks and has AdamW beside it; a Kronecker method brings its own AdamW route.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -64,28 +65,36 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 def make_trainer(options: Options, model: Model) -> Trainer:
     """The optimizer that `options` name, over the parameters of the bare model (not its DDP wrapper)."""
-    try:
+    with blamed_on_set(options):
         if options.optimizer in METHODS:
-            optimizers = [kronecker(options, model)]
+            lr, adamw_lr = options.rates
+            # The schedule sets `lr` alone; the optimizer keeps `adamw_lr` in proportion to it.
+            shared: dict[str, Any] = {"lr": lr, "adamw_lr": adamw_lr, "weight_decay": options.weight_decay}
+            head = None if hasattr(model, "get_output_embeddings") else "head"  # transformers' models say it themselves
+            optimizers = [kronecker(options, param_groups(model, output_head=head, **shared))]
         elif options.optimizer == "muon":
             optimizers = muon(options, model)
         else:
             optimizers = [adamw(model.parameters(), options, options.optimizer_options)]
+    return Trainer(optimizers, options.steps, options.warmup_steps)
+
+
+@contextlib.contextmanager
+def blamed_on_set(options: Options) -> Iterator[None]:
+    """What an optimizer refuses is a mistake of the user's where `--set` was given."""
+    try:
+        yield
     except (TypeError, ValueError) as error:
         if not options.set:
             raise
         raise UsageError(f"--set {' '.join(options.set)}: {options.optimizer} says: {error}") from error
-    return Trainer(optimizers, options.steps, options.warmup_steps)
 
 
-def kronecker(options: Options, model: Model) -> Optimizer:
-    """KL-Shampoo or one of its relatives, its state and its work divided over the ranks."""
-    lr, adamw_lr = options.rates
-    # The schedule sets `lr` alone; the optimizer keeps `adamw_lr` in proportion to it.
-    groups = param_groups(model, lr=lr, weight_decay=options.weight_decay, output_head="head", adamw_lr=adamw_lr)
+def kronecker(options: Options, groups: Sequence[dict[str, Any]]) -> Optimizer:
+    """KL-Shampoo or one of its relatives over parameter groups, its state and its work divided over the ranks."""
     return KLShampoo(
         groups,
-        lr=lr,
+        lr=options.rates.lr,
         method=options.optimizer,
         recipe=options.recipe or "fresh",
         precondition_frequency=options.precondition_frequency,

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, ClassVar, NamedTuple, TypeVar, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -67,6 +67,9 @@ def option(default: Any, text: str, **how: Any) -> Any:
 @dataclass(frozen=True)
 class Options:
     """All that a run depends on; together with the text and the code it determines every number of the run."""
+
+    script: ClassVar[str] = "launch/train.py"
+    purpose: ClassVar[str] = "Train a byte-level GPT and see how far an optimizer gets in a number of steps."
 
     optimizer: str = option("kl_shampoo", f"which one: {', '.join(DEFAULT_RATES)}")
     lr: float | None = option(None, "peak learning rate; by default one that suits the optimizer and the demo")
@@ -190,15 +193,14 @@ class Options:
         return self.windows_per_step // parts
 
 
-def parse(arguments: Sequence[str] | None = None) -> Options:
-    """Read the command line; a mistake in it raises `UsageError`."""
-    parser = ArgumentParser(
-        prog="launch/train.py",
-        description="Train a byte-level GPT and see how far an optimizer gets in a number of steps.",
-        exit_on_error=False,
-    )
-    kinds = _kinds()
-    for option_field in fields(Options):
+Kind = TypeVar("Kind", bound=Options)
+
+
+def parse(arguments: Sequence[str] | None = None, options: type[Kind] = Options) -> Kind:  # type: ignore[assignment]
+    """Read the command line of a job with these `options`; a mistake in it raises `UsageError`."""
+    parser = ArgumentParser(prog=options.script, description=options.purpose, exit_on_error=False)
+    kinds = _kinds(options)
+    for option_field in fields(options):
         kind = kinds[option_field.name]
         parser.add_argument(
             _flag(option_field.name),
@@ -208,20 +210,21 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
             **HOW_READ.get(kind, {"type": kind}) | option_field.metadata["how"],
         )
     given = list(sys.argv[1:] if arguments is None else arguments)
-    _refuse_unknown_flags(given)
+    _refuse_unknown_flags(given, list(kinds))
     try:
         values = vars(parser.parse_args(given))
-        options = Options(**values | {"set": tuple(values.get("set", ()))})
+        found = options(**values | {"set": tuple(values.get("set", ()))})
     except ArgumentError as error:
-        raise UsageError(_plain(str(error))) from error
-    options.windows_per_rank(int(os.environ.get("WORLD_SIZE", "1")))
-    return options
+        raise UsageError(_plain(str(error), kinds)) from error
+    found.windows_per_rank(int(os.environ.get("WORLD_SIZE", "1")))
+    return found
 
 
-def _kinds() -> dict[str, Any]:
+def _kinds(options: type[Options]) -> dict[str, Any]:
     """The type of each option, without the None that stands for "not given"."""
-    hints = get_type_hints(Options).items()
-    return {name: next((kind for kind in get_args(hint) if type(None) in get_args(hint)), hint) for name, hint in hints}
+    hints = get_type_hints(options)
+    given = {option_field.name: hints[option_field.name] for option_field in fields(options)}.items()
+    return {name: next((kind for kind in get_args(hint) if type(None) in get_args(hint)), hint) for name, hint in given}
 
 
 def _assignment(text: str) -> tuple[str, Any]:
@@ -235,20 +238,19 @@ def _assignment(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _plain(message: str) -> str:
+def _plain(message: str, kinds: dict[str, Any]) -> str:
     """The parser's complaint about a value in the words of the command line; any other complaint as it is."""
     complaint = re.fullmatch(r'Parser key "(\w+)":.* value: (.*)', " ".join(message.split()))
     if not complaint:
         return message
     name, value = complaint.groups()
-    kind = _kinds()[name]
-    expected = {int: "a whole number", float: "a number"}.get(kind, "a word")
+    expected = {int: "a whole number", float: "a number"}.get(kinds[name], "a word")
     return f"{_flag(name)} takes {expected}, not {value}"
 
 
-def _refuse_unknown_flags(arguments: Sequence[str]) -> None:
+def _refuse_unknown_flags(arguments: Sequence[str], names: Sequence[str]) -> None:
     """Name the flag that was probably meant; the parser would only repeat the mistake."""
-    known = ["--help", *(_flag(option_field.name) for option_field in fields(Options))]
+    known = ["--help", *map(_flag, names)]
     for argument in arguments:
         flag = argument.split("=")[0]
         if flag.startswith("--") and flag not in known:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from launch.metrics import Record
-from launch.optimizers import Trainer, make_trainer
+from launch.optimizers import Trainer
 from launch.options import Options
 from launch.ranks import Ranks, joined_ranks
 from launch.regression import Regression
@@ -39,8 +39,9 @@ class Run:
 
 def settings_of(task: str, options: Options) -> Record:
     """All that decides how a run goes, with the optimizers' own options after every default is filled in."""
-    trainer = make_trainer(options, TASKS[task].build(options))
-    settings = {name: getattr(options, name) for name in DECIDING}
+    job = TASKS[task]
+    trainer = job.serve(options, job.build(options))
+    settings = {name: getattr(options, name) for name in (*DECIDING, *job.deciding)}
     settings |= {"task": task, "data": data_hash(task, options.data, options.context), "warmup": options.warmup_steps}
     settings |= {"eval_every": options.eval_every, "groups": resolved(trainer)}
     return json.loads(json.dumps(settings, default=str))
@@ -113,7 +114,7 @@ def measure(job: Job) -> Record:
         "optimizer_seconds": statistics.median(one[f"optimizer_{cpu}seconds"] for one in steps),
         "optimizer_seconds_mean": statistics.fmean(one[f"optimizer_{cpu}seconds"] for one in steps),
         "state_bytes": state_bytes(job.trainer),
-        "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in job.model.parameters() if parameter.requires_grad),
     }
 
 

@@ -19,7 +19,7 @@ from matplotlib.ticker import LogFormatter
 from launch.metrics import Record
 from launch.results import ARENA, arena, identity
 
-UNITS = {"text": "nats per byte", "regression": "mean square error"}
+UNITS = {"text": "nats per byte", "regression": "mean square error", "finetuning": "nats per byte"}
 HEADINGS = (
     "setting",
     "final loss",

@@ -39,6 +39,11 @@ VALIDATION_WINDOWS = 128
 class Job:
     """Everything one run holds on one rank: text, model, optimizer."""
 
+    kind: type[Options] = Options
+    """Of the options that it takes."""
+    deciding: tuple[str, ...] = ()
+    """Those of them that decide how a run goes and that no other job has."""
+
     def __init__(self, options: Options, ranks: Ranks) -> None:
         self.options = options
         self.ranks = ranks
@@ -49,7 +54,7 @@ class Job:
         self.model = self.build(options).to(ranks.device)
         self.laid = lay_out(self.model, options.parallel, options.inner, ranks)
         # After every rank has its weights, and on the bare model, whose modules have plain names.
-        self.trainer: Trainer = make_trainer(options, self.model)
+        self.trainer = self.serve(options, self.model)
         # DDP lays out its buckets anew after its first backward, and with them the order in which ranks are summed. Let
         # that backward be this one, so that every step, also the first of a job that continues, sums in the same order.
         self.loss(self.laid.module, self.corpus.train, self.rows(step=0)).backward()
@@ -57,13 +62,18 @@ class Job:
 
     @staticmethod
     def read(options: Options) -> Corpus:
-        """What is learned; with `build` and `loss`, all that another task needs to say of itself."""
+        """What is learned; with `build`, `serve` and `predict` or `loss`, all that another task says of itself."""
         return load_corpus(options.data, options.context)
 
     @staticmethod
     def build(options: Options) -> Model:
         """The model, freshly initialised."""
         return GPT(options.layers, options.width, options.heads, options.context)
+
+    @staticmethod
+    def serve(options: Options, model: Model) -> Trainer:
+        """The optimizer of the bare model, in its place and on its device."""
+        return make_trainer(options, model)
 
     def start(self) -> int:
         """Begin afresh or continue; returns how many steps are already done."""
@@ -134,7 +144,12 @@ class Job:
         device = self.ranks.device
         inputs, targets = (part.to(device) for part in windows(text, starts, self.options.context))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+            return F.cross_entropy(self.predict(model, inputs).flatten(0, 1), targets.flatten())
+
+    @staticmethod
+    def predict(model: nn.Module, inputs: Tensor) -> Tensor:
+        """What a model makes of its inputs (batch x time), as logits."""
+        return model(inputs)
 
     def save(self, step: int) -> Path | None:
         """The folder of the checkpoint; None where it could not be written, which is said and not fatal."""
@@ -206,12 +221,12 @@ def finish(job: Job, log: Log, saved: Path | None) -> None:
     print(f"\nTo compare, run the same with --optimizer {other}.")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, job: type[Job] = Job) -> int:
     """Run the job that the command line asks for; returns the exit status."""
     try:
-        options = parse(arguments)
+        options = parse(arguments, job.kind)
         with joined_ranks() as ranks:
-            saved = run(Job(options, ranks))
+            saved = run(job(options, ranks))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ POOLS = {"world", "worlds"}
 IMPORTED = {
     "test_deepspeed": ("deepspeed",),
     "test_huggingface": ("transformers.trainer", "accelerate"),
-    "test_launch": ("jsonargparse", "lightning.pytorch", "transformers.trainer", "deepspeed"),
+    "test_launch": ("jsonargparse", "lightning.pytorch", "transformers.trainer", "deepspeed", "peft"),
     "test_lightning": ("lightning.pytorch", "pytorch_lightning"),
 }
 """By the beginning of a test module's name what its tests import on ranks: kept out of runs that have none of them."""

@@ -24,6 +24,7 @@ LESS = {
     "pip install .": "--no-deps --no-build-isolation --target {out}",
     "python -m deepspeed_integration.universal": "",
     "launch/hf_trainer.py": GPT,
+    "launch/lora.py": GPT + " --base-steps 4 --base {out}/base",
     "launch/train_deepspeed.py": GPT,
     "launch/train_lightning.py": LIGHTNING,
 }

@@ -17,7 +17,7 @@ from kl_dist.layouts import placement
 from kl_dist.layouts.reduction import Reduction
 from kl_dist.layouts.replicas import check_replicas
 from kl_dist.planning.plan import Plan, make_plan
-from kl_dist.planning.routes import look_like_embeddings, routing_table
+from kl_dist.planning.routes import doubts, routing_table
 from kl_dist.ranks import Ranks
 from kl_dist.state_dicts import StateDicts
 from kl_dist.step import stats
@@ -134,14 +134,8 @@ class KLShampoo(StateDicts):
         plan = self._new_plan(None)
         with self._ranks.together():
             self._adopt(plan)
-        seeming = look_like_embeddings(plan)
-        if seeming and self._ranks.rank == 0:
-            log.warning(
-                "%s %s like an embedding or output head, and %s served as a matrix: give KLShampoo the model or"
-                " param_groups(model, output_head=..), which know, or name what AdamW shall serve in adamw_names",
-                ", ".join(map(repr, seeming)),
-                *(("looks", "is") if len(seeming) == 1 else ("look", "are")),
-            )
+        for said in doubts(plan) if self._ranks.rank == 0 else ():
+            log.warning(said)
 
     # -- parameters and plan ------------------------------------------------------------------------------------------
 

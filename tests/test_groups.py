@@ -210,15 +210,20 @@ def warned(caplog: pytest.LogCaptureFixture, params, **options) -> str:
     return caplog.text
 
 
-def test_what_looks_like_an_embedding_and_is_served_as_a_matrix_is_named_once(caplog):
-    def model(names: str) -> list[tuple[str, nn.Parameter]]:
-        shapes = {"table": (5000, 16), "wide": (16, 5000), "mlp": (64, 16), "x.lm_head.weight": (11, 8)}
+def test_what_seems_no_matrix_and_is_served_as_one_is_named(caplog):
+    shapes = {"table": (5000, 16), "wide": (16, 5000), "mlp": (64, 16), "x.lm_head.weight": (11, 8)}
+    shapes |= {"experts": (32, 24, 20), "kernel": (24, 24, 3, 3), "long": (4000, 4), "large": (4096, 1024)}
+
+    def named(names: str) -> list[tuple[str, nn.Parameter]]:
         return [(name, nn.Parameter(torch.zeros(shapes[name]))) for name in names.split()]
 
-    assert "'table', 'wide', 'x.lm_head.weight' look like" in warned(caplog, model("table mlp wide x.lm_head.weight"))
-    assert "'group0.param0' looks like an embedding" in warned(caplog, [model("table")[0][1]])
-    for served in ({"adamw_names": ["table"]}, {"method": "adamw"}):
-        assert "looks like" not in warned(caplog, model("table mlp"), **served)
-    assert "looks like" not in warned(caplog, nn.Sequential(nn.Embedding(5000, 16), nn.Linear(16, 64)))
-    long = [("long", nn.Parameter(torch.zeros(4000, 4))), ("mlp", nn.Parameter(torch.zeros(4096, 1024)))]
-    assert not warned(caplog, long)
+    said = warned(caplog, named("table mlp wide x.lm_head.weight"))
+    assert "'table', 'wide', 'x.lm_head.weight' are by name or shape an embedding or output head" in said
+    assert "'group0.param0' is by name or shape an embedding" in warned(caplog, [named("table")[0][1]])
+    assert "'experts' is served as one tensor of three sides" in warned(caplog, named("experts kernel"))
+    for served in ({"adamw_names": ["table", "experts"]}, {"method": "adamw"}):
+        assert not warned(caplog, named("table mlp experts"), **served)
+    assert not warned(caplog, [{"params": named("experts"), "matrices": {"batch": (0,)}}])
+    assert not warned(caplog, named("long large kernel mlp"))
+    assert not warned(caplog, named("kernel"), recipe="paper")
+    assert not warned(caplog, nn.Sequential(nn.Embedding(5000, 16), nn.Linear(16, 64)))

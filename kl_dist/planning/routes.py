@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+from kl_dist.planning.matrices import SMALL_DIM
 from kl_dist.planning.plan import Plan
 
 VOCABULARY = 4096  # rows or columns of an embedding or output head, at least; and this many for each of the other side:
@@ -14,16 +15,33 @@ ITS_NAMES = re.compile(
 )
 
 
-def look_like_embeddings(plan: Plan) -> list[str]:
-    """The names of parameters that are served as matrices, but by name or shape seem an embedding or an output head."""
-    matrices = {unit.parameter for unit in plan.units if not unit.elementwise}
-    found = []
-    for number, parameter in enumerate(plan.parameters):
-        if number in matrices and len(parameter.shape) == 2:
-            short, long = sorted(parameter.shape)
-            if ITS_NAMES.search(parameter.name) or long >= max(VOCABULARY, VOCABULARY_RATIO * short):
-                found.append(parameter.name)
-    return found
+def doubts(plan: Plan) -> list[str]:
+    """What to say of parameters that are served as matrices, and by name or shape seem to be something else."""
+    units = {unit.parameter: unit for unit in plan.units if not unit.elementwise}
+    embeddings, stacks = [], []
+    for number, unit in units.items():
+        name, shape = plan.parameters[number].name, plan.parameters[number].shape
+        if len(shape) == 2 and (ITS_NAMES.search(name) or max(shape) >= max(VOCABULARY, VOCABULARY_RATIO * min(shape))):
+            embeddings.append(name)
+        elif sum(side > SMALL_DIM for side in unit.reading.shape[1:]) > 2:
+            stacks.append(name)
+    said = []
+    if embeddings:
+        said.append(
+            f"{_listed(embeddings)} by name or shape an embedding or output head, and served as a matrix: {ASK}"
+        )
+    if stacks:
+        said.append(f"{_listed(stacks)} served as one tensor of three sides or more, experts and all: {ASK}")
+    return said
+
+
+ASK = (
+    "give KLShampoo the model, or param_groups(model, output_head=..), which know, or say it in adamw_names or matrices"
+)
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(map(repr, names))} {'is' if len(names) == 1 else 'are'}"
 
 
 def routing_table(plan: Plan) -> str:

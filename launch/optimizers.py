@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from kl_dist import METHODS, KLShampoo, param_groups
+from kl_dist import KLShampoo, param_groups
 from launch.model import Model
 from launch.muon import Float32Muon
-from launch.options import Options, UsageError
+from launch.options import METHOD_OF, Options, UsageError
 
 ADAMW_BETAS = (0.9, 0.95)
 MUON_OPTIONS: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw", "momentum": 0.85}
@@ -65,7 +65,7 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 def make_trainer(options: Options, model: Model) -> Trainer:
     """The optimizer that `options` name, over the parameters of the bare model (not its DDP wrapper)."""
     try:
-        if options.optimizer in METHODS:
+        if options.optimizer in METHOD_OF:
             optimizers = [kronecker(options, model)]
         elif options.optimizer == "muon":
             optimizers = muon(options, model)
@@ -86,7 +86,7 @@ def kronecker(options: Options, model: Model) -> Optimizer:
     return KLShampoo(
         groups,
         lr=lr,
-        method=options.optimizer,
+        method=METHOD_OF[options.optimizer],
         recipe=options.recipe or "fresh",
         precondition_frequency=options.precondition_frequency,
         **options.optimizer_options,

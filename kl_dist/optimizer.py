@@ -53,7 +53,7 @@ class KLShampoo(StateDicts):
             `method`, all others by AdamW.
         lr: learning rate of matrices, and of AdamW unless `adamw_lr` is given.
         betas: weights of the old momentum and the old second moments. None: (0.9, 0.9), for the other methods
-            (0.95, 0.95), for recipe "paper" (0.9, 0.98); "muon" has (0.85, 0.95), and (0.95, 0.95).
+            (0.95, 0.95), for recipe "paper" (0.9, 0.98); "muon" has (0.85, 0.95) and (0.95, 0.95).
         eps: added to denominators; relative to the gradients' scale for matrices under "fresh".
         weight_decay: decoupled.
         method: "kl_shampoo", "kl_soap", "soap", "shampoo", "muon", or "adamw".

@@ -1,7 +1,7 @@
 """The optimizers that can be compared, behind one small object, and the learning-rate schedule they share.
 
-All of them decay the same parameters (matrices and embeddings, never norms). Muon updates only the matrices inside the
-blocks and has AdamW beside it; a Kronecker method brings its own AdamW route.
+All of them decay the same parameters (matrices and embeddings, never norms). "muon", torch's, updates only the matrices
+inside the blocks and has AdamW beside it; our methods bring their own AdamW route, "kl_muon" among them.
 """
 
 import math
@@ -79,7 +79,7 @@ def make_trainer(options: Options, model: Model) -> Trainer:
 
 
 def kronecker(options: Options, model: Model) -> Optimizer:
-    """KL-Shampoo or one of its relatives, its state and its work divided over the ranks."""
+    """One of our methods, its state and its work divided over the ranks."""
     lr, adamw_lr = options.rates
     # The schedule sets `lr` alone; the optimizer keeps `adamw_lr` in proportion to it.
     groups = param_groups(model, lr=lr, weight_decay=options.weight_decay, output_head="head", adamw_lr=adamw_lr)

@@ -10,6 +10,8 @@ from deepspeed_integration.registration import register
 
 register()
 
-KLShampoo, KLSOAP, SOAP, Shampoo = (TYPES[title] for title in ("KLShampoo", "KLSOAP", "SOAP", "Shampoo"))
+KLShampoo, KLSOAP, SOAP, Shampoo, KLMuon = (
+    TYPES[title] for title in ("KLShampoo", "KLSOAP", "SOAP", "Shampoo", "KLMuon")
+)
 
-__all__ = ["KLSOAP", "SOAP", "KLShampoo", "Shampoo"]
+__all__ = ["KLSOAP", "SOAP", "KLMuon", "KLShampoo", "Shampoo"]

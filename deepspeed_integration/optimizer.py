@@ -256,13 +256,14 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
 
 
 TYPES: dict[str, type[DeepSpeedOptimizer]] = {}
-"""What `"type"` may be: of every method its title without hyphens, its name, and that without underscores; DeepSpeed's
-look-up tells upper from lower case."""
+"""What `"type"` may be: of every method its title without hyphens, that in small letters, with underscores and without;
+DeepSpeed's look-up tells upper from lower case. "Muon" is DeepSpeed's own, so method "muon" is "KLMuon"."""
 
 
 def make_type(method: str) -> None:
     """Make the class that `"type"` asks for, for a method of `kl_dist.METHODS`."""
+    called = kl_dist.METHODS[method].called
     title = kl_dist.METHODS[method].title.replace("-", "")
     made = type(title, (DeepSpeedOptimizer,), {"method": method, "__doc__": f'`{{"type": "{title}"}}`.'})
-    for name in (title, method, method.replace("_", "")):
+    for name in (title, called, called.replace("_", "")):
         TYPES[name] = made

@@ -7,7 +7,7 @@ from deepspeed.runtime.zero import utils as zero_utils
 
 from deepspeed_integration import wrapping
 from deepspeed_integration.optimizer import TYPES, make_type
-from kl_dist.methods import for_each_method
+from kl_dist.methods import METHODS, for_each_method
 
 
 def register() -> None:
@@ -22,7 +22,7 @@ def register_method(method: str) -> None:
     Raises:
         RuntimeError: torch.optim has another optimizer of one of these names.
     """
-    if method not in TYPES:
+    if METHODS[method].called not in TYPES:
         make_type(method)
     for name, kind in TYPES.items():
         if getattr(torch.optim, name, kind) is not kind:

@@ -1,4 +1,4 @@
-"""Distributed KL-Shampoo, KL-SOAP, SOAP and Shampoo for PyTorch.
+"""Distributed KL-Shampoo, KL-SOAP, SOAP, Shampoo and Muon for PyTorch.
 
     opt = KLShampoo(param_groups(model, lr=1e-2), lr=1e-2)
 

@@ -53,11 +53,12 @@ class KLShampoo(StateDicts):
             `method`, all others by AdamW.
         lr: learning rate of matrices, and of AdamW unless `adamw_lr` is given.
         betas: weights of the old momentum and the old second moments. None: (0.9, 0.9), for the other methods
-            (0.95, 0.95), for recipe "paper" (0.9, 0.98).
+            (0.95, 0.95), for recipe "paper" (0.9, 0.98); "muon" has (0.85, 0.95) and (0.95, 0.95).
         eps: added to denominators; relative to the gradients' scale for matrices under "fresh".
         weight_decay: decoupled.
-        method: "kl_shampoo", "kl_soap", "soap", "shampoo", or "adamw".
-        recipe: "fresh", the project's form, or "paper", the released codes' to the letter.
+        method: "kl_shampoo", "kl_soap", "soap", "shampoo", "muon", or "adamw".
+        recipe: "fresh", the project's form, "paper", the released codes' to the letter (torch.optim.Muon's for method
+            "muon"), or "normuon", method "muon" with its neurons normalised.
         precondition_frequency: T; the eigenbases are refreshed every T steps. None: 2 ("paper": 10).
         shampoo_beta: weight of the old factors. None: betas[1].
         blocking: "square" cuts a matrix along its long side into near-square blocks; "none". None: the recipe's.
@@ -65,11 +66,13 @@ class KLShampoo(StateDicts):
         process_group: ranks to partition over. None: all of them.
         nesterov: momentum one step ahead. None: True ("paper": False).
         stagger: spread the refreshes over the T steps. None: True ("paper": False).
-        long_side: "cut", "diagonal" or "identity".
+        long_side: "cut", "diagonal" or "identity". None: "cut", but for "muon", which keeps nothing of any side.
         merge_dims: read small trailing dimensions (convolution kernels) as columns. None: True ("paper": False).
         matrices: which axes are batch, rows and columns, and equal parts along an axis, of all parameters of a group
             or by name: kl_dist.planning.matrices.
         shampoo_exponent: p of method "shampoo". None: 1 / (2 K) for K sides.
+        adjust_lr_fn: the scale of method "muon", as torch.optim.Muon names it: "original", Keller Jordan's, or
+            "match_rms_adamw". None: "match_rms_adamw" ("paper": "original").
         adamw_lr: AdamW's learning rate while `lr` has its constructed value; schedules move both in proportion.
         adamw_betas: None: `betas` where given, else (0.9, 0.95).
         adamw_names: names of parameters that AdamW serves though they have two dimensions or more.
@@ -101,10 +104,11 @@ class KLShampoo(StateDicts):
         process_group: dist.ProcessGroup | None = None,
         nesterov: bool | None = None,
         stagger: bool | None = None,
-        long_side: str = "cut",
+        long_side: str | None = None,
         merge_dims: bool | None = None,
         matrices: Mapping[str, Any] | None = None,
         shampoo_exponent: float | None = None,
+        adjust_lr_fn: str | None = None,
         adamw_lr: float | None = None,
         adamw_betas: tuple[float, float] | None = None,
         adamw_names: Sequence[str] | None = None,

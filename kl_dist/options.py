@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 LONG_SIDES = ("cut", "diagonal", "identity")
 BLOCKINGS = ("square", "none")
+ADJUSTMENTS = ("original", "match_rms_adamw")
 
 RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "fresh": {
@@ -24,6 +25,7 @@ RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
         "nesterov": True,
         "stagger": True,
         "blocking": "square",
+        "long_side": "cut",
         "merge_dims": True,
     },
     "paper": {
@@ -32,6 +34,7 @@ RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
         "nesterov": False,
         "stagger": False,
         "blocking": "none",
+        "long_side": "cut",
         "merge_dims": False,
     },
 }
@@ -53,14 +56,18 @@ DEFAULTS: dict[str, Any] = {
     "stagger": None,
     "blocking": None,
     "max_preconditioner_dim": 8192,
-    "long_side": "cut",
+    "long_side": None,
     "merge_dims": None,
     "matrices": None,
     "shampoo_exponent": None,
+    "adjust_lr_fn": None,
     "adamw_lr": None,
     "adamw_betas": None,
     "adamw_names": None,
 }
+
+LATER = ("adjust_lr_fn",)
+"""What states saved by earlier versions lack; loading one leaves it as it is."""
 
 STRUCTURAL = (
     "method",
@@ -193,6 +200,8 @@ def check_numbers(group: Mapping[str, Any]) -> None:
         _check_number("shampoo_beta", group["shampoo_beta"], 0.0, 1.0)
     if group["shampoo_exponent"] is not None:
         _check_number("shampoo_exponent", group["shampoo_exponent"], 1e-3, 1.0)
+    if group["adjust_lr_fn"] is not None:
+        _check_choice(group, "adjust_lr_fn", ADJUSTMENTS)
     _check_integer(group, "precondition_frequency")
     _check_flag(group, "nesterov")
     _check_flag(group, "stagger")

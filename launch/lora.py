@@ -28,12 +28,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import GPT2LMHeadModel
 
-from kl_dist import METHODS
 from launch import train
 from launch.data import Corpus, library_manual, load_corpus, standard_library
 from launch.model import gpt2
 from launch.optimizers import ADAMW_BETAS, Trainer, blamed_on_set, kronecker
-from launch.options import Options, Rates, UsageError, option
+from launch.options import METHOD_OF, Options, Rates, UsageError, option
 from launch.ranks import joined_ranks
 
 ADAPTED = ("c_attn", "c_proj", "c_fc")
@@ -41,7 +40,7 @@ ADAPTED = ("c_attn", "c_proj", "c_fc")
 
 LONG_SIDES = ("blocks", "diagonal", "identity")
 
-OPTIMIZERS = (*METHODS, "adamw")
+OPTIMIZERS = (*METHOD_OF, "adamw")
 
 DEFAULT_LR = 1e-2
 """The best of KL-Shampoo's and of AdamW's at rank 8, by docs/finetuning.md; rank 64 wants half of it."""

@@ -1,7 +1,7 @@
 """The optimizers that can be compared, behind one small object, and the learning-rate schedule they share.
 
-All of them decay the same parameters (matrices and embeddings, never norms). Muon updates only the matrices inside the
-blocks and has AdamW beside it; a Kronecker method brings its own AdamW route.
+All of them decay the same parameters (matrices and embeddings, never norms). "muon", torch's, updates only the matrices
+inside the blocks and has AdamW beside it; our methods bring their own AdamW route, "kl_muon" among them.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from kl_dist import METHODS, KLShampoo, param_groups
+from kl_dist import KLShampoo, param_groups
 from launch.model import Model
 from launch.muon import Float32Muon
-from launch.options import Options, UsageError
+from launch.options import METHOD_OF, Options, UsageError
 
 ADAMW_BETAS = (0.9, 0.95)
 MUON_OPTIONS: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw", "momentum": 0.85}
@@ -66,7 +66,7 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 def make_trainer(options: Options, model: Model) -> Trainer:
     """The optimizer that `options` name, over the parameters of the bare model (not its DDP wrapper)."""
     with blamed_on_set(options):
-        if options.optimizer in METHODS:
+        if options.optimizer in METHOD_OF:
             lr, adamw_lr = options.rates
             # The schedule sets `lr` alone; the optimizer keeps `adamw_lr` in proportion to it.
             shared: dict[str, Any] = {"lr": lr, "adamw_lr": adamw_lr, "weight_decay": options.weight_decay}
@@ -91,11 +91,11 @@ def blamed_on_set(options: Options) -> Iterator[None]:
 
 
 def kronecker(options: Options, groups: Sequence[dict[str, Any]]) -> Optimizer:
-    """KL-Shampoo or one of its relatives over parameter groups, its state and its work divided over the ranks."""
+    """One of our methods over parameter groups, its state and its work divided over the ranks."""
     return KLShampoo(
         groups,
         lr=options.rates.lr,
-        method=options.optimizer,
+        method=METHOD_OF[options.optimizer],
         recipe=options.recipe or "fresh",
         precondition_frequency=options.precondition_frequency,
         **options.optimizer_options,

@@ -44,9 +44,13 @@ class Rates(NamedTuple):
 
 PARALLEL = ("ddp", "fsdp", "hsdp", "tp", "fsdp+tp")
 
+METHOD_OF = {method.called: name for name, method in METHODS.items()}
+"""Our methods by what --optimizer calls them: "kl_muon" is Muon on our engine, "muon" is torch's."""
+
 # The best that docs/learning.md found for the demo's model and text; another model wants its own search.
 DEFAULT_RATES = {
-    **dict.fromkeys(METHODS, Rates(1e-2, 5e-3)),
+    **dict.fromkeys(METHOD_OF, Rates(1e-2, 5e-3)),
+    "kl_muon": Rates(1.5e-2, 5e-3),
     "muon": Rates(1.5e-2, 5e-3),
     "adamw": Rates(2e-3, 2e-3),
 }
@@ -75,7 +79,7 @@ class Options:
     lr: float | None = option(None, "peak learning rate; by default one that suits the optimizer and the demo")
     adamw_lr: float | None = option(None, "the same for embeddings, head and 1-D parameters beside a matrix optimizer")
     weight_decay: float = option(0.01, "decoupled weight decay of everything but norms")
-    recipe: str | None = option(None, "form of a Kronecker method: fresh, the default, or paper")
+    recipe: str | None = option(None, "form of one of our methods: fresh, the default, paper, or normuon of kl_muon")
     precondition_frequency: int | None = option(None, "steps between refreshes of a Kronecker method's eigenbases")
     set: tuple[str, ...] = option(
         (), "any other option of the optimizer, as key=value: --set nesterov=False momentum=0.9"
@@ -124,8 +128,8 @@ class Options:
             )
         if self.warmup is not None and self.warmup >= self.steps:
             raise UsageError(f"--warmup {self.warmup} leaves nothing of --steps {self.steps}")
-        if self.optimizer in METHODS:
-            recipes = METHODS[self.optimizer].rules
+        if self.optimizer in METHOD_OF:
+            recipes = METHODS[METHOD_OF[self.optimizer]].rules
             if self.recipe not in (None, *recipes):
                 raise UsageError(f"--recipe takes {' or '.join(recipes)}, not {self.recipe}")
         else:

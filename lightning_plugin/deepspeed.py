@@ -64,7 +64,7 @@ class UnderDeepSpeed:
             return
         asked, given = str(entry.get("type")), dict(self.optimizer_options)
         methods = [given.pop("method")] if "method" in given else METHODS
-        if asked.lower().replace("_", "") not in [method.replace("_", "") for method in methods]:
+        if asked.lower().replace("_", "") not in [METHODS[method].called.replace("_", "") for method in methods]:
             raise ValueError(
                 f"the DeepSpeed config asks for {asked!r}, and the strategy trains with KLShampoo: leave the config's"
                 ' "optimizer" out, and AdamW of configure_optimizers is converted, or have it say "type": "KLShampoo"'

@@ -28,8 +28,9 @@ class TakesOptimizerOptions:
         betas: weights of the old momentum and of the old second moments.
         eps: added to denominators; relative to the gradients' scale for matrices under recipe "fresh".
         weight_decay: decoupled; in place of the module's, but for groups it has set to 0 beside others.
-        method: "kl_shampoo", "kl_soap", "soap", "shampoo", or one that was added.
-        recipe: "fresh", the project's form, or "paper", the released codes' to the letter.
+        method: "kl_shampoo", "kl_soap", "soap", "shampoo", "muon", or one that was added.
+        recipe: "fresh", the project's form, "paper", the released codes' to the letter (torch.optim.Muon's for method
+            "muon"), or "normuon", method "muon" with its neurons normalised.
         precondition_frequency: T; the eigenbases are refreshed every T steps.
         shampoo_beta: weight of the old Kronecker factors; betas[1] unless given.
         blocking: "square" cuts a matrix along its long side into near-square blocks; "none".
@@ -41,6 +42,7 @@ class TakesOptimizerOptions:
         matrices: which axes are batch, rows and columns, and equal parts along an axis, of all parameters or by name:
             kl_dist.planning.matrices. It goes before what is known of the modules of libraries.
         shampoo_exponent: p of method "shampoo".
+        adjust_lr_fn: the scale of method "muon": "original" or "match_rms_adamw".
         adamw_lr: AdamW's learning rate where the matrices have `lr`.
         adamw_betas: AdamW's betas.
         adamw_names: parameters, by name, that AdamW serves beside embeddings, output head and what is no matrix.
@@ -73,6 +75,7 @@ class TakesOptimizerOptions:
         merge_dims: bool | None = None,
         matrices: dict[str, Any] | None = None,
         shampoo_exponent: float | None = None,
+        adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
         adamw_lr: float | None = None,
         adamw_betas: Pair | None = None,
         adamw_names: list[str] | None = None,

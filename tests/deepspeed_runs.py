@@ -18,7 +18,7 @@ from tests.noise import NOISE
 STEPS, SHARES, SAMPLES = 12, 2, 12
 LR, DECAY, CLIP = 2e-2, 0.1, 0.5
 OPTIONS = {"lr": LR, "weight_decay": DECAY}
-TYPES = {"kl_shampoo": "KLShampoo", "kl_soap": "KLSOAP", "soap": "SOAP", "shampoo": "Shampoo"}
+TYPES = {"kl_shampoo": "KLShampoo", "kl_soap": "KLSOAP", "soap": "SOAP", "shampoo": "Shampoo", "muon": "KLMuon"}
 
 
 class Net(nn.Module):

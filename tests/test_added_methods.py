@@ -145,4 +145,4 @@ def test_its_name_and_recipes_are_known_to_the_options(world):
 def test_a_name_that_could_not_be_saved_is_refused(method, recipe):
     with pytest.raises(ValueError, match="a method or recipe of one's own is named by a word"):
         add_rule(method, recipe, RULE)
-    assert tuple(kl_dist.METHODS) == ("kl_shampoo", "kl_soap", "soap", "shampoo")
+    assert tuple(kl_dist.METHODS) == ("kl_shampoo", "kl_soap", "soap", "shampoo", "muon")

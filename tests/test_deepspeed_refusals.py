@@ -78,6 +78,20 @@ def test_every_way_of_giving_the_optimizer_is_the_same(worlds, stage):
     assert len(found) == 5 and all(same_bits(weights, found["entry"]) for weights in found.values())
 
 
+def names_of_types(group):
+    """What the look-up of a config's "type" finds: (ours, torch's own Muon)."""
+    with deepspeed_here(group):
+        import deepspeed_integration as ours
+
+        found = [getattr(torch.optim, name, None) for name in ("KLMuon", "kl_muon", "klmuon")]
+        theirs = [getattr(torch.optim, name, None) for name in ("Muon", "muon")]
+        return all(kind is ours.KLMuon for kind in found), not any(kind is ours.KLMuon for kind in theirs)
+
+
+def test_muon_has_a_name_of_its_own_beside_deepspeeds_and_torchs(worlds):
+    assert worlds[2].run(names_of_types, 2) == [(True, True)] * 2
+
+
 def made_by_hand(group, make, **zero):
     """The weights after three steps of an optimizer that is handed over; without `make`, of the config's entry."""
     with deepspeed_here(group) as deepspeed:

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from kl_dist import KLShampoo
+from kl_dist.methods import rule
 from tests.models import METHODS, deviation, same_bits, train_alone, train_with_ddp, zoo, zoo_groups
 from tests.noise import NOISE, float32_limit
 from tests.products import product
 
-STEPS = 16
+STEPS, LR = 16, 1e-2
 
 # recipe "paper" keeps null spaces, in which rounding errors choose the basis: its factors have to be of full rank soon
 HIDDEN = {"fresh": 140, "paper": 16}
@@ -20,7 +21,7 @@ HIDDEN = {"fresh": 140, "paper": 16}
 def one_process(method: str, recipe: str, dtype: torch.dtype, seed: int = 0, hidden: int = 0, **options):
     """Weights after STEPS; with a seed, under relative noise on the gradients ("paper": but the first step's)."""
     model = zoo(dtype, hidden or HIDDEN[recipe])
-    optimizer = KLShampoo(zoo_groups(model), lr=1e-2, method=method, recipe=recipe, **options)
+    optimizer = KLShampoo(zoo_groups(model), lr=LR, method=method, recipe=recipe, **options)
     generator = torch.Generator().manual_seed(seed)
 
     def disturb(step: int) -> None:
@@ -41,7 +42,7 @@ YARDSTICKS = {
 
 def on_ranks(world, world_size, method, recipe, dtype, bucket_bytes=None, hidden=0, **options):
     """The weights after STEPS, which are the same on all ranks, and the number of buckets."""
-    options = {"lr": 1e-2, "method": method, "recipe": recipe, **options}
+    options = {"lr": LR, "method": method, "recipe": recipe, **options}
     results = world.run(train_with_ddp, world_size, dtype, hidden or HIDDEN[recipe], STEPS, bucket_bytes, options)
     weights, buckets = results[0]
     assert all(same_bits(others, weights) for others, _ in results)
@@ -53,6 +54,8 @@ def test_weights_do_not_depend_on_the_number_of_ranks(world, method, recipe, wor
     """But for rounding: in float32 no more than noise of 1e-7 on the gradients makes of them."""
     weights, _ = on_ranks(world, world_size, method, recipe, dtype)
     limit = 1e-9 if dtype == torch.float64 else float32_limit(f"ddp {recipe} {method}")
+    if (method, recipe, dtype) == ("muon", "paper", torch.float32):
+        limit = LR * 2**-8  # its products are bfloat16's: what noise moves across a rounding moves that far
     assert deviation(weights, one_process(method, recipe, dtype)) <= limit
 
 
@@ -61,7 +64,8 @@ def test_the_other_schedule_of_refreshes_does_not_depend_on_the_number_of_ranks(
     stagger = recipe == "paper"
     weights, _ = on_ranks(world, 3, method, recipe, torch.float64, stagger=stagger)
     assert deviation(weights, one_process(method, recipe, torch.float64, stagger=stagger)) <= 1e-9
-    assert deviation(weights, one_process(method, recipe, torch.float64)) > 1e-6  # the schedule did change
+    changed = deviation(weights, one_process(method, recipe, torch.float64)) > 1e-6
+    assert changed is (rule(method, recipe).refresh is not None)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -178,13 +178,18 @@ def test_the_docstring_names_what_a_recipe_fills_in(option):
     fresh, other, paper = (
         recipe_defaults(*key)[option] for key in (("kl_shampoo", "fresh"), ("soap", "fresh"), ("soap", "paper"))
     )
+    if option == "long_side":
+        assert text.endswith('None: "cut", but for "muon", which keeps nothing of any side.')
+        assert (fresh, paper, recipe_defaults("muon", "fresh")[option]) == ("cut", "cut", "identity")
+        return
     if option == "blocking":
         assert text.endswith("None: the recipe's.") and (fresh, paper) == ("square", "none")
         return
     after = text.partition("None: ")[2]
     if option == "betas":
         named = re.findall(r"\([\d., ]+\)", after)
-        assert [ast.literal_eval(pair) for pair in named] == [fresh, other, paper]
+        muons = [recipe_defaults("muon", recipe)[option] for recipe in ("fresh", "paper")]
+        assert [ast.literal_eval(pair) for pair in named] == [fresh, other, paper, *muons]
         return
     match = re.fullmatch(r'(\w+) \("paper": (\w+)\)\.', after)
     assert match is not None, text

@@ -355,6 +355,7 @@ def test_what_cannot_be_trained_is_refused(worlds):
     [
         ({"config": from_the_entry("AdamW")}, "asks for 'AdamW'"),
         ({"config": from_the_entry("KLSOAP"), "method": "soap"}, "asks for 'KLSOAP'"),
+        ({"config": from_the_entry("Muon"), "method": "muon"}, "asks for 'Muon'"),
         ({"config": from_the_entry(), "lr": 1e-2}, "give these to one"),
         ({"optimizer_checkpoint": "partial"}, "a checkpoint in one file"),
         ({"stagee": 2}, "did you mean 'stage'"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kl_dist import KLShampoo, clip_grad_norm_, clip_grad_value_
+from kl_dist.options import recipe_defaults
 from tests.lightning_runs import DECAY, LR, SMOOTH, adamw, alone, fit, on_ranks
 from tests.models import METHODS, deviation, same_bits
 from tests.noise import NOISE, float32_limit
@@ -48,7 +49,7 @@ def test_one_device_trains_alike(worlds, strategy):
 @product(method=[method for method in METHODS if method != "kl_shampoo"], variant=VARIANTS)
 def test_every_method_has_its_strategies(worlds, method, variant):
     found = on_ranks(worlds, 2, fit, method + variant)
-    assert deviation(found[0], alone(method=method, betas=(0.95, 0.95))) <= DOUBLE
+    assert deviation(found[0], alone(method=method, betas=recipe_defaults(method, "fresh")["betas"])) <= DOUBLE
 
 
 def test_options_of_the_strategy_reach_the_optimizer(worlds):

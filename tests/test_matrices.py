@@ -16,7 +16,7 @@ SHAPES = st.lists(st.integers(1, 6), min_size=2, max_size=4)
 
 def group(**options) -> dict:
     """Options of a group as they are after `options.resolve`, for recipe "fresh" unless given."""
-    return {**DEFAULTS, "merge_dims": True, "blocking": "square", **options}
+    return {**DEFAULTS, "merge_dims": True, "blocking": "square", "long_side": "cut", **options}
 
 
 def block_shapes(shape: tuple[int, ...], **options) -> list[tuple[int, ...]]:

@@ -166,13 +166,15 @@ def test_a_process_group_that_is_not_initialised_is_an_error(monkeypatch):
         KLShampoo(named())
 
 
+OWN_BETAS = {("kl_shampoo", "fresh"): (0.9, 0.9), ("muon", "fresh"): (0.85, 0.95), ("muon", "paper"): (0.95, 0.95)}
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("recipe", RECIPE_DEFAULTS)
 def test_options_left_open_are_the_recipes(recipe, method):
     (group,) = KLShampoo(named(), recipe=recipe, method=method).param_groups
-    assert {key: group[key] for key in RECIPE_DEFAULTS[recipe]} == recipe_defaults(method, recipe)
-    betas = {"paper": (0.9, 0.98), "fresh": (0.9, 0.9) if method == "kl_shampoo" else (0.95, 0.95)}
-    assert group["betas"] == betas[recipe]
+    assert {key: group[key] for key in recipe_defaults(method, recipe)} == recipe_defaults(method, recipe)
+    assert group["betas"] == OWN_BETAS.get((method, recipe), {"fresh": (0.95, 0.95), "paper": (0.9, 0.98)}[recipe])
     assert group["adamw_betas"] == ADAMW_BETAS
     (group,) = KLShampoo(
         named(), recipe=recipe, method=method, betas=(0.5, 0.6), nesterov=False, precondition_frequency=7

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from kl_dist.methods import kl_shampoo, kl_soap, shampoo, soap
+from kl_dist.methods import kl_shampoo, kl_soap, muon, shampoo, soap
 from kl_dist.methods.kronecker import Hyper
 from kl_dist.methods.rule import Flops, Method, Rule
 from kl_dist.methods.state import MatrixState, Side, State
@@ -36,6 +36,7 @@ _METHODS = {
     "kl_soap": kl_soap.METHOD,
     "soap": soap.METHOD,
     "shampoo": shampoo.METHOD,
+    "muon": muon.METHOD,
 }
 
 METHODS: Mapping[str, Method] = MappingProxyType(_METHODS)

@@ -23,6 +23,7 @@ class Hyper:
     shampoo_beta: float | None = None
     nesterov: bool = False
     shampoo_exponent: float | None = None
+    adjust_lr_fn: str | None = None
 
     @property
     def factor_beta(self) -> float:

@@ -40,7 +40,7 @@ class Rule(NamedTuple):
     allocate: Callable[[Sequence[int], Sequence[Side], int, Tensor], Any]  # (shape, sides, batch, like)
     start: Callable[[Any, Tensor, Hyper], None]  # at the first non-zero gradient
     update: Callable[[Any, Tensor, Hyper], Tensor]  # every step; returns U, before the learning rate
-    refresh: Callable[[Any, Hyper], None]  # every T steps, after the update
+    refresh: Callable[[Any, Hyper], None] | None  # every T steps, after the update; None: there is nothing to refresh
     starts_without_update: bool = False  # the released codes spend their first call on the start
     decays_last: bool = False  # W <- (W - lr U)(1 - lr wd) instead of W (1 - lr wd) - lr U
     flops: Callable[[Sequence[int], Sequence[Side]], Flops] = flops_in_eigenbasis  # (shape, sides)
@@ -59,3 +59,8 @@ class Method:
 
     title: str  # as people write it; without its hyphens, what a DeepSpeed config calls it
     rules: Mapping[str, Rule]  # by recipe
+
+    @property
+    def called(self) -> str:
+        """What it is called where optimizers of torch and DeepSpeed are called too: the title as one small word."""
+        return self.title.lower().replace("-", "_")

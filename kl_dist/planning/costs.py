@@ -29,10 +29,13 @@ def matrix_cost(method: str, recipe: str, block: Block, dtype: torch.dtype, ever
 def working_bytes(method: str, recipe: str, blocks: Sequence[Block], dtype: torch.dtype) -> int:
     """Bytes that a step of equal blocks (or of slices) in one stack allocates at its peak and gives back."""
     size = state_dtype(dtype).itemsize
-    copies = adamw.WORKING_COPIES if method == ELEMENTWISE else rule(method, recipe).working_copies
+    if method == ELEMENTWISE:
+        copies, refreshes = adamw.WORKING_COPIES, False
+    else:
+        copies, refreshes = rule(method, recipe).working_copies, rule(method, recipe).refresh is not None
     update = copies * sum(block.numel for block in blocks)
     full = [d for d, side in zip(blocks[0].shape, blocks[0].sides, strict=True) if side == "full"]
-    refresh = REFRESH_COPIES * len(blocks) * max((d * d for d in full), default=0)
+    refresh = refreshes * REFRESH_COPIES * len(blocks) * max((d * d for d in full), default=0)
     return round(size * max(update, refresh))
 
 

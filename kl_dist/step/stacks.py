@@ -92,6 +92,8 @@ class MatrixStack(Stack):
             tensor.copy_(pristine[name])
 
     def refresh(self, presences: Sequence[Presence], group: Mapping[str, Any]) -> int:
+        if self.rule.refresh is None:
+            return 0
         every = group["precondition_frequency"]
         due = [
             row
@@ -170,6 +172,7 @@ def matrix_hyper(group: Mapping[str, Any]) -> Hyper:
         shampoo_beta=group["shampoo_beta"],
         nesterov=group["nesterov"],
         shampoo_exponent=group["shampoo_exponent"],
+        adjust_lr_fn=group["adjust_lr_fn"],
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tests.reference import fresh, paper
+from tests.reference import fresh, muon, paper
 from tests.reference.options import Options
 
 METHODS: dict[tuple[str, str], type[paper.Reference] | type[fresh.Reference]] = {
@@ -25,6 +25,9 @@ METHODS: dict[tuple[str, str], type[paper.Reference] | type[fresh.Reference]] = 
     ("kl_soap", "fresh"): fresh.KLSOAP,
     ("soap", "fresh"): fresh.SOAP,
     ("shampoo", "fresh"): fresh.Shampoo,
+    ("muon", "paper"): muon.Released,
+    ("muon", "fresh"): muon.Muon,
+    ("muon", "normuon"): muon.NorMuon,
 }
 
 
@@ -42,16 +45,19 @@ def reference(
     shampoo_beta: float | None = None,
     phase: int = 0,
     shampoo_exponent: float | None = None,
+    adjust_lr_fn: str | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> paper.Reference | fresh.Reference:
     """The reference of `method` under `recipe` for one tensor of `shape`: an object with `.step(W, G) -> W_new`.
 
     `phase` staggers the refreshes: one follows step t when (t + phase) % precondition_frequency == 0. `nesterov=None`
-    is what the recipe does (fresh: on, paper: off), `shampoo_beta=None` is beta2, `shampoo_exponent=None` is 1/(2K).
+    is what the recipe does (paper: off, but for Muon; else on), `shampoo_beta=None` is beta2, `shampoo_exponent=None`
+    is 1/(2K), `adjust_lr_fn=None` the recipe's.
     """
     if len(shape) < 2:
         raise ValueError(f"a reference serves tensors of two or more sides, not of shape {tuple(shape)}")
-    if recipe == "paper" and nesterov:
+    plain = recipe == "paper" and method != "muon"
+    if plain and nesterov:
         raise ValueError("the paper recipe has no Nesterov momentum")
     beta1, beta2 = betas
     options = Options(
@@ -63,8 +69,9 @@ def reference(
         weight_decay=weight_decay,
         refresh_every=precondition_frequency,
         phase=phase,
-        nesterov=recipe == "fresh" if nesterov is None else nesterov,
+        nesterov=not plain if nesterov is None else nesterov,
         exponent=1 / (2 * len(shape)) if shampoo_exponent is None else shampoo_exponent,
+        adjust_lr_fn=adjust_lr_fn,
         dtype=dtype,
     )
     return METHODS[method, recipe](tuple(shape), options)

@@ -19,6 +19,7 @@ class Options:
     phase: int
     nesterov: bool
     exponent: float  # Shampoo's p
+    adjust_lr_fn: str | None  # Muon's; None is the recipe's
     dtype: torch.dtype
 
     def refresh_due(self, t: int) -> bool:

@@ -169,6 +169,7 @@ def matrix_hyper(group: Mapping[str, Any]) -> Hyper:
         precondition_frequency=group["precondition_frequency"],
         shampoo_beta=group["shampoo_beta"],
         nesterov=group["nesterov"],
+        polar=group["polar"],
         shampoo_exponent=group["shampoo_exponent"],
     )
 

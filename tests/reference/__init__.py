@@ -42,12 +42,14 @@ def reference(
     shampoo_beta: float | None = None,
     phase: int = 0,
     shampoo_exponent: float | None = None,
+    polar: Sequence[tuple[float, float, float]] = (),
     dtype: torch.dtype = torch.float64,
 ) -> paper.Reference | fresh.Reference:
     """The reference of `method` under `recipe` for one tensor of `shape`: an object with `.step(W, G) -> W_new`.
 
     `phase` staggers the refreshes: one follows step t when (t + phase) % precondition_frequency == 0. `nesterov=None`
     is what the recipe does (fresh: on, paper: off), `shampoo_beta=None` is beta2, `shampoo_exponent=None` is 1/(2K).
+    `polar` are the coefficients (a, b, c) of the Newton-Schulz steps of a fresh matrix's update, if any.
     """
     if len(shape) < 2:
         raise ValueError(f"a reference serves tensors of two or more sides, not of shape {tuple(shape)}")
@@ -65,6 +67,7 @@ def reference(
         phase=phase,
         nesterov=recipe == "fresh" if nesterov is None else nesterov,
         exponent=1 / (2 * len(shape)) if shampoo_exponent is None else shampoo_exponent,
+        polar=tuple(polar),
         dtype=dtype,
     )
     return METHODS[method, recipe](tuple(shape), options)

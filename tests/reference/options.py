@@ -19,6 +19,7 @@ class Options:
     phase: int
     nesterov: bool
     exponent: float  # Shampoo's p
+    polar: tuple[tuple[float, float, float], ...]  # (a, b, c) of each Newton-Schulz step; none without
     dtype: torch.dtype
 
     def refresh_due(self, t: int) -> bool:

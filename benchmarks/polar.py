@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks import report
 from kl_dist.methods import Hyper, add_rule, kl_factors, kronecker, polar, rule
 from kl_dist.methods.state import KLShampooState
 from launch.options import parse
@@ -30,6 +32,8 @@ from launch.train import Job
 Triple = tuple[float, float, float]
 Array = NDArray[np.float64]
 
+RESULTS = Path(__file__).parent / "results" / "polar-spectra.jsonl"
+MUON = (3.4445, -4.7750, 2.0315)
 TRIED = (0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.025, 0.01, 0.003)
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 NARROW = 1e-4  # a range so short that the best quintic is the one with two derivatives of 0 at 1
@@ -105,20 +109,32 @@ def train(arguments: Sequence[str], spectra: Spectra) -> Array:
     return torch.cat([values for values in late if values.shape[-1] == late[-1].shape[-1]]).double().numpy()
 
 
-def main() -> None:
-    """Print the coefficients, or quantiles and alignments of a run."""
-    if "--fit" in sys.argv[1:]:
+def look(values: Array) -> report.Line:
+    """Quantiles of s / t (.., d), and alignments by number of steps for each l, for Muon and for no step at all (0)."""
+    muon = values / np.sqrt((values**2).sum(-1, keepdims=True))
+    found = {
+        f"{low:g}": {k: alignment(applied(values, composition(low, k))) for k in polar.LOWER_ENDS} for low in TRIED
+    }
+    found["Muon"] = {k: alignment(applied(muon, [MUON] * k)) for k in polar.LOWER_ENDS}
+    return {
+        "quantiles": {f"{q:g}": float(np.quantile(values, q)) for q in QUANTILES},
+        "alignments": {"none": {0: alignment(values)}, **found},
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the coefficients, or quantiles and alignments of a run, which also become a line of the results."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--fit" in given:
         for steps, low in polar.LOWER_ENDS.items():
             for triple in composition(low, steps):
                 print(steps, low, ", ".join(f"{x:.6f}" for x in triple))
         return
-    values = train(sys.argv[1:], Spectra())
-    print("quantiles", *(f"{q:g}: {np.quantile(values, q):.4f}" for q in QUANTILES), sep="  ")
-    print(f"alignment of what is given: {alignment(values):.4f}")
-    print("| l | " + " | ".join(f"{steps} steps" for steps in polar.LOWER_ENDS) + " |")
-    for low in TRIED:
-        cosines = (alignment(applied(values, composition(low, steps))) for steps in polar.LOWER_ENDS)
-        print(f"| {low:g} | " + " | ".join(f"{cosine:.4f}" for cosine in cosines) + " |")
+    seen = look(train(given, Spectra()))
+    print("quantiles", *(f"{q}: {value:.4f}" for q, value in seen["quantiles"].items()), sep="  ")
+    for low, by_steps in seen["alignments"].items():
+        print(f"l {low:5}", *(f"{k} steps: {cosine:.4f}" for k, cosine in by_steps.items()), sep="  ")
+    report.append([{**report.machine(), "job": given, **seen}], RESULTS)
 
 
 if __name__ == "__main__":

@@ -89,9 +89,18 @@ regression() {
 # Orthogonalised whitened momentum, at a large batch and at a small one.
 polar() {
     model="compare --results $results/polar.jsonl --layers 2 --width 64 --context 64"
+    kl="--optimizer kl_shampoo"
     for batch in "--tokens-per-step 8192 --steps 150" "--tokens-per-step 1024 --steps 500"; do
-        $model $batch --run "--optimizer kl_shampoo --lr 1.5e-2" --grid polar=0,1,2,3,5
+        $model $batch --run "$kl --lr 1.5e-2" --grid polar=0,1,2,3,5
+        $model $batch --run "$kl --set polar=0" --run "$kl --set polar=3" --grid lr=1e-2,2.2e-2
+        $model $batch --run "$kl --set polar=0" --run "$kl --set polar=3" --grid lr=1.5e-2,2.2e-2 --seeds 1
+        $model $batch --run "--optimizer muon" --grid lr=1.5e-2,3e-2,4.5e-2
     done
+    large="$model --tokens-per-step 8192 --steps 150"
+    $large --run "$kl --lr 6e-3" --run "$kl --lr 1e-2" --run "$kl --lr 3e-2 --set polar=3" --run "--optimizer muon --lr 7e-2"
+    $large --run "$kl --lr 1e-2" --seeds 1
+    $large --run "$kl --lr 2.2e-2" --grid polar=2,5
+    $large --run "--optimizer kl_soap --lr 1.5e-2" --run "--optimizer soap --lr 1.5e-2" --grid polar=0,3
 }
 
 parts=${*:-grid choices seeds long regression polar}

@@ -53,13 +53,18 @@ def set_in_groups(optimizer: torch.optim.Optimizer, every: int) -> None:
         group["precondition_frequency"] = every
 
 
-def ours(methods: Sequence[str]) -> list[Contender]:
-    """The project's methods at their defaults; only the staggering is off, so that a refresh is all in one step."""
+def ours(methods: Sequence[str], polar: Sequence[int] = ()) -> list[Contender]:
+    """The project's methods at their defaults; only the staggering is off, so that a refresh is all in one step.
 
-    def maker(method: str) -> Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]:
-        return lambda params: KLShampoo(list(params), lr=1e-3, method=method, precondition_frequency=1, stagger=False)
+    And KL-Shampoo with each number of Newton-Schulz steps in `polar`.
+    """
 
-    return [Contender(method, maker(method), set_in_groups) for method in methods]
+    def maker(method: str, **options: Any) -> Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]:
+        options |= {"lr": 1e-3, "precondition_frequency": 1, "stagger": False}
+        return lambda params: KLShampoo(list(params), method=method, **options)
+
+    found = [Contender(method, maker(method), set_in_groups) for method in methods]
+    return found + [Contender(f"kl_shampoo polar={k}", maker("kl_shampoo", polar=k), set_in_groups) for k in polar]
 
 
 def torchs() -> list[Contender]:

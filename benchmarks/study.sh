@@ -2,7 +2,7 @@
 # The study behind docs/learning.md, from nothing: about three hours on two cores. Runs that are in benchmarks/results
 # already are not repeated, so it can be stopped and started again; without arguments it makes all parts in turn.
 #
-#   benchmarks/study.sh [grid] [choices] [seeds] [long] [regression]
+#   benchmarks/study.sh [grid] [choices] [seeds] [long] [regression] [polar]
 set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -86,7 +86,24 @@ regression() {
     $task --run "--optimizer shampoo" --grid lr=8e-3,1.6e-2,3.2e-2,6.4e-2,1.28e-1
 }
 
-parts=${*:-grid choices seeds long regression}
+# Orthogonalised whitened momentum, at a large batch and at a small one.
+polar() {
+    model="compare --results $results/polar.jsonl --layers 2 --width 64 --context 64"
+    kl="--optimizer kl_shampoo"
+    for batch in "--tokens-per-step 8192 --steps 150" "--tokens-per-step 1024 --steps 500"; do
+        $model $batch --run "$kl --lr 1.5e-2" --grid polar=0,1,2,3,5
+        $model $batch --run "$kl --set polar=0" --run "$kl --set polar=3" --grid lr=1e-2,2.2e-2
+        $model $batch --run "$kl --set polar=0" --run "$kl --set polar=3" --grid lr=1.5e-2,2.2e-2 --seeds 1
+        $model $batch --run "--optimizer muon" --grid lr=1.5e-2,3e-2,4.5e-2
+    done
+    large="$model --tokens-per-step 8192 --steps 150"
+    $large --run "$kl --lr 6e-3" --run "$kl --lr 1e-2" --run "$kl --lr 3e-2 --set polar=3" --run "--optimizer muon --lr 7e-2"
+    $large --run "$kl --lr 1e-2" --seeds 1
+    $large --run "$kl --lr 2.2e-2" --grid polar=2,5
+    $large --run "--optimizer kl_soap --lr 1.5e-2" --run "--optimizer soap --lr 1.5e-2" --grid polar=0,3
+}
+
+parts=${*:-grid choices seeds long regression polar}
 for part in $parts; do
     "$part"
 done

@@ -65,6 +65,8 @@ class KLShampoo(StateDicts):
         max_preconditioner_dim: sides longer than this are handled as `long_side` says.
         process_group: ranks to partition over. None: all of them.
         nesterov: momentum one step ahead. None: True ("paper": False).
+        polar: Newton-Schulz steps that orthogonalise the whitened momentum of each matrix, its norm kept
+            (kl_dist.methods.polar); 0 is none. Not for "shampoo" and "paper". None: 0 ("paper": 0).
         stagger: spread the refreshes over the T steps. None: True ("paper": False).
         long_side: "cut", "diagonal" or "identity". None: "cut", but for "muon", which keeps nothing of any side.
         merge_dims: read small trailing dimensions (convolution kernels) as columns. None: True ("paper": False).
@@ -103,6 +105,7 @@ class KLShampoo(StateDicts):
         max_preconditioner_dim: int = 8192,
         process_group: dist.ProcessGroup | None = None,
         nesterov: bool | None = None,
+        polar: int | None = None,
         stagger: bool | None = None,
         long_side: str | None = None,
         merge_dims: bool | None = None,

@@ -23,6 +23,7 @@ RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
         "betas": (0.95, 0.95),
         "precondition_frequency": 2,
         "nesterov": True,
+        "polar": 0,
         "stagger": True,
         "blocking": "square",
         "long_side": "cut",
@@ -32,6 +33,7 @@ RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
         "betas": (0.9, 0.98),
         "precondition_frequency": 10,
         "nesterov": False,
+        "polar": 0,
         "stagger": False,
         "blocking": "none",
         "long_side": "cut",
@@ -53,6 +55,7 @@ DEFAULTS: dict[str, Any] = {
     "precondition_frequency": None,
     "shampoo_beta": None,
     "nesterov": None,
+    "polar": None,
     "stagger": None,
     "blocking": None,
     "max_preconditioner_dim": 8192,
@@ -66,9 +69,6 @@ DEFAULTS: dict[str, Any] = {
     "adamw_names": None,
 }
 
-LATER = ("adjust_lr_fn",)
-"""What states saved by earlier versions lack; loading one leaves it as it is."""
-
 STRUCTURAL = (
     "method",
     "recipe",
@@ -80,6 +80,9 @@ STRUCTURAL = (
     "adamw_names",
 )
 """What the plan and the shapes of the state follow from, and so what must not change once they are made."""
+
+CAME_LATER = ("polar", "adjust_lr_fn")
+"""What a state saved earlier does not know: there the option stays as it is here."""
 
 _NOT_OURS = {
     "amsgrad": "no method here has it",
@@ -205,11 +208,21 @@ def check_numbers(group: Mapping[str, Any]) -> None:
     _check_integer(group, "precondition_frequency")
     _check_flag(group, "nesterov")
     _check_flag(group, "stagger")
+    _check_polar(group)
 
 
 def _check_flag(group: Mapping[str, Any], key: str) -> None:
     if not isinstance(group[key], bool):
         raise TypeError(f"{key} is True or False (or None for the recipe's), not {group[key]!r}")
+
+
+def _check_polar(group: Mapping[str, Any]) -> None:
+    _check_integer(group, "polar", least=0)
+    method, recipe = group["method"], group["recipe"]
+    if group["polar"] and method in METHODS and not METHODS[method].rules[recipe].polar:
+        raise ValueError(
+            f"polar must be 0 or None with method {method!r} under recipe {recipe!r}, which has no such step"
+        )
 
 
 def _check_choice(group: Mapping[str, Any], key: str, known: tuple[str, ...]) -> None:
@@ -229,9 +242,9 @@ def _check_number(name: str, value: Any, least: float, below: float) -> None:
         raise ValueError(f"{name} must be at least {least:g} and {upper}, not {value!r}")
 
 
-def _check_integer(group: Mapping[str, Any], key: str) -> None:
+def _check_integer(group: Mapping[str, Any], key: str, least: int = 1) -> None:
     value = group[key]
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{key} is a whole number, not {value!r}")
-    if value < 1:
-        raise ValueError(f"{key} must be at least 1, not {value!r}")
+    if value < least:
+        raise ValueError(f"{key} must be at least {least}, not {value!r}")

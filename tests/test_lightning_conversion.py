@@ -91,7 +91,14 @@ def test_default_betas_become_those_of_the_method_and_recipe(net, method, recipe
 
 OPTIONS = {
     **{"lr": 2e-3, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1, "method": "shampoo", "recipe": "paper"},
-    **{"precondition_frequency": 3, "shampoo_beta": 0.7, "nesterov": True, "stagger": True, "blocking": "square"},
+    **{
+        "precondition_frequency": 3,
+        "shampoo_beta": 0.7,
+        "nesterov": True,
+        "polar": 0,
+        "stagger": True,
+        "blocking": "square",
+    },
     **{"max_preconditioner_dim": 5, "long_side": "diagonal", "merge_dims": True, "matrices": {"rows": (1,)}},
     **{"shampoo_exponent": 0.3, "adamw_lr": 1e-4, "adamw_betas": (0.7, 0.8), "adamw_names": ("body.weight",)},
 }

@@ -76,11 +76,11 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def train_network(name: str, batch: int, noise: str | None, method: str) -> Tensor:
+def train_network(name: str, batch: int, noise: str | None, method: str, **options) -> Tensor:
     """All weights after 50 steps on small batches, with relative noise of 1e-15 on every gradient."""
     torch.manual_seed(0)
     model = NETWORKS[name]().double()
-    opt = KLShampoo([p for p in model.parameters() if p.requires_grad], lr=1e-2, method=method)
+    opt = KLShampoo([p for p in model.parameters() if p.requires_grad], lr=1e-2, method=method, **options)
     data, disturb = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
     for _ in range(50):
         x = torch.randn(batch, 6, generator=data, dtype=torch.float64)

@@ -168,9 +168,7 @@ def check_groups(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[st
                     f" KLShampoo the same parameters in the same order; {REMEDY}"
                 )
         for key in (*options.DEFAULTS, "base_lr"):
-            if key not in other and key in options.LATER:
-                continue
-            if key not in other:
+            if key not in other and key not in options.CAME_LATER:
                 raise ValueError(f"the saved parameter group {index} lacks the option {key!r}")
             if key in options.STRUCTURAL and _lists(other[key]) != _lists(group[key]):
                 raise ValueError(

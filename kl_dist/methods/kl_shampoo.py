@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from kl_dist.methods import kl_factors, kronecker
+from kl_dist.methods import kl_factors, kronecker, polar
 from kl_dist.methods.kronecker import Hyper
 from kl_dist.methods.rule import Method, Rule, as_released
 from kl_dist.methods.state import KLShampooState, Side, unstarted
@@ -47,7 +47,7 @@ def update(state: KLShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
         U = Q_a (N / (s sqrt(lambda_a lambda_b^T) (1 + eps))) Q_b^T
 
     with N the bias-corrected momentum and s the gradients' scale, so that U does not change when all gradients are
-    multiplied by a constant.
+    multiplied by a constant. What stands between the bases is orthogonalised if `polar` says so.
 
     Args:
         state: mutated.
@@ -63,7 +63,7 @@ def update(state: KLShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
     scale = kl_factors.learn(state, projected, hyper)
     preconditioned = kronecker.scale_sides_(direction, state.eigenvalues, -0.5)
     preconditioned.div_(kronecker.column(scale * (1 + hyper.eps), grad))
-    return kronecker.project_back(preconditioned, state.bases)
+    return kronecker.project_back(polar.orthogonalize_(preconditioned, hyper.polar), state.bases)
 
 
 def update_as_released(state: KLShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
@@ -81,7 +81,13 @@ def update_as_released(state: KLShampooState, grad: Tensor, hyper: Hyper) -> Ten
 
 
 FRESH = Rule(
-    allocate, start, update, kl_factors.refresh, working_copies=6, defaults=MappingProxyType({"betas": (0.9, 0.9)})
+    allocate,
+    start,
+    update,
+    kl_factors.refresh,
+    polar=True,
+    working_copies=6,
+    defaults=MappingProxyType({"betas": (0.9, 0.9)}),
 )
 PAPER = as_released(
     allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released, working_copies=6

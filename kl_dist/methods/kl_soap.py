@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kl_dist.methods import kl_factors, kronecker
+from kl_dist.methods import kl_factors, kronecker, polar
 from kl_dist.methods.kronecker import Hyper
 from kl_dist.methods.rule import Method, Rule, as_released
 from kl_dist.methods.soap import scaled_adam
@@ -38,11 +38,17 @@ def update(state: KLSOAPState, grad: Tensor, hyper: Hyper) -> Tensor:
     """The update of one step, before the learning rate; eps is relative. Arguments as `kl_shampoo.update`."""
     state.step.add_(1)
     projected = kronecker.project(grad, state.bases)
-    direction = kronecker.momentum(state.exp_avg, projected, state.step, hyper)
     kl_factors.learn(state, projected, hyper)
     scale = kronecker.tracked_scale(state.grad_scale, kronecker.mean_square(projected), state.step, hyper.betas[1])
-    adam = scaled_adam(direction, projected / kronecker.column(scale, grad), scale, state.exp_avg_sq, state.step, hyper)
-    return kronecker.project_back(adam, state.bases)
+    adam = scaled_adam(
+        kronecker.momentum(state.exp_avg, projected, state.step, hyper),  # without a name, to be gone afterwards
+        projected / kronecker.column(scale, grad),
+        scale,
+        state.exp_avg_sq,
+        state.step,
+        hyper,
+    )
+    return kronecker.project_back(polar.orthogonalize_(adam, hyper.polar), state.bases)
 
 
 def update_as_released(state: KLSOAPState, grad: Tensor, hyper: Hyper) -> Tensor:
@@ -57,7 +63,7 @@ def update_as_released(state: KLSOAPState, grad: Tensor, hyper: Hyper) -> Tensor
     return kronecker.project_back(adam, state.bases)
 
 
-FRESH = Rule(allocate, start, update, kl_factors.refresh, working_copies=6)
+FRESH = Rule(allocate, start, update, kl_factors.refresh, polar=True, working_copies=6)
 PAPER = as_released(
     allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released, working_copies=6
 )

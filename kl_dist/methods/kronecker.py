@@ -22,6 +22,7 @@ class Hyper:
     precondition_frequency: int = 1
     shampoo_beta: float | None = None
     nesterov: bool = False
+    polar: int = 0
     shampoo_exponent: float | None = None
     adjust_lr_fn: str | None = None
 

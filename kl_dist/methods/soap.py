@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kl_dist.methods import kl_factors, kronecker
+from kl_dist.methods import kl_factors, kronecker, polar
 from kl_dist.methods.kronecker import Hyper
 from kl_dist.methods.rule import Method, Rule, as_released
 from kl_dist.methods.state import Side, SOAPState, unstarted
@@ -38,12 +38,18 @@ def update(state: SOAPState, grad: Tensor, hyper: Hyper) -> Tensor:
     """The update of one step, before the learning rate; eps is relative. Arguments as `kl_shampoo.update`."""
     state.step.add_(1)
     projected = kronecker.project(grad, state.bases)
-    direction = kronecker.momentum(state.exp_avg, projected, state.step, hyper)
     scale = kronecker.tracked_scale(state.grad_scale, kronecker.mean_square(projected), state.step, hyper.betas[1])
     unit = projected / kronecker.column(scale, grad)
     kronecker.learn_grams(state.factors, unit, state.step, kronecker.warm_beta(hyper.factor_beta), normalize=True)
-    adam = scaled_adam(direction, unit, scale, state.exp_avg_sq, state.step, hyper)
-    return kronecker.project_back(adam, state.bases)
+    adam = scaled_adam(
+        kronecker.momentum(state.exp_avg, projected, state.step, hyper),  # without a name, to be gone afterwards
+        unit,
+        scale,
+        state.exp_avg_sq,
+        state.step,
+        hyper,
+    )
+    return kronecker.project_back(polar.orthogonalize_(adam, hyper.polar), state.bases)
 
 
 def scaled_adam(
@@ -107,6 +113,6 @@ def refresh_as_released(state: SOAPState, hyper: Hyper) -> None:
         state.exp_avg_sq.copy_(state.exp_avg_sq.take_along_dim(kronecker.along(order, side, state.exp_avg), side + 1))
 
 
-FRESH = Rule(allocate, start, update, kl_factors.refresh)
+FRESH = Rule(allocate, start, update, kl_factors.refresh, polar=True)
 PAPER = as_released(allocate, start_as_released, update_as_released, refresh_as_released)
 METHOD = Method("SOAP", {"fresh": FRESH, "paper": PAPER})

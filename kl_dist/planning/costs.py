@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from kl_dist.methods import ELEMENTWISE, Side, adamw, rule
+from kl_dist.methods import ELEMENTWISE, Side, adamw, polar, rule
 from kl_dist.methods.state import state_dtype
 from kl_dist.planning.matrices import Block
 
@@ -19,11 +19,12 @@ FLOPS_PER_BYTE = 16  # what a processor computes in float32 while it moves one b
 REFRESH_COPIES = 4.5  # as large as the Kronecker factors of one side of a stack, that a refresh holds at its peak
 
 
-def matrix_cost(method: str, recipe: str, block: Block, dtype: torch.dtype, every: int) -> float:
+def matrix_cost(method: str, recipe: str, block: Block, dtype: torch.dtype, every: int, polar_steps: int) -> float:
     """Flops per step of one block, refreshes divided by `every`, bytes counted as flops."""
     flops = rule(method, recipe).flops(block.shape, block.sides)
     moved = 2 * state_bytes(method, recipe, block.shape, block.sides, dtype) + 2 * block.numel * dtype.itemsize
-    return flops.update + flops.refresh / every + FLOPS_PER_BYTE * moved
+    products = flops.update + polar.flops(block.shape, polar_steps) + flops.refresh / every
+    return products + FLOPS_PER_BYTE * moved
 
 
 def working_bytes(method: str, recipe: str, blocks: Sequence[Block], dtype: torch.dtype) -> int:

@@ -79,7 +79,9 @@ def recast(unit: Unit, number: int, parameter: Parameter, group: Mapping[str, An
     if unit.elementwise:
         cost, held = costs.adamw_cost(unit.numel, dtype), costs.adamw_state_bytes(unit.numel, dtype)
     else:
-        cost = costs.matrix_cost(unit.method, unit.recipe, unit.block, dtype, group["precondition_frequency"])
+        cost = costs.matrix_cost(
+            unit.method, unit.recipe, unit.block, dtype, group["precondition_frequency"], group["polar"]
+        )
         held = costs.state_bytes(unit.method, unit.recipe, unit.block.shape, unit.block.sides, dtype)
     return replace(unit, parameter=number, group=parameter.group, dtype=dtype, cost=cost, state_bytes=held)
 
@@ -110,7 +112,9 @@ def matrix_units(
         raise ValueError(f"parameter {parameter.name!r}: {problem}") from None
     for block in cut(reading, group):
         kind = shape_class(method, block)
-        cost = costs.matrix_cost(method, recipe, block, parameter.dtype, group["precondition_frequency"])
+        cost = costs.matrix_cost(
+            method, recipe, block, parameter.dtype, group["precondition_frequency"], group["polar"]
+        )
         yield Unit(
             parameter.name + block.suffix(reading),
             index,

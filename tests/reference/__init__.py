@@ -46,6 +46,7 @@ def reference(
     phase: int = 0,
     shampoo_exponent: float | None = None,
     adjust_lr_fn: str | None = None,
+    polar: Sequence[tuple[float, float, float]] = (),
     dtype: torch.dtype = torch.float64,
 ) -> paper.Reference | fresh.Reference:
     """The reference of `method` under `recipe` for one tensor of `shape`: an object with `.step(W, G) -> W_new`.
@@ -53,6 +54,7 @@ def reference(
     `phase` staggers the refreshes: one follows step t when (t + phase) % precondition_frequency == 0. `nesterov=None`
     is what the recipe does (paper: off, but for Muon; else on), `shampoo_beta=None` is beta2, `shampoo_exponent=None`
     is 1/(2K), `adjust_lr_fn=None` the recipe's.
+    `polar` are the coefficients (a, b, c) of the Newton-Schulz steps of a fresh matrix's update, if any.
     """
     if len(shape) < 2:
         raise ValueError(f"a reference serves tensors of two or more sides, not of shape {tuple(shape)}")
@@ -72,6 +74,7 @@ def reference(
         nesterov=not plain if nesterov is None else nesterov,
         exponent=1 / (2 * len(shape)) if shampoo_exponent is None else shampoo_exponent,
         adjust_lr_fn=adjust_lr_fn,
+        polar=tuple(polar),
         dtype=dtype,
     )
     return METHODS[method, recipe](tuple(shape), options)

@@ -8,6 +8,8 @@ roots. Everywhere the scale is a scalar of its own beside moments of unit mean, 
     b(t) = min(beta, 1 - 1/(t+1)),   beta = beta2, for factors and their eigenvalues shampoo_beta where given.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,7 @@ class Reference:
             self.start()
         self.t += 1
         self.M = ema(self.M, G, o.beta1)
-        W = W - o.lr * self.update(G)
+        W = W - o.lr * nearly_orthogonal(self.update(G), o.polar)
         if o.refresh_due(self.t):
             self.refresh()
         return W
@@ -201,6 +203,21 @@ class SecondMoment:
     def denominator(self) -> Tensor:
         """r (sqrt(V) + eps)."""
         return self.r * (self.V.sqrt() + self.options.eps)
+
+
+def nearly_orthogonal(U: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """U after X <- a X + b X X^T X + c (X X^T)^2 X for each (a, b, c), from U / |(U U^T)^2|^1/4, at U's norm.
+
+    In the original coordinates, where the engine does it in the eigenbasis. Only for two sides.
+    """
+    if not coefficients or U.ndim != 2 or not U.any():
+        return U
+    unit = U / U.norm()
+    X = unit / (unit @ unit.T @ unit @ unit.T).norm() ** 0.25
+    for a, b, c in coefficients:
+        cubed = X @ X.T @ X
+        X = a * X + b * cubed + c * X @ X.T @ cubed
+    return X * (U.norm() / X.norm())
 
 
 def early_mean(beta: float, t: int) -> float:

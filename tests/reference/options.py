@@ -20,6 +20,7 @@ class Options:
     nesterov: bool
     exponent: float  # Shampoo's p
     adjust_lr_fn: str | None  # Muon's; None is the recipe's
+    polar: tuple[tuple[float, float, float], ...]  # (a, b, c) of each Newton-Schulz step; none without
     dtype: torch.dtype
 
     def refresh_due(self, t: int) -> bool:

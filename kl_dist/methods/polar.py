@@ -1,0 +1,101 @@
+"""Orthogonalisation after whitening: option `polar`, the number of Newton-Schulz steps towards the polar factor.
+
+With P, the whitened momentum of a block in its eigenbasis, m x n and m <= n (else its transpose),
+
+    X_0 = P / t,   t = |(P P^T)^2|_F^1/4;       X_k+1 = a_k X_k + (b_k A + c_k A^2) X_k,   A = X_k X_k^T
+    P' = X_K |P|_F / |X_K|_F;                   U = Q_a P' Q_b^T
+
+A step turns each singular value s into a s + b s^3 + c s^5 and leaves the singular vectors, so P' is near the polar
+factor of P, at P's norm. It commutes with the bases: no projection is added. t is the norm of the singular values to
+the power of 8, at least the largest and at most d^1/8 of it, and comes with the first step's products.
+
+P's singular values are not those of a raw momentum, and the steps are fitted to them: the odd quintics whose
+composition is nearest to 1 on [l, 1], l from LOWER_ENDS. Two then do what three of Muon's do, three what five do.
+
+A singular value of 0 stays 0, and none grows by more than GROWTH, nearly the product of the a_k: the null space of a
+rank-deficient gradient stays as small as rounding left it, times that. Blocks of one or of three and more sides are
+left as they are. Source: Amsel et al., "The Polar Express" (arXiv 2505.16932); benchmarks/polar.py makes the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kl_dist.methods import kronecker
+
+LOWER_ENDS = {1: 0.15, 2: 0.07, 3: 0.025, 4: 0.01, 5: 0.01}
+"""l by number of steps: of those tried, that which aligns P' best with the polar factor in training, of a GPT of width
+64 at 1,024 and at 8,192 bytes a step. At either, half of all s / t lie between 0.14 and 0.5, and a twentieth below
+0.023. Five steps from 0.003 would be aligned better by 0.001, and GROWTH would be doubled."""
+
+COEFFICIENTS: dict[int, tuple[tuple[float, float, float], ...]] = {
+    1: ((4.811113, -10.848687, 7.351964),),
+    2: ((6.237570, -16.341615, 11.673001), (2.317097, -1.683620, 0.420399)),
+    3: ((7.532763, -21.412573, 15.691826), (3.054176, -2.288511, 0.487458), (2.114614, -1.496300, 0.400362)),
+    4: (
+        (8.093369, -23.620430, 17.446152),
+        (3.636586, -2.721927, 0.536546),
+        (2.661300, -1.977155, 0.452616),
+        (1.956172, -1.337508, 0.383853),
+    ),
+}
+COEFFICIENTS[5] = (*COEFFICIENTS[4], (1.875166, -1.250184, 0.375018))
+"""(a, b, c) of each step, by number of steps."""
+
+GROWTH = {1: 6, 2: 17, 3: 52, 4: 156, 5: 288}
+"""What a singular value of P can grow by at most, by number of steps; each step beyond the fifth adds a factor 15/8."""
+
+SMALLEST_BOUND = 1e-3  # t of a matrix of unit norm is d^-3/8 or more; of zero it is 0
+
+LAST = (15 / 8, -10 / 8, 3 / 8)
+"""Of every step beyond the fifth: the quintic that converges fastest from near 1."""
+
+
+def coefficients(steps: int) -> tuple[tuple[float, float, float], ...]:
+    """(a, b, c) of each of `steps` steps."""
+    fitted = COEFFICIENTS[min(steps, max(COEFFICIENTS))]
+    return fitted + (LAST,) * (steps - len(fitted))
+
+
+def orthogonalize_(direction: Tensor, steps: int) -> Tensor:
+    """P', the whitened momentum near its polar factor, with the Frobenius norm that it had.
+
+    Args:
+        direction: P (B, m, n), overwritten to save a copy; of any other number of sides it is returned as it is.
+        steps: K; 0 returns P itself.
+
+    Returns:
+        P' (B, m, n), in P's dtype: the products run in it. Zero where P is.
+    """
+    if not steps or direction.ndim != 3:
+        return direction
+    smallest = kronecker.smallest_scale(direction.dtype)
+    norm = _norm(direction)
+    is_tall = direction.shape[1] > direction.shape[2]
+    x = direction.div_(norm.clamp_min(smallest))
+    x = x.mT if is_tall else x
+    for number, (a, b, c) in enumerate(coefficients(steps)):
+        gram = x @ x.mT
+        square = gram @ gram
+        if number == 0:
+            bound = _norm(square).pow(1 / 4).clamp_min(SMALLEST_BOUND)
+            x, gram, square = x.div_(bound), gram.div_(bound.square()), square.div_(bound.pow(4))
+        x = torch.baddbmm(x, square.mul_(c).add_(gram, alpha=b), x, beta=a)
+    x = x.mul_(norm / _norm(x).clamp_min(smallest))
+    return x.mT if is_tall else x
+
+
+def _norm(x: Tensor) -> Tensor:
+    """|X|_F of each matrix, (B, 1, 1)."""
+    return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+
+
+def flops(shape: Sequence[int], steps: int) -> float:
+    """Of one block: K (4 m^2 n + 2 m^3) for two sides m <= n, else none, as nothing is done."""
+    if len(shape) != 2:
+        return 0.0
+    m, n = sorted(shape)
+    return steps * (4.0 * m**2 * n + 2.0 * m**3)

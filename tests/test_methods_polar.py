@@ -1,0 +1,205 @@
+"""Option `polar`: whitened momentum near its polar factor, with the norm it had; all demands on "fresh" hold."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import kl_dist
+from benchmarks import polar as fits
+from kl_dist import KLShampoo
+from kl_dist.methods import METHODS, polar
+from tests.memory import PeakMemory
+from tests.models import deviation
+from tests.paths import OPTIONS, UNIT_LR, WHOLE, follow, train, update_sizes, weights
+from tests.products import product
+from tests.sharded import train_alone, train_sharded
+from tests.test_distributed import on_ranks, one_process
+from tests.test_methods_fresh import NETWORKS, train_network
+from tests.test_reference import distance, gradients
+
+TAKE_IT = [method for method in METHODS if METHODS[method].rules["fresh"].polar]
+STEPS = [1, 2, 3, 4, 5, 7]
+MATRICES = [(6, 6), (7, 4), (4, 7)]
+
+
+def matrices(shape: tuple[int, int], values: Tensor) -> Tensor:
+    """A batch of two of `shape` with these singular values."""
+    generator = torch.Generator().manual_seed(3)
+    left, right = (torch.randn(2, d, len(values), generator=generator, dtype=torch.float64) for d in shape)
+    return torch.linalg.qr(left).Q * values.double() @ torch.linalg.qr(right).Q.mT
+
+
+def norms(x: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(x)
+
+
+# -- the iteration -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
+def test_many_steps_give_the_polar_factor_at_the_norm_that_was(shape):
+    P = matrices(shape, torch.linspace(0.05, 3, min(shape)))
+    left, _, right = torch.linalg.svd(P, full_matrices=False)
+    exact = left @ right * (norms(P) / min(shape) ** 0.5)[:, None, None]
+    errors = [float((polar.orthogonalize_(P.clone(), steps) - exact).abs().max()) for steps in (1, 3, 5, 12)]
+    assert errors == sorted(errors, reverse=True) and errors[2] < 1e-5 and errors[3] < 1e-12
+
+
+@product(shape=MATRICES, steps=STEPS, dtype=[torch.float64, torch.float32])
+def test_the_norm_is_kept_and_the_scale_not_seen(shape, steps, dtype):
+    P = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    found = polar.orthogonalize_(P.clone(), steps)
+    torch.testing.assert_close(norms(found), norms(P))
+    for scale in (2.0**-20, 2.0**20):
+        assert torch.equal(polar.orthogonalize_(scale * P, steps), scale * found)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_no_singular_value_grows_by_more_than_is_said(steps):
+    values = torch.logspace(-9, 0, 8)
+    P = matrices((8, 8), values)
+    found = torch.linalg.svdvals(polar.orthogonalize_(P.clone(), steps)).flip(-1)
+    bound = polar.GROWTH[min(steps, 5)] * polar.LAST[0] ** max(steps - 5, 0)
+    assert (found <= bound * values).all() and (found[:, 0] > bound / 8 * values[0]).all()  # and it is reached, nearly
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_what_has_rank_one_or_is_zero_is_left_as_it_is(steps):
+    for P in (matrices((5, 8), torch.tensor([2.0])), torch.zeros(2, 5, 8)):
+        torch.testing.assert_close(polar.orthogonalize_(P.clone(), steps), P, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4, 5)], ids=["one side", "three sides"])
+def test_what_has_not_two_sides_is_left_alone(shape):
+    P = torch.randn(shape)
+    assert polar.orthogonalize_(P, 3) is P and polar.flops(shape[1:], 3) == 0
+
+
+def test_the_coefficients_are_the_best_for_their_ranges():
+    for steps, low in polar.LOWER_ENDS.items():
+        exact = torch.tensor(fits.composition(low, steps))
+        assert torch.allclose(torch.tensor(polar.coefficients(steps)), exact, rtol=0, atol=1e-6)
+
+
+# -- in the methods ----------------------------------------------------------------------------------------------------
+
+
+@product(method=TAKE_IT, shape=[*MATRICES, (3, 4, 5)], steps=[1, 2, 3, 5])
+def test_engine_agrees_with_the_reference_in_the_original_coordinates(method, shape, steps):
+    grads, W = gradients(shape), weights(shape)
+    path = train(grads, W, method=method, polar=steps, **WHOLE)
+    assert distance(path, follow(method, "fresh", grads, W, polar=polar.coefficients(steps))) < 1e-9
+    plain = train(grads, W, method=method, **WHOLE)
+    assert torch.equal(path, plain) == (len(shape) == 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_it_nothing_changes(method):
+    grads, W = gradients((7, 4)), weights((7, 4))
+    plain = train(grads, W, method=method)
+    assert all(torch.equal(train(grads, W, method=method, polar=off), plain) for off in (0, None))
+
+
+def test_it_may_be_changed_between_steps():
+    grads, start = gradients((6, 6), steps=20), weights((6, 6))
+    W = nn.Parameter(start.clone())
+    options = WHOLE | {"weight_decay": 0.0}
+    opt = KLShampoo([W], polar=3, **OPTIONS | options)
+    path = [start]
+    for t, G in enumerate(grads):
+        opt.param_groups[0]["polar"] = 3 if t < 10 else 0
+        W.grad = G.clone()
+        opt.step()
+        path.append(W.detach().clone())
+    always, never = (train(grads, start, polar=steps, **options) for steps in (3, 0))
+    found = torch.stack(path)
+    assert torch.equal(found[:11], always[:11])
+    assert distance(found[11:] - found[10], never[11:] - never[10]) < 1e-12  # the state never knew of it
+
+
+@product(method=TAKE_IT, steps=[1, 3, 5], scale=[1e-6, 1e3])
+def test_it_does_not_see_the_scale_of_the_gradients(method, steps, scale):
+    """Demand (a)."""
+    grads = gradients((8, 5), steps=50)
+    path = train(grads, method=method, polar=steps)
+    assert distance(train(scale * grads, method=method, polar=steps), path) < 1e-10
+
+
+@product(method=TAKE_IT, steps=[1, 3, 5], kind=["rank one", "dead rows", "full"])
+def test_every_update_has_the_size_that_it_has_without(method, steps, kind):
+    """Demand (b), of gradients of any rank."""
+    grads = gradients((24, 24), steps=20)
+    if kind == "rank one":
+        grads = grads[:, :, :1] * grads[:, :1, :]
+    elif kind == "dead rows":
+        grads[:, ::3] = 0
+    sizes = update_sizes(train(grads, method=method, polar=steps, **UNIT_LR))
+    torch.testing.assert_close(sizes, update_sizes(train(grads, method=method, **UNIT_LR)))
+    assert sizes.max() < 1.5 and sizes[0] > 0.05
+
+
+@product(method=TAKE_IT, steps=[0, 1, 3, 5])
+def test_rows_without_a_gradient_come_to_rest(method, steps):
+    """While the basis of the null space is being found they move a little; SOAP's second moment widens that."""
+    grads = gradients((24, 24), steps=40)
+    grads[:, ::3] = 0
+    path = train(grads, method=method, polar=steps, **UNIT_LR)
+    moves = update_sizes(path[:, ::3]) / update_sizes(path)
+    assert moves[30:].max() < 1e-6 and moves.max() < (0.2 if method == "kl_shampoo" else 1)
+
+
+@product(method=TAKE_IT, network=NETWORKS, batch=[1, 2, 4], steps=[2, 5])
+def test_it_is_continuous_under_rank_deficient_gradients(method, network, batch, steps):
+    """Demand (c), in the closed loop."""
+    undisturbed = train_network(network, batch, None, method, polar=steps)
+    for noise in ("of each entry", "of the mean square"):
+        disturbed = train_network(network, batch, noise, method, polar=steps)
+        assert (disturbed - undisturbed).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("jump", [1e-3, 1e3])
+@pytest.mark.parametrize("method", TAKE_IT)
+def test_a_jump_of_scale_does_not_stall_it(method, jump):
+    """Demand (d): the size is that of the whitened momentum, whatever its directions."""
+    grads = gradients((24, 24), steps=100)
+    grads[50:] *= jump
+    sizes = update_sizes(train(grads, method=method, polar=3, **UNIT_LR))
+    torch.testing.assert_close(sizes, update_sizes(train(grads, method=method, **UNIT_LR)))
+    assert sizes.max() < 10
+
+
+# -- over ranks, and what it costs -------------------------------------------------------------------------------------
+
+
+@product(method=TAKE_IT, world_size=[2, 3])
+def test_weights_do_not_depend_on_the_number_of_ranks(world, method, world_size):
+    found, _ = on_ranks(world, world_size, method, "fresh", torch.float64, polar=3)
+    assert deviation(found, one_process(method, "fresh", torch.float64, polar=3)) <= 1e-9
+
+
+@pytest.mark.parametrize("method", TAKE_IT)
+def test_weights_that_fsdp2_shards_are_those_of_one_process(world, method):
+    options = {"method": method, "lr": 1e-2, "polar": 3}
+    expected = train_alone(torch.float64, 12, options)
+    for found in world.run(train_sharded, 2, "fsdp", torch.float64, 12, options):
+        assert deviation(found, expected) <= 1e-9
+
+
+@product(shape=[(6, 6), (7, 4), (4, 7)], steps=STEPS)
+def test_the_flops_of_its_products_are_those_in_the_plan(shape, steps):
+    with FlopCounterMode(display=False) as counted:
+        polar.orthogonalize_(torch.randn(1, *shape), steps)
+    said = [kl_dist.plan({"W": shape}, 1, blocking="none", polar=polar_steps).cost[0] for polar_steps in (0, steps)]
+    assert counted.get_total_flops() == polar.flops(shape, steps) == pytest.approx(said[1] - said[0])
+
+
+@pytest.mark.parametrize("method", TAKE_IT)
+def test_the_peak_of_a_step_is_what_the_plan_says(method):
+    opt = KLShampoo([(f"W{i}", nn.Parameter(torch.zeros(96, 96))) for i in range(6)], method=method, polar=3)
+    for _ in range(4):
+        for parameter in opt.param_groups[0]["params"]:
+            parameter.grad = torch.randn(96, 96)
+        with PeakMemory() as memory:
+            opt.step()
+    assert memory.peak == pytest.approx(opt.plan.working_bytes(0), rel=0.2)

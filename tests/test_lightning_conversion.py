@@ -100,7 +100,13 @@ OPTIONS = {
         "blocking": "square",
     },
     **{"max_preconditioner_dim": 5, "long_side": "diagonal", "merge_dims": True, "matrices": {"rows": (1,)}},
-    **{"shampoo_exponent": 0.3, "adamw_lr": 1e-4, "adamw_betas": (0.7, 0.8), "adamw_names": ("body.weight",)},
+    **{
+        "shampoo_exponent": 0.3,
+        "adjust_lr_fn": "original",
+        "adamw_lr": 1e-4,
+        "adamw_betas": (0.7, 0.8),
+        "adamw_names": ("body.weight",),
+    },
 }
 
 

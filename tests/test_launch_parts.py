@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from kl_dist import KLShampoo
 from launch.data import load_corpus, standard_library, training_starts, validation_starts, windows
 from launch.metrics import set_aside
 from launch.model import GPT
@@ -68,6 +70,24 @@ def test_the_model_predicts_from_the_past_alone() -> None:
     changed = tokens.clone()
     changed[0, -1] += 1
     assert torch.equal(model(tokens)[:, :-1], model(changed % 256)[:, :-1])
+
+
+def test_the_engines_muon_on_whole_matrices_follows_torchs_muon() -> None:
+    """Under names of their own: "muon" is torch's, in float32, and "kl_muon" ours."""
+    losses: dict[str, list[float]] = {}
+    for name, more in (("muon", ()), ("kl_muon", ("blocking=none",))):
+        torch.manual_seed(0)
+        model = GPT(layers=1, width=16, heads=2, context=8)
+        trainer = make_trainer(Options(optimizer=name, set=more, lr=1.5e-2, adamw_lr=5e-3, steps=20), model)
+        assert isinstance(trainer.optimizers[0], Float32Muon if name == "muon" else KLShampoo)
+        for step in range(1, 21):
+            tokens = torch.randint(256, (4, 9), generator=torch.Generator().manual_seed(step))
+            loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            trainer.zero_grad()
+            loss.backward()
+            trainer.step(step)
+            losses.setdefault(name, []).append(loss.item())
+    assert losses["kl_muon"] == pytest.approx(losses["muon"], abs=1e-4) and losses["muon"][-1] != losses["muon"][0]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

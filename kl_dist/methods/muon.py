@@ -45,7 +45,7 @@ def allocate(shape: Sequence[int], sides: Sequence[Side], batch: int, like: Tens
 
 
 def allocate_with_neurons(shape: Sequence[int], sides: Sequence[Side], batch: int, like: Tensor) -> NorMuonState:
-    """As `allocate`."""
+    """As `allocate`, and a zero for each of the first side's rows."""
     return NorMuonState(*unstarted(batch), like.new_zeros(batch, *shape), like.new_zeros(batch, shape[0]))
 
 

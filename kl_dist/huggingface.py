@@ -30,7 +30,11 @@ class KLShampooFactory:
 
 
 class ConsolidateState(TrainerCallback):
-    """Gathers KLShampoo's state on the ranks that write before the Trainer saves; any other optimizer is left alone."""
+    """Gathers KLShampoo's state on the ranks that write before the Trainer saves; any other optimizer is left alone.
+
+    It sees what callbacks before it have decided. Of saves that it does not hear of (`enable_jit_checkpoint`, or one
+    that a later callback asks for) a Trainer with `Consolidating` knows.
+    """
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **given: Any) -> None:
         if control.should_save:
@@ -39,10 +43,22 @@ class ConsolidateState(TrainerCallback):
     def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **given: Any) -> None:
         self.on_step_end(args, state, control, **given)
 
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, **given: Any) -> None:
+        self.on_step_end(args, state, control, **given)
+
     def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **given: Any) -> None:
         """Under save_strategy "best" whether to save is decided after this, and with no word to callbacks."""
-        if args.save_strategy == SaveStrategy.BEST:
+        if control.should_save or args.save_strategy == SaveStrategy.BEST:
             _consolidate(given.get("optimizer"), args)
+
+
+class Consolidating:
+    """Mixin of a Trainer, of any subclass: `class MyTrainer(Consolidating, Trainer)` gathers before every save."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        trainer: Any = self
+        consolidate(trainer.optimizer, trainer.args.should_save)
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
 
 
 def _consolidate(optimizer: Any, args: TrainingArguments) -> None:

@@ -30,12 +30,15 @@ GATE_UP_TRANSPOSED: Declaration = {"batch": (0,), "parts": {2: 2}}  # (E, n, 2m)
 IN_TURNS: Declaration = {"batch": (0,), "interleaved": {1: 2}}  # (E, 2m, n): gate, up, gate, up, ..
 IN_TURNS_TRANSPOSED: Declaration = {"batch": (0,), "interleaved": {2: 2}}
 HEADS: Declaration = {"rows": (0,), "columns": (1, 2)}  # (d, heads, d / heads)
-VECTORS = None  # (E, n): biases, one of each expert, which AdamW serves
+VECTORS = None  # (E, n): biases, one of each expert, say, which AdamW serves
+
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)  # of several dimensions, too
 
 _QKV: Mapping[str, Declaration | None] = {"c_attn.weight": {"parts": {1: "split_size"}}}
 _FLAT: Declaration = {"parts": {0: "args.ffn_hidden_size"}}
 
 TABLE: dict[str, Mapping[str, Declaration | None]] = {
+    "torch.nn.modules.activation.MultiheadAttention": {"bias_k": VECTORS, "bias_v": VECTORS},
     # transformers: fused query, key and value, or key and value, of a Conv1D
     "GPT2Attention": _QKV,
     "DecisionTransformerGPT2Attention": _QKV,
@@ -82,7 +85,7 @@ class Said:
     """What a model's modules say of its parameters, which stand here by their ids."""
 
     elementwise: frozenset[int]  # embeddings and the output head, which AdamW serves
-    vectors: frozenset[int]  # biases of experts, stacked
+    vectors: frozenset[int]  # biases of experts, stacked; norms
     convolutions: frozenset[int]
     matrices: Mapping[int, Declaration]
 
@@ -161,6 +164,8 @@ def look_up(model: nn.Module, output_head: str | None = None) -> Said:
                 vectors.add(id(p))
             elif (resolved := _resolved(declared, module, shape_of(p))) is not None:
                 matrices.setdefault(id(p), resolved)
+        if isinstance(module, NORMS):
+            vectors |= {id(p) for p in module.parameters()}
         if isinstance(module, _ConvNd):
             convolutions |= {id(p) for p in module.parameters()}
     elementwise = embeddings_and_head(model, output_head)

@@ -95,7 +95,8 @@ class Ranks(Team):
         if not initialized and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RuntimeError(
                 f"this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE) but torch.distributed is not"
-                " initialised: call torch.distributed.init_process_group before constructing KLShampoo"
+                " initialised: call torch.distributed.init_process_group before constructing KLShampoo (transformers'"
+                " TrainingArguments and accelerate's Accelerator do)"
             )
         group = process_group if process_group is not None or not initialized else dist.group.WORLD
         super().__init__(group, range(dist.get_world_size(group) if group is not None else 1), whole=True)

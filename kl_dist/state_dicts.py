@@ -68,6 +68,8 @@ class StateDicts(torch.optim.Optimizer):
         so: a file of one rank would lack what the others hold.
         """
         consolidated, self._consolidated = self._consolidated, None
+        if consolidated is not None:  # a schedule may have stepped since
+            consolidated["param_groups"] = full.groups_of(self.param_groups)
         return self._saved(lambda: consolidated or self._held_here(plain=False))
 
     def local_state_dict(self) -> dict[str, Any]:
@@ -120,7 +122,12 @@ class StateDicts(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and copying take: everything but the process group, which is a connection and not data."""
-        own = {"_plan": self._running.plan, "_on_nonfinite": self._on_nonfinite, "_skipped": self._skipped}
+        own = {
+            "_plan": self._running.plan,
+            "_rank": self._ranks.rank,
+            "_on_nonfinite": self._on_nonfinite,
+            "_skipped": self._skipped,
+        }
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -138,7 +145,12 @@ class StateDicts(torch.optim.Optimizer):
         return copied
 
     def _restore(self, state: dict[str, Any], ranks: Ranks) -> None:
-        plan: Plan = state.pop("_plan")
+        plan, rank = state.pop("_plan"), state.pop("_rank", ranks.rank)
+        if rank != ranks.rank:
+            raise RuntimeError(
+                f"this KLShampoo was pickled on rank {rank}, and holds that rank's part of the state; here is rank"
+                f" {ranks.rank}: have each rank pickle its own, or save a state dict"
+            )
         if plan.world_size != ranks.size:
             raise RuntimeError(f"this KLShampoo was pickled on {plan.world_size} ranks, here are {ranks.size}")
         super().__setstate__(state)

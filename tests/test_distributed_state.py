@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from kl_dist import KLShampoo
 from kl_dist.planning.traffic import traffic_of
@@ -138,6 +139,10 @@ def written_by_one_rank(group, folder) -> None:
         train_alone(model, optimizer, range(steps))
         state = optimizer.state_dict()
         assert ("kl_dist" in state) == (steps > 0 or group.rank() != 0)
+    optimizer.consolidate_state_dict()
+    optimizer.param_groups[0]["lr"] = 0.125  # by a schedule, before the save
+    state = optimizer.state_dict()
+    assert state["param_groups"][0]["lr"] == 0.125
     if group.rank() == 0:
         torch.save({"optimizer": state}, folder / "whole.pt")
     group.barrier().wait()
@@ -149,6 +154,21 @@ def written_by_one_rank(group, folder) -> None:
 
 def test_a_file_of_one_rank_is_whole_or_an_error(world, tmp_path):
     world.run(written_by_one_rank, 2, tmp_path)
+
+
+def pickled_by_rank_0(group) -> None:
+    optimizer = KLShampoo(zoo(), process_group=dist.group.WORLD)
+    everywhere = [None, None]
+    dist.all_gather_object(everywhere, pickle.dumps(optimizer))
+    if group.rank() == 0:
+        pickle.loads(everywhere[0])
+    else:
+        with raising(RuntimeError, "was pickled on rank 0, and holds that rank's part of the state; here is rank 1"):
+            pickle.loads(everywhere[0])
+
+
+def test_a_pickled_optimizer_is_for_the_rank_it_is_of(worlds):
+    worlds[2].run(pickled_by_rank_0, 2)
 
 
 def test_what_is_sharded_is_pickled_as_other_optimizers_state_is(world):

@@ -98,7 +98,7 @@ def run_huggingface_blocks(group: dist.ProcessGroup, folder: str) -> int:
 
 
 def test_the_code_of_hugging_faces_page_runs(worlds, tmp_path):
-    assert worlds[2].run(run_huggingface_blocks, 2, str(tmp_path), timeout=180) == [3, 3]
+    assert worlds[2].run(run_huggingface_blocks, 2, str(tmp_path), timeout=180) == [4, 4]
     assert (tmp_path / "hf/checkpoint-4/optimizer.pt").exists() and (tmp_path / "state/optimizer.bin").exists()
 
 

@@ -103,6 +103,52 @@ def test_the_trainer_under_ddp_trains_as_on_one_process_and_resumes_on_any_numbe
     assert deviation(run_trainer(None, tmp_path / "2", "checkpoint-3"), alone) < 1e-9
 
 
+def saved_by_others(group: dist.ProcessGroup, folder: Path, event: str) -> None:
+    """A callback that comes last asks for a save at an event; one before ours, where it is the Trainer's own."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from kl_dist.huggingface import ConsolidateState, Consolidating, KLShampooFactory
+
+    class Asks(TrainerCallback):
+        pass
+
+    def ask(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_save = state.global_step == 2
+
+    class Gathering(Consolidating, Trainer):
+        pass
+
+    setattr(Asks, event.removeprefix("late "), ask)
+    late = event.startswith("late ")
+    with as_started(group, "huggingface"):
+        trainer = (Gathering if late else Trainer)(
+            model=Learner(),
+            args=TrainingArguments(
+                str(folder),
+                use_cpu=True,
+                max_steps=3,
+                logging_steps=1,
+                eval_strategy="steps",
+                eval_steps=1,
+                save_strategy="no",
+                per_device_train_batch_size=2,
+                report_to=[],
+            ),
+            train_dataset=samples(),
+            eval_dataset=samples()[:2],
+            optimizer_cls_and_kwargs=(KLShampooFactory, OPTIONS),
+            callbacks=[Asks()] if late else [Asks(), ConsolidateState()],
+        )
+        trainer.train()
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_log", "on_evaluate", "late on_step_end", "late on_evaluate"])
+def test_a_save_that_another_callback_asks_for_is_whole(worlds, event, tmp_path):
+    worlds[2].run(saved_by_others, 2, tmp_path, event, timeout=120)
+    state = torch.load(tmp_path / "checkpoint-2/optimizer.pt", weights_only=True)
+    KLShampoo(Learner(), **OPTIONS).load_state_dict(state)
+
+
 def run_under_fsdp2(group: dist.ProcessGroup, folder: Path, kind: str, resume: str | None = None) -> Any:
     config = {"fsdp_version": 2, "auto_wrap_policy": "NO_WRAP", "cpu_ram_efficient_loading": False}
     config["state_dict_type"] = kind

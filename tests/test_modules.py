@@ -339,3 +339,11 @@ def test_sharded_experts_train_as_in_one_process(worlds, ranks):
     for found in worlds[ranks].run(trained_stacks, ranks):
         for name, p in alone.items():
             torch.testing.assert_close(found[name], p, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_norms_of_several_dimensions_and_the_biases_of_attention_are_adamws_and_not_decayed():
+    model = nn.Sequential(nn.LayerNorm([4, 8]), nn.MultiheadAttention(8, 2, add_bias_kv=True))
+    served = {name: group for group in param_groups(model) for name, _ in group["params"]}
+    for name in ("0.weight", "0.bias", "1.bias_k", "1.bias_v"):
+        assert served[name]["method"] == "adamw" and served[name]["weight_decay"] == 0.0
+    assert "method" not in served["1.in_proj_weight"]

@@ -31,7 +31,12 @@ def gather(held: Sequence[Holding], groups: Sequence[Mapping[str, Any]], ranks: 
             state.setdefault(holding.name, {})[holding.entry.key] = full
     if ranks.rank != to:
         return {}
-    return {"state": state, "param_groups": [{**group, "params": list(group["param_names"])} for group in groups]}
+    return {"state": state, "param_groups": groups_of(groups)}
+
+
+def groups_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The parameter groups in a full state: names for parameters."""
+    return [{**group, "params": list(group["param_names"])} for group in groups]
 
 
 def _gathered(holding: Holding, ranks: Ranks, to: int) -> Tensor | None:

@@ -96,6 +96,10 @@ polar() {
         $model $batch --run "$kl --set polar=0" --run "$kl --set polar=3" --grid lr=1.5e-2,2.2e-2 --seeds 1
         $model $batch --run "--optimizer muon" --grid lr=1.5e-2,3e-2,4.5e-2
     done
+    for batch in "1024 --steps 150" "2048 --steps 350" "4096 --steps 250"; do
+        $model --tokens-per-step $batch --seeds 0 1 --run "$kl --lr 1.5e-2" --grid polar=0,3
+    done
+    $model --tokens-per-step 8192 --steps 400 --run "$kl --lr 1.5e-2" --grid polar=0,3
     large="$model --tokens-per-step 8192 --steps 150"
     $large --run "$kl --lr 6e-3" --run "$kl --lr 1e-2" --run "$kl --lr 3e-2 --set polar=3" --run "--optimizer muon --lr 7e-2"
     $large --run "$kl --lr 1e-2" --seeds 1

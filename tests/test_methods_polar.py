@@ -118,6 +118,14 @@ def test_it_may_be_changed_between_steps():
     assert distance(found[11:] - found[10], never[11:] - never[10]) < 1e-12  # the state never knew of it
 
 
+def test_a_state_that_was_saved_before_it_existed_leaves_it_as_it_is_here():
+    saved = KLShampoo([nn.Parameter(torch.ones(4, 4))]).state_dict()
+    del saved["param_groups"][0]["polar"]
+    opt = KLShampoo([nn.Parameter(torch.ones(4, 4))], polar=3)
+    opt.load_state_dict(saved)
+    assert opt.param_groups[0]["polar"] == 3
+
+
 @product(method=TAKE_IT, steps=[1, 3, 5], scale=[1e-6, 1e3])
 def test_it_does_not_see_the_scale_of_the_gradients(method, steps, scale):
     """Demand (a)."""

@@ -125,10 +125,15 @@ def step_with_lower_precision(turn_down: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("turn_down", [legacy, new, of_one_backend])
 def test_a_lower_matmul_precision_of_the_user_is_set_aside_for_the_step_and_kept_after(turn_down):
-    """bfloat16 products would move the weights by 1e-3. In a process of its own: torch refuses to mix the switches."""
+    """bfloat16 products would move the weights by 1e-3. In a process of its own: torch refuses to mix the switches.
+
+    A new one: in a forked one threads may be waited for that are not there.
+    """
     if turn_down is not legacy and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("this torch has the older switches alone")
-    process = multiprocessing.get_context("fork").Process(target=step_with_lower_precision, args=(turn_down,))
+    process = multiprocessing.get_context("spawn").Process(
+        target=step_with_lower_precision, args=(turn_down,), daemon=True
+    )
     process.start()
     process.join(SECONDS * patience())
     assert process.exitcode == 0

@@ -15,7 +15,8 @@ compare() {
 # Three learning rates, and more where the best of three was at an edge; kl_muon is Muon on the engine's square blocks.
 for batch in ${*:-1024 8192 32768}; do
     compare --run "--optimizer muon" --run "--optimizer kl_muon" --grid lr=1.5e-2,2.2e-2,3.3e-2
+    [ "$batch" -gt 8192 ] || compare --run "--optimizer muon" --grid lr=5e-2
     compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set polar=3" --grid lr=1e-2,1.5e-2,2.2e-2
     [ "$batch" -gt 8192 ] || compare --run "--optimizer soap" --run "--optimizer kl_soap" --grid lr=1e-2,1.5e-2,2.2e-2
-    [ "$batch" -gt 8192 ] || compare --run "--optimizer adamw" --grid lr=2e-3,4e-3,8e-3
+    [ "$batch" -gt 8192 ] || compare --run "--optimizer adamw" --grid lr=1e-3,2e-3,4e-3
 done

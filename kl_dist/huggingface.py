@@ -32,9 +32,15 @@ class KLShampooFactory:
 class ConsolidateState(TrainerCallback):
     """Gathers KLShampoo's state on the ranks that write before the Trainer saves; any other optimizer is left alone.
 
-    It sees what callbacks before it have decided. Of saves that it does not hear of (`enable_jit_checkpoint`, or one
-    that a later callback asks for) a Trainer with `Consolidating` knows.
+    It sees what callbacks before it have decided; of a save that a later one asks for, a Trainer with `Consolidating`
+    knows.
+
+    Raises:
+        ValueError: `enable_jit_checkpoint` on several ranks, when training begins.
     """
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **given: Any) -> None:
+        _refuse_saves_apart(args)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **given: Any) -> None:
         if control.should_save:
@@ -53,12 +59,29 @@ class ConsolidateState(TrainerCallback):
 
 
 class Consolidating:
-    """Mixin of a Trainer, of any subclass: `class MyTrainer(Consolidating, Trainer)` gathers before every save."""
+    """Mixin of a Trainer, of any subclass: `class MyTrainer(Consolidating, Trainer)` gathers before every save.
+
+    Raises:
+        ValueError: as `ConsolidateState`.
+    """
+
+    def train(self, *arguments: Any, **named: Any) -> Any:
+        trainer: Any = self
+        _refuse_saves_apart(trainer.args)
+        return super().train(*arguments, **named)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         trainer: Any = self
         consolidate(trainer.optimizer, trainer.args.should_save)
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+
+
+def _refuse_saves_apart(args: TrainingArguments) -> None:
+    if args.world_size > 1 and getattr(args, "enable_jit_checkpoint", False):
+        raise ValueError(
+            "enable_jit_checkpoint has each rank save when its own timer says so, and KLShampoo's state is gathered"
+            " from all of them together: leave it off, and save every few steps (save_steps)"
+        )
 
 
 def _consolidate(optimizer: Any, args: TrainingArguments) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kl_dist import KLShampoo, param_groups
 from tests.jobs import as_started
-from tests.models import deviation
+from tests.models import deviation, raising
 from tests.sharded import layers, loss_of, tokens_of, weights_of
 
 pytest.importorskip("accelerate")
@@ -147,6 +147,32 @@ def test_a_save_that_another_callback_asks_for_is_whole(worlds, event, tmp_path)
     worlds[2].run(saved_by_others, 2, tmp_path, event, timeout=120)
     state = torch.load(tmp_path / "checkpoint-2/optimizer.pt", weights_only=True)
     KLShampoo(Learner(), **OPTIONS).load_state_dict(state)
+
+
+def each_by_its_own_timer(group: dist.ProcessGroup, folder: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from kl_dist.huggingface import ConsolidateState, Consolidating, KLShampooFactory
+
+    class Gathering(Consolidating, Trainer):
+        pass
+
+    for kind, callbacks in ((Trainer, [ConsolidateState()]), (Gathering, [])):
+        with as_started(group, "huggingface"):
+            given: dict[str, Any] = {"use_cpu": True, "max_steps": 3, "enable_jit_checkpoint": True, "report_to": []}
+            trainer = kind(
+                model=Learner(),
+                args=TrainingArguments(str(folder), **given),
+                train_dataset=samples(),
+                optimizer_cls_and_kwargs=(KLShampooFactory, OPTIONS),
+                callbacks=callbacks,
+            )
+            with raising(ValueError, "enable_jit_checkpoint has each rank save when its own timer says so"):
+                trainer.train()
+
+
+def test_saves_at_times_of_each_ranks_own_are_refused_before_training(worlds, tmp_path):
+    worlds[2].run(each_by_its_own_timer, 2, tmp_path, timeout=120)
 
 
 def run_under_fsdp2(group: dist.ProcessGroup, folder: Path, kind: str, resume: str | None = None) -> Any:

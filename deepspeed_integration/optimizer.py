@@ -106,11 +106,9 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
             check_names("adamw_names", group["adamw_names"] or (), names.values())
             check_names("matrices", names_of(group["matrices"]), names.values())
             named = [(names.get(p, f"group{i}.param{j}"), p, s) for j, (p, s) in enumerate(pairs)]
-            chosen = group["adamw_names"] or ()
-            served = said.serve([(name, p) for name, p, _ in named], group["matrices"], chosen)
-            adamw = tuple(name for name, _, s in named if s.ndim >= 2 and (name in served.adamw or name in chosen))
+            served = said.serve([(name, p) for name, p, _ in named], group["matrices"], group["adamw_names"])
             own = {key: group[key] for key in (*options.DEFAULTS, "base_lr")}
-            own |= {"lr": group["base_lr"], "adamw_names": adamw, "matrices": served.matrices}
+            own |= {"lr": group["base_lr"], "adamw_names": served.adamw_names, "matrices": served.matrices}
             if named:
                 made.append({**own, "params": [(name, s) for name, _, s in named]})
                 self._served.append(group)

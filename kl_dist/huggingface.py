@@ -108,12 +108,14 @@ def consolidate_on_save(accelerator: Accelerator) -> Any:
 def consolidate(optimizer: Any, here: bool) -> None:
     """Have the next state_dict() be all of the state on every rank that says `here`; a collective.
 
+    What is gathered already stays: a step that logs, evaluates and saves asks for it each time.
+
     Args:
         optimizer: KLShampoo as it is or as accelerate has wrapped it; others, and one of sharded parameters, are left.
     """
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     if isinstance(optimizer, KLShampoo) and not optimizer.is_sharded:
-        for rank, writes in enumerate(optimizer.parts.ranks.gather_objects(here)):
+        for rank, writes in enumerate(optimizer.parts.ranks.gather_objects(here and not optimizer.is_consolidated)):
             if writes:
                 optimizer.consolidate_state_dict(to=rank)

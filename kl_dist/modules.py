@@ -12,7 +12,7 @@ Checked on transformers 5.24.0, torchtitan 0.2.2 and its main branch of August 2
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -91,7 +91,7 @@ class Said:
 
     def serve(
         self,
-        named: Iterable[tuple[str, Tensor]],
+        named: Collection[tuple[str, Tensor]],
         matrices: Mapping[str, Any] | None = None,
         adamw_names: Collection[str] | None = None,
     ) -> Served:
@@ -100,16 +100,19 @@ class Said:
         Args:
             named: parameters, named.
             matrices: the user's option for them, which goes first.
-            adamw_names: the user's option; what it names is left out here.
+            adamw_names: the user's option.
         """
         adamw: list[str] = []
+        chosen: list[str] = []
         declared: dict[str, Declaration] = {}
         unknown: list[str] = []
         for name, p in named:
             own = declaration_of(name, matrices)
-            if len(shape_of(p)) < 2 or name in (adamw_names or ()):
+            if len(shape_of(p)) < 2:
                 continue
-            if id(p) in self.elementwise or (own is None and id(p) in self.vectors):
+            if name in (adamw_names or ()):
+                chosen.append(name)
+            elif id(p) in self.elementwise or (own is None and id(p) in self.vectors):
                 adamw.append(name)
             elif own is not None or id(p) in self.matrices:
                 declared[name] = self.matrices[id(p)] if own is None else own
@@ -119,13 +122,15 @@ class Said:
         if unknown:
             log.warning("AdamW serves %s: %s", _listed(unknown), UNKNOWN)
         is_for_all = matrices is not None and not names_of(matrices)
-        return Served(tuple(adamw), matrices if is_for_all else declared or None)
+        names = tuple(name for name, _ in named if name in {*adamw, *chosen})
+        return Served(tuple(adamw), names, matrices if is_for_all else declared or None)
 
 
 class Served(NamedTuple):
     """What becomes of parameters."""
 
-    adamw: tuple[str, ...]  # of two dimensions or more, and served by AdamW all the same
+    adamw: tuple[str, ...]  # of two dimensions or more, and served by AdamW for what they are
+    adamw_names: tuple[str, ...]  # these and what the user has named, in the parameters' order: the option for a group
     matrices: Mapping[str, Any] | None  # the option `matrices` for the others
 
     @property

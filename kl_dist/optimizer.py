@@ -199,6 +199,7 @@ class KLShampoo(StateDicts):
         self._engine = Engine(plan, self._ranks, parameters, self.param_groups, self._engine)
         if self._reduction is not None:
             self._reduction.follow(plan, parameters)
+        self._uncompared = {parameter.name for parameter in plan.parameters} - self._compared
         self._named = [list(groups.pairs_of(group)) for group in self.param_groups]
         self._signature = groups.signature(self._trained())
         self._holdings = holdings(plan, self._engine.stacks, self._ranks)
@@ -272,10 +273,10 @@ class KLShampoo(StateDicts):
 
     def _compare_replicas(self) -> None:
         """Once, when all that wraps and broadcasts a model has had its turn: before the first step of a parameter."""
-        names = [parameter.name for parameter in self.plan.parameters]
-        if not self._compared.issuperset(names):
-            check_replicas(self._running.shards.parameters, self.plan, self._ranks, self._compared)
-            self._compared.update(names)
+        if self._uncompared:
+            check_replicas(self._running.shards.parameters, self.plan, self._ranks, self._uncompared)
+            self._compared |= self._uncompared
+            self._uncompared = set()
 
     def _skip(self, what: str) -> None:
         if self._on_nonfinite == "raise":

@@ -43,4 +43,5 @@ def load_full_state_dict(
     parts = optimizer.parts
     left = full.scatter(state, optimizer.param_groups, parts.holdings, parts.ranks, strict)
     parts.engine.failure = None
+    optimizer._consolidated = None  # of the state as it was
     return left

@@ -52,6 +52,11 @@ class StateDicts(torch.optim.Optimizer):
         """Whether this rank has less than all of some parameter, so that no optimizer's state would be whole here."""
         return not all(placement.is_whole(p) for group in self.param_groups for p in group["params"])
 
+    @property
+    def is_consolidated(self) -> bool:
+        """Whether the next `state_dict()` of this rank is all of the state."""
+        return self._consolidated is not None
+
     def _check_followed(self) -> None:
         """Before state is saved or loaded, of what is sharded now by all ranks together: there it is followed."""
         if self._replaced or groups.are_changed(self.param_groups, self._named):

@@ -7,7 +7,7 @@ them for what it goes on serving. Other optimizers are refused, never quietly ke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -167,12 +167,10 @@ class _Conversion:
             chosen = options.recipe_defaults(method, recipe)["betas"]
         return {**found, "betas": (group["betas"][0], chosen[1]) if cycled else tuple(chosen)}
 
-    def served(self, named: Iterable[tuple[str, Tensor]], matrices: Mapping[str, Any] | None) -> dict[str, Any]:
+    def served(self, named: Collection[tuple[str, Tensor]], matrices: Mapping[str, Any] | None) -> dict[str, Any]:
         """Which parameters of a group AdamW serves, and as which matrices the others are read."""
-        chosen = self.given.get("adamw_names", ())
-        served = self.said.serve(named, matrices, chosen)
-        names = (name for name, p in named if len(shape_of(p)) >= 2 and (name in served.adamw or name in chosen))
-        return {"adamw_names": tuple(names), "matrices": served.matrices}
+        served = self.said.serve(named, matrices, self.given.get("adamw_names"))
+        return {"adamw_names": served.adamw_names, "matrices": served.matrices}
 
 
 def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kl_dist import KLShampoo, param_groups
+from kl_dist import KLShampoo, full_state_dict, load_full_state_dict, param_groups
 from tests.jobs import as_started
 from tests.models import deviation, raising
 from tests.sharded import layers, loss_of, tokens_of, weights_of
@@ -305,3 +305,25 @@ def test_an_optimizer_made_after_accelerate_has_sharded_the_model_trains_alike(w
     alone, _ = run_accelerate(None, tmp_path)
     for weights in worlds[2].run(made_after, 2):
         assert deviation(weights, alone) < 1e-9
+
+
+def gathered_once(group: dist.ProcessGroup) -> list[int]:
+    """How often state was gathered: asked for twice before a step, then once more; and loaded in between."""
+    from kl_dist.checkpoint import full
+    from kl_dist.huggingface import consolidate
+
+    optimizer, counts = KLShampoo(Learner(), **OPTIONS), []
+    with mock.patch.object(full, "gather", wraps=full.gather) as gather:
+        for _ in range(2):
+            consolidate(optimizer, group.rank() == 1)
+        counts.append(gather.call_count)
+        load_full_state_dict(optimizer, full_state_dict(optimizer))
+        consolidate(optimizer, group.rank() == 1)
+        counts.append(gather.call_count)
+    assert optimizer.is_consolidated == (group.rank() == 1)
+    assert ("kl_dist" not in optimizer.state_dict()) == (group.rank() == 1)
+    return counts
+
+
+def test_what_is_gathered_already_is_not_gathered_again(worlds):
+    assert worlds[2].run(gathered_once, 2) == [[1, 3], [1, 3]]

@@ -28,33 +28,33 @@ def checksum(tensor: Tensor) -> Tensor:
     return whole.sum(dtype=torch.int64) % 2**62
 
 
-def check_replicas(parameters: Sequence[Tensor], plan: Plan, ranks: Ranks, but: Collection[str] = ()) -> None:
+def check_replicas(parameters: Sequence[Tensor], plan: Plan, ranks: Ranks, names: Collection[str]) -> None:
     """Compare what the ranks hold of parameters that they hold several times; a collective of 16 bytes for each.
 
     Args:
         parameters: this rank's, in the plan's order.
         plan: tells who holds what.
         ranks: of the plan.
-        but: names that are left out, the same on all ranks.
+        names: of those to compare, the same on all ranks.
 
     Raises:
         ValueError: on all ranks, naming the first parameter that differs.
     """
-    names: list[str] = []
+    compared: list[str] = []
     told: list[Tensor] = []
     nothing = torch.full((), NOTHING, device=ranks.device)
     for one, parameter in zip(plan.parameters, parameters, strict=True):
         columns = [tuple(range(ranks.size))] if one.sharding is None else list(zip(*one.sharding.grid, strict=True))
-        if one.name in but or len(columns[0]) < 2:
+        if one.name not in names or len(columns[0]) < 2:
             continue
         mine = checksum(local_shard(parameter)).to(ranks.device)
-        names += [one.name] * len(columns)
+        compared += [one.name] * len(columns)
         told += [mine if ranks.rank in column else nothing for column in columns]
     if not told:
         return
     here = torch.stack(told)
     largest = ranks.largest(torch.cat([here, torch.where(here == NOTHING, here, -here)]))
-    for name, most, least in zip(names, largest, largest[len(names) :], strict=False):
+    for name, most, least in zip(compared, largest, largest[len(compared) :], strict=False):
         if most == NO_MEMORY:
             raise ValueError(
                 f"parameter {name!r} has no memory: FSDP2 frees what it has gathered for a forward; construct KLShampoo"

@@ -20,6 +20,15 @@ from torch.profiler import record_function
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+def start_of_torchrun() -> int:
+    """How often `torchrun --max-restarts` has begun anew, where one torchrun counts for all ranks; elsewhere 0.
+
+    It keeps one store for all starts. What is put there must have this in its keys, or ranks wait for those of before.
+    """
+    counts_for_all = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if counts_for_all else 0
+
+
 class Exchange(NamedTuple):
     """A collective under way."""
 

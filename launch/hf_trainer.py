@@ -21,7 +21,6 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import torch.distributed as dist
 from jsonargparse import CLI
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -32,6 +31,7 @@ from kl_dist.huggingface import ConsolidateState, KLShampooFactory
 from launch.data import load_corpus, validation_starts
 from launch.model import gpt2
 from launch.options import UsageError, status_of
+from launch.ranks import leave
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs/hf_zero2.json"
 FSDP2 = {"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "SHARDED_STATE_DICT"}
@@ -159,13 +159,19 @@ def train(options: Options) -> Trainer:
     """Train to the last step, and look at the validation loss.
 
     Raises:
-        UsageError: no launcher has started this, or accelerate has turned DeepSpeed or FSDP off.
+        UsageError: no launcher has started this, accelerate has turned DeepSpeed or FSDP off, or it takes each process
+            for the only one.
     """
     if "RANK" not in os.environ:
         raise UsageError("start this with torchrun, deepspeed, or accelerate launch")
     trainer = make_trainer(options)
     if options.parallel == "deepspeed" and not trainer.is_deepspeed_enabled:  # a Trainer would go on with AdamW
         raise UsageError("accelerate leaves DeepSpeed out where ACCELERATE_USE_CPU is set; unset it")
+    if trainer.args.world_size != int(os.environ["WORLD_SIZE"]):  # each would read all of the data
+        raise UsageError(
+            f"accelerate counts {trainer.args.world_size} process(es), the launcher {os.environ['WORLD_SIZE']}: without"
+            " GPUs TrainingArguments take use_cpu=True"
+        )
     if options.parallel == "fsdp2" and not trainer.is_fsdp_enabled:  # it would go on with DDP
         raise UsageError("accelerate has FSDP on GPUs alone: on CPUs take --parallel ddp")
     trainer.train(resume_from_checkpoint=options.resume)
@@ -186,6 +192,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if status := main():
-        sys.exit(status)
-    dist.destroy_process_group()
+    leave(main())

@@ -33,7 +33,7 @@ from launch.data import Corpus, library_manual, load_corpus, standard_library
 from launch.model import gpt2
 from launch.optimizers import ADAMW_BETAS, Trainer, blamed_on_set, kronecker
 from launch.options import METHOD_OF, Options, Rates, UsageError, option
-from launch.ranks import joined_ranks
+from launch.ranks import joined_ranks, leave
 
 ADAPTED = ("c_attn", "c_proj", "c_fc")
 """The modules of a GPT-2 that get an adapter: all matrices of its blocks."""
@@ -210,4 +210,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    train.leave(main())
+    leave(main())

@@ -7,14 +7,16 @@ here does the right thing, often nothing, for a single rank.
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kl_dist.ranks import start_of_torchrun
 from launch.options import UsageError
 
 
@@ -88,11 +90,24 @@ def joined_ranks() -> Iterator[Ranks]:
 def _store_of_this_start() -> dist.Store:
     """Where the ranks find each other, apart from what they left there before `torchrun --max-restarts` began anew.
 
-    torchrun keeps one store for all starts, and a rank that reads a dead one's address there waits for it in vain. The
-    number of the start sets them apart where one torchrun counts for all; with several machines, start it with
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    A rank that reads a dead one's address there waits for it in vain. The number of the start sets them apart where one
+    torchrun counts for all; with several machines, start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
     """
     store, _, _ = next(dist.rendezvous("env://"))
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    return store
+    return dist.PrefixStore(f"start-{start_of_torchrun()}", store)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process, under a launcher without taking the interpreter apart.
+
+    Threads of gloo's may run until then: destroy_process_group leaves those of a group that anything still holds, an
+    optimizer or DeepSpeed (findings/torch_gloo_threads.sh). One that lets go of a tensor while the interpreter ends
+    aborts a process that has done all it had to.
+    """
+    if "RANK" not in os.environ:
+        sys.exit(status)
+    if status == 0 and dist.is_initialized():  # a rank that failed must not wait for the others
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

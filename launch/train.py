@@ -8,12 +8,10 @@ each takes its rows of the batch, DDP averages the gradients, and the optimizer 
 """
 
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 if not __package__:
     # Started as a file, Python looks for modules beside it; this package's folder is one up.
@@ -30,7 +28,7 @@ from launch.model import GPT, Model
 from launch.optimizers import Trainer, make_trainer
 from launch.options import Options, UsageError, parse
 from launch.parallel import clip_gradients, lay_out
-from launch.ranks import Ranks, joined_ranks
+from launch.ranks import Ranks, joined_ranks, leave
 from launch.signals import Asked
 
 VALIDATION_WINDOWS = 128
@@ -234,16 +232,6 @@ def main(arguments: Sequence[str] | None = None, job: type[Job] = Job) -> int:
         print("\nInterrupted; --resume continues from the last checkpoint, if one was saved.", file=sys.stderr)
         return 130
     return 0 if saved else 1
-
-
-def leave(status: int) -> NoReturn:
-    """End the process, under torchrun without taking the interpreter apart: threads of torch's that still run then
-    (gloo's) would abort a process that has done all it had to."""
-    if "RANK" not in os.environ:
-        sys.exit(status)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 if __name__ == "__main__":

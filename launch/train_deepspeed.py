@@ -31,6 +31,7 @@ import deepspeed_integration  # noqa: F401 (makes the optimizers known to DeepSp
 from launch.data import Corpus, load_corpus, training_starts, validation_starts, windows
 from launch.model import GPT
 from launch.options import UsageError, status_of
+from launch.ranks import leave
 
 VALIDATION_WINDOWS = 128
 
@@ -167,6 +168,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if status := main():
-        sys.exit(status)
-    dist.destroy_process_group()
+    leave(main())

@@ -32,6 +32,7 @@ from launch.data import Corpus, load_corpus, training_starts, validation_starts,
 from launch.model import GPT
 from launch.optimizers import ADAMW_BETAS, schedule
 from launch.options import DEFAULT_RATES, UsageError
+from launch.ranks import leave
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets, each windows x context, int64."""
@@ -217,4 +218,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -9,7 +9,8 @@ Where to look:
     fabric.py         the same for Fabric
     restoring.py      optimizer state out of checkpoints
     sharding.py       what FSDP2 shards where a module does not say
-    meeting.py        whether all ranks come to the same place; requeue.py Slurm's signal, answered by all together
+    meeting.py        whether all ranks come to the same place; requeue.py Slurm's signal, answered by all together;
+                      restarts.py a start after the first by torchrun --max-restarts
     callbacks.py      a monitor and a summary; unwrapping.py finds the optimizer for them
     namespaces/       the classes, for lightning and for pytorch_lightning: all else is mixins that know neither
 

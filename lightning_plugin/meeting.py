@@ -8,6 +8,8 @@ import time
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from kl_dist.ranks import start_of_torchrun
+
 SECONDS = 5.0
 _numbers = itertools.count()  # of meetings: ranks that hold the same ones are at the same
 
@@ -16,7 +18,7 @@ def all_come(what: str, seconds: float = SECONDS) -> bool:
     """Wait a few seconds for every rank to call this; False on those that came when one had left again."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return True
-    store = dist.PrefixStore(f"{what} {next(_numbers)}", _get_default_store())
+    store = dist.PrefixStore(f"{what} {start_of_torchrun()}.{next(_numbers)}", _get_default_store())
     store.add("came", 1)
     deadline = time.monotonic() + seconds
     while store.add("came", 0) < dist.get_world_size():

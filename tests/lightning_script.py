@@ -1,7 +1,8 @@
 """A script that trains with Lightning, for tests that launch it as users do: `python -m tests.lightning_script JSON`.
 
 The JSON: `trainer` (its arguments), `out` (a folder: weights of the end go to weights.pt), `steps`, and of what goes
-wrong `how` ("raise", "kill", "signal") on which `rank` at which `step`, the others being `asleep` for so many seconds.
+wrong `how` ("raise", "kill", "signal") on which `rank` at which `step`, the others being `asleep` for so many seconds;
+under torchrun in its first `starts` alone, which is 1.
 """
 
 import json
@@ -30,7 +31,8 @@ class Layers(OfLayers, pl.LightningModule):
         return rows(self.trainer.world_size, self.trainer.global_rank, self.given["steps"])
 
     def training_step(self, batch, batch_idx):
-        if batch_idx == self.given.get("step"):
+        start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        if batch_idx == self.given.get("step") and start < self.given.get("starts", 1):
             if self.trainer.global_rank == self.given["rank"]:
                 misbehave(self.given["how"])
             else:

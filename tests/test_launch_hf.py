@@ -3,15 +3,19 @@
 import functools
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
-from tests.jobs import TORCHRUN, Ended, as_started, free_port, here, on_ranks, started, text_in
+from kl_dist import KLShampoo
+from tests.jobs import QUIET, TORCHRUN, Ended, as_started, free_port, here, on_ranks, started, text_in
 from tests.world import World
 
 SIZES = "--layers 1 --width 32 --heads 2 --context 32 --log_every 1 --warmup 1 --steps 8 --save_every 4"
@@ -136,6 +140,70 @@ def test_it_is_refused_where_accelerate_would_leave_deepspeed_out(
 ) -> None:
     done = launch(f"{SIZES} --data {text} --out {tmp_path}", ACCELERATE_USE_CPU="true")
     assert done.status != 0 and "error: accelerate leaves DeepSpeed out" in done.stderr
+
+
+def without_use_cpu(group: dist.ProcessGroup, arguments: str) -> Ended:
+    """As `accelerate launch --use_deepspeed` starts it on CPUs, for TrainingArguments that do not say so."""
+    from launch import hf_trainer
+
+    class Silent(hf_trainer.TrainingArguments):
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**{**given, "use_cpu": False})
+
+    with mock.patch.object(hf_trainer, "TrainingArguments", Silent):
+        return here(group, "launch.hf_trainer", arguments.split(), ACCELERATE_USE_DEEPSPEED="true")
+
+
+def test_it_is_refused_where_accelerate_takes_each_process_for_the_only_one(
+    worlds: dict[int, World], text: Path, tmp_path: Path
+) -> None:
+    for rank in worlds[2].run(without_use_cpu, 2, f"{SIZES} --data {text} --out {tmp_path}"):
+        assert rank.status == 1
+        assert "error: accelerate counts 1 process(es), the launcher 2: without GPUs" in rank.stderr
+
+
+@pytest.mark.parametrize(("flags", "said"), [("", "of 1"), ("--cpu", "of 1"), ("--cpu --use_deepspeed", "")])
+def test_accelerate_without_use_deepspeed_starts_one_process_on_cpus_and_refuses_cpu_beside_it(
+    flags: str, said: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """docs/deepspeed.md has it of the pinned version; the launcher runs within this process and starts the script."""
+    (tmp_path / "says.py").write_text("import os; print('one of', os.environ.get('WORLD_SIZE', 1))")
+    arguments = [*flags.split(), "--num_processes", "2", "--main_process_port", free_port(), str(tmp_path / "says.py")]
+    launcher = import_module("accelerate.commands.launch")
+    given = launcher.launch_command_parser().parse_args(arguments)
+    with mock.patch.dict(os.environ, QUIET):
+        if said:
+            launcher.launch_command(given)
+        else:
+            with pytest.raises(ValueError, match="one of `--cpu`, `--multi_gpu`, `--tpu`, `--use_deepspeed`"):
+                launcher.launch_command(given)
+    assert capfd.readouterr().out == (f"one {said}\n" if said else "")
+
+
+def with_optimizers(group: dist.ProcessGroup, text: Path, out: Path) -> str:
+    """What serves a Trainer on DeepSpeed that was given `optimizers=`, with no optimizer in the config."""
+    from launch import hf_trainer
+
+    entry = json.loads(hf_trainer.DEFAULT_CONFIG.read_text())
+    del entry["optimizer"]
+    (out / f"config{group.rank()}.json").write_text(json.dumps(entry))
+    sizes = {"layers": 1, "width": 32, "heads": 2, "context": 32, "steps": 1, "data": str(text), "out": out}
+    options = hf_trainer.Options(**sizes, deepspeed_config=out / f"config{group.rank()}.json")
+    trainer_of = hf_trainer.Trainer
+
+    def with_ours(**given: Any) -> Any:
+        return trainer_of(**given, optimizers=(KLShampoo(given["model"], lr=1e-2), None))
+
+    with as_started(group, "launch.hf_trainer"), mock.patch.object(hf_trainer, "Trainer", with_ours):
+        trainer = hf_trainer.make_trainer(options)
+        trainer.train()
+        return type(trainer.model_wrapped.basic_optimizer).__name__
+
+
+def test_a_trainer_on_deepspeed_drops_the_optimizer_of_optimizers(
+    worlds: dict[int, World], text: Path, tmp_path: Path
+) -> None:
+    assert worlds[2].run(with_optimizers, 2, text, tmp_path)[0] == "AdamW"
 
 
 @pytest.mark.parametrize("launcher", ["the same", pytest.param("accelerate", marks=pytest.mark.full)])

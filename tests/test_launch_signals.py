@@ -12,7 +12,8 @@ import pytest
 import torch.distributed as dist
 
 from launch import train
-from tests.jobs import Ended, begun, ended, here, on_ranks, text_in, workers_of
+from launch.ranks import leave
+from tests.jobs import ROOT, TORCHRUN, Ended, begun, ended, here, on_ranks, started, text_in, workers_of
 from tests.test_launch_job import SIZES, command, records
 from tests.world import World
 
@@ -80,7 +81,7 @@ def test_under_torchrun_a_process_ends_with_the_status_of_the_job_and_nothing_it
             os.environ["RANK"] = "0"
             sys.stdout = sys.stderr = os.fdopen(writing, "w")
             sys.stdout.write("the last words")
-            train.leave(3)
+            leave(3)
         finally:
             os._exit(99)
     os.close(writing)
@@ -88,3 +89,21 @@ def test_under_torchrun_a_process_ends_with_the_status_of_the_job_and_nothing_it
         assert said.read() == "the last words"
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 3
+
+
+ENDS_BESIDE_GLOO = """
+import torch, torch.distributed as dist
+from launch.ranks import leave
+dist.init_process_group("gloo")
+held = dist.group.WORLD
+for _ in range(200):
+    dist.all_gather([torch.empty(1000) for _ in range(2)], torch.ones(1000))
+leave(0)
+"""
+
+
+def test_a_process_whose_group_something_still_holds_ends_well_right_after_a_collective(tmp_path: Path) -> None:
+    """By sys.exit five of six such starts were aborted, by a thread of gloo's that had a tensor to free."""
+    (tmp_path / "ends.py").write_text(ENDS_BESIDE_GLOO)
+    done = started(f"{TORCHRUN} 2 {tmp_path / 'ends.py'}", PYTHONPATH=str(ROOT))
+    assert done.status == 0, done.stderr

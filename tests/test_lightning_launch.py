@@ -1,18 +1,22 @@
 """Our strategies under every way that Lightning's processes are started, and what becomes of them when one fails."""
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from lightning_plugin import meeting
 from tests.jobs import Begun, begun, ended, free_port, started
-from tests.lightning_runs import alone
+from tests.lightning_runs import alone, launched
 from tests.models import deviation
 from tests.world import patience
 
@@ -137,6 +141,39 @@ def test_under_torchrun_a_rank_that_fails_ends_the_job(tmp_path: Path) -> None:
     job = script(tmp_path, how="raise", rank=1, step=3, asleep=600)
     with begun([*TORCHRUN, "--standalone", "--nproc-per-node=2", *job]) as process:
         assert_fails(process, "the original error")
+
+
+@pytest.mark.parametrize("strategy", ["kl_shampoo", pytest.param("kl_shampoo_fsdp2", marks=full)])
+def test_a_killed_rank_is_restarted_by_torchrun_and_the_second_start_trains_to_the_end(
+    strategy: str, tmp_path: Path
+) -> None:
+    again = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1"]
+    done = started([*TORCHRUN, *again, *script(tmp_path, strategy, how="kill", rank=1, step=3)])
+    assert done.status == 0, done.stderr
+    assert "exitcode: -9" in done.stderr
+    assert_trained(tmp_path)
+
+
+def met_in_three_starts(group: dist.ProcessGroup, port: int) -> list[bool]:
+    """What a rank is told in each: all come to the first and the last, and to the second the first rank alone."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    told = []
+    for start, coming in enumerate([group.size(), 1, group.size()]):
+        with (
+            launched(group),
+            mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT=str(start)),
+            mock.patch.object(meeting, "_numbers", itertools.count()),  # as new processes have it
+            mock.patch.object(meeting, "_get_default_store", lambda: store),
+        ):
+            dist.barrier(group)
+            told.append(group.rank() < coming and meeting.all_come("a test", 10.0 if coming > 1 else 0.3))
+            dist.barrier(group)
+    return told
+
+
+def test_ranks_do_not_meet_those_of_an_earlier_start_on_the_same_store(worlds) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert worlds[2].run(met_in_three_starts, 2, store.port) == [[True, False, True]] * 2
 
 
 def test_a_checkpoint_after_an_exception_on_one_rank_waits_for_nobody_and_the_job_ends_on_all(tmp_path: Path) -> None:

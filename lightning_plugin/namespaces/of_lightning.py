@@ -14,10 +14,13 @@ from lightning_plugin.fabric import FabricShards, FabricTrainsWithKLShampoo
 from lightning_plugin.fsdp2 import SpreadsOverAllRanks, UnderFSDP2
 from lightning_plugin.options import TakesOptimizerOptions
 from lightning_plugin.requeue import RequeuesBetweenBatches
+from lightning_plugin.restarts import BeginsAnew
 from lightning_plugin.trainer import TrainsWithKLShampoo
 
 
-class KLShampooStrategy(UnderDDP, TrainsWithKLShampoo, RequeuesBetweenBatches, TakesOptimizerOptions, DDPStrategy):
+class KLShampooStrategy(
+    UnderDDP, TrainsWithKLShampoo, RequeuesBetweenBatches, BeginsAnew, TakesOptimizerOptions, DDPStrategy
+):
     """DDP, trained with KLShampoo: `Trainer(strategy="kl_shampoo")`."""
 
     strategy_name = "kl_shampoo"
@@ -30,6 +33,7 @@ class KLShampooFSDP2Strategy(
     TrainsWithKLShampoo,
     SpreadsOverAllRanks,
     RequeuesBetweenBatches,
+    BeginsAnew,
     TakesOptimizerOptions,
     ModelParallelStrategy,
 ):
@@ -42,7 +46,7 @@ class KLShampooFSDP2Strategy(
 
 
 class KLShampooDeepSpeedStrategy(
-    UnderDeepSpeed, TrainsWithKLShampoo, RequeuesBetweenBatches, TakesOptimizerOptions, DeepSpeedStrategy
+    UnderDeepSpeed, TrainsWithKLShampoo, RequeuesBetweenBatches, BeginsAnew, TakesOptimizerOptions, DeepSpeedStrategy
 ):
     """DeepSpeed, trained with KLShampoo: `Trainer(strategy="kl_shampoo_deepspeed_stage_2")`."""
 
@@ -51,7 +55,7 @@ class KLShampooDeepSpeedStrategy(
     _parent = DeepSpeedStrategy
 
 
-class KLShampooFabricStrategy(FabricTrainsWithKLShampoo, TakesOptimizerOptions, FabricDDPStrategy):
+class KLShampooFabricStrategy(FabricTrainsWithKLShampoo, BeginsAnew, TakesOptimizerOptions, FabricDDPStrategy):
     """DDP, trained with KLShampoo: `Fabric(strategy="kl_shampoo")`."""
 
     strategy_name = "kl_shampoo"
@@ -60,7 +64,12 @@ class KLShampooFabricStrategy(FabricTrainsWithKLShampoo, TakesOptimizerOptions, 
 
 
 class KLShampooFabricFSDP2Strategy(
-    FabricTrainsWithKLShampoo, FabricShards, SpreadsOverAllRanks, TakesOptimizerOptions, FabricModelParallelStrategy
+    FabricTrainsWithKLShampoo,
+    FabricShards,
+    SpreadsOverAllRanks,
+    BeginsAnew,
+    TakesOptimizerOptions,
+    FabricModelParallelStrategy,
 ):
     """FSDP2, trained with KLShampoo: `Fabric(strategy="kl_shampoo_fsdp2")`."""
 

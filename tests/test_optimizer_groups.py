@@ -233,3 +233,27 @@ def test_a_compiled_step_makes_the_same_update():
         give_gradients(params, number)
         step()
     assert same(values(params), values(expected))
+
+
+def test_a_compiled_training_step_makes_the_same_update():
+    """Forward, backward, clipping, step and schedule in one function, of which the optimizer's step stays as it is."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        opt = KLShampoo(model, lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LinearLR(opt, total_iters=3)
+
+        def step(data, model=model, opt=opt, schedule=schedule):
+            opt.zero_grad()
+            loss = model(data).square().mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            opt.step()
+            schedule.step()
+            return loss.detach()
+
+        run = torch.compile(step, backend="eager") if compiled else step
+        losses = [run(torch.randn(5, 6, dtype=torch.float64)) for _ in range(5)]
+        found.append([torch.stack(losses), dict(model.state_dict()), states(opt)])
+    assert same(*found)

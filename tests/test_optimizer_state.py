@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict
 
-from kl_dist import KLShampoo
+from kl_dist import KLShampoo, full_state_dict
 from tests.made_up import METHODS, Named, give_gradients, parameters, same, states, train, values
 
 BEFORE, AFTER = range(4), range(4, 7)
@@ -59,6 +60,34 @@ def test_state_that_is_taken_away_starts_anew(how: str, method: str):
     train(opt, params, AFTER)
     train(fresh, others, AFTER)
     assert same(values(params), values(others)) and same(states(opt), states(fresh))
+
+
+READS: dict[str, Callable[[nn.Module, KLShampoo], object]] = {
+    "state_dict": lambda model, opt: opt.state_dict(),
+    "local_state_dict": lambda model, opt: opt.local_state_dict(),
+    "get_optimizer_state_dict": lambda model, opt: get_optimizer_state_dict(model, opt),
+    "get_state_dict": lambda model, opt: get_state_dict(model, opt),
+    "full_state_dict": lambda model, opt: full_state_dict(opt),
+}
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("how", READS)
+def test_reading_the_state_before_the_first_step_changes_nothing(how: str, gradients: bool):
+    """torch's helpers have an optimizer without state take a step, with which AdamW's bias correction goes on."""
+    found = []
+    for read in (lambda model, opt: None, READS[how]):
+        params = parameters()
+        model = nn.ParameterDict(params)
+        opt = KLShampoo(model)
+        if gradients:
+            give_gradients(params, 0)
+        before = [values(params), states(opt), [p.grad is None for p in params.values()]]
+        read(model, opt)
+        assert same(before, [values(params), states(opt), [p.grad is None for p in params.values()]])
+        train(opt, params, range(3))
+        found.append([values(params), states(opt)])
+    assert same(*found)
 
 
 def test_the_state_of_one_parameter_may_be_taken_away():

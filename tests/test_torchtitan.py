@@ -144,6 +144,29 @@ def test_embeddings_and_the_head_go_to_adamw_and_wrappers_leave_no_trace_in_name
     ] == 2e-2
 
 
+def read_before_training(group: dist.ProcessGroup, layout: str) -> bool:
+    """Whether weights and state are as they were once torchtitan's container has given its state_dict."""
+    parts = laid_out(group, layout)
+    container = KLShampooContainer.Config(options=OPTIONS).build(model_parts=parts)
+
+    def all_here() -> list[Tensor]:
+        kept = [x for opt in container for entries in opt.state.values() for x in entries.values()]
+        return [x.to_local().clone() if isinstance(x, DTensor) else x.clone() for x in [*weights_of(parts), *kept]]
+
+    before = all_here()
+    assert container.state_dict()
+    return len(before) > 0 and all(map(torch.equal, before, all_here()))
+
+
+def weights_of(parts: list[nn.Module]) -> list[Tensor]:
+    return [p.detach() for part in parts for p in part.parameters()]
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [("whole", 2), ("pipeline", 4)])
+def test_a_state_dict_before_the_first_step_changes_nothing(worlds, layout: str, ranks: int):
+    assert all(worlds[ranks].run(read_before_training, ranks, layout))
+
+
 def test_the_code_of_torchtitans_page_makes_a_config_of_its_trainer():
     pytest.importorskip(
         "torchtitan.models.llama3.config_registry", reason="torchtitan's models need triton", exc_type=ImportError

@@ -160,7 +160,7 @@ class Engine:
             trip = trips.send_gradients(room)
             yield
             trip.wait()
-        gradients = partial(trips.gradient, shards=self.shards, room=room)
+        gradients = partial(trips.read_gradient, shards=self.shards, room=room)
         computed = self._attempt(self._compute, stacks, presences, gradients, trips.updates(room))
         self._attempt(trips.pack_updates, room, not (packed and computed))
         trip = trips.send_updates(room)

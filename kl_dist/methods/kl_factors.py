@@ -124,18 +124,19 @@ def learn(state: KLShampooState, projected: Tensor, spare: Tensor, hyper: Hyper)
     total = sums[0].sum(1) if inverse[0] is None else torch.linalg.vecdot(sums[0], inverse[0])
     numel = kronecker.numel(projected)
     scale = averages.tracked_scale(state.scale, total.div_(numel), state.step, hyper.betas[1])
-    keep = averages.of_step(averages.warm_beta(hyper.factor_beta), state.step, scale)
+    by = scale.pow(-2)[:, None]  # per matrix and (B, 1) from here on, as are keep and unit_mean
+    keep = kronecker.column(averages.of_step(averages.warm_beta(hyper.factor_beta), state.step, scale), by)
     for side, (factor, eigenvalues) in enumerate(zip(state.factors, state.eigenvalues, strict=True)):
         if eigenvalues is None:
             continue
-        share = (1 - keep) * (eigenvalues.shape[-1] / numel) / scale.square()
-        eigenvalues.mul_(kronecker.column(keep, eigenvalues)).addcmul_(sums[side], share[:, None])
-        mean = eigenvalues.mean(-1)
-        eigenvalues.div_(mean[:, None]).clamp_min_(EIGENVALUE_FLOOR)
+        share = by * ((1 - keep) * (eigenvalues.shape[-1] / numel))
+        eigenvalues.mul_(keep).addcmul_(sums[side], share)
+        unit_mean = eigenvalues.mean(-1, keepdim=True).reciprocal_()
+        eigenvalues.mul_(unit_mean).clamp_min_(EIGENVALUE_FLOOR)
         if factor is not None:
             others = [None if k == side else root for k, root in enumerate(roots)]
-            whitened = kronecker.scale_sides(projected, others, (share / mean).sqrt_(), out=spare)
-            kronecker.add_gram(factor, whitened, side, keep / mean)
+            whitened = kronecker.scale_sides(projected, others, share.mul_(unit_mean).sqrt_(), out=spare)
+            kronecker.add_gram(factor, whitened, side, unit_mean.mul_(keep))
     return scale
 
 

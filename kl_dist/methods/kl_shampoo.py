@@ -64,7 +64,7 @@ def update(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> 
     scale = kl_factors.learn(state, projected, spare, hyper)
     direction = averages.momentum_(state.exp_avg, projected, hyper)
     roots = [None if x is None else x.rsqrt() for x in state.eigenvalues]
-    size = averages.correction(state.step, hyper, scale) / (scale * (1 + hyper.eps))
+    size = scale.reciprocal() * (averages.correction(state.step, hyper, scale) / (1 + hyper.eps))
     whitened = kronecker.scale_sides(direction, roots, size, out=direction)
     return kronecker.project_back(polar.orthogonalize_(whitened, hyper.polar, spare), spare, state.bases)
 

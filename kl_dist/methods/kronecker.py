@@ -145,8 +145,10 @@ def numel(x: Tensor) -> int:
 
 
 def column(values: float | Tensor, x: Tensor) -> float | Tensor:
-    """One value per matrix (B,), shaped to broadcast over x; a number as it is."""
-    return values.view(-1, *[1] * (x.ndim - 1)) if isinstance(values, Tensor) else values
+    """One value per matrix, (B,) or so shaped already, to broadcast over x; a number as it is."""
+    if not isinstance(values, Tensor) or values.ndim == x.ndim:
+        return values
+    return values.view(-1, *[1] * (x.ndim - 1))
 
 
 def learn_grams(

@@ -52,7 +52,7 @@ def update(state: ShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Te
     keep = averages.of_step(averages.warm_beta(hyper.factor_beta), state.step, scale)
     kronecker.learn_grams(state.factors, grad, spare, keep, by=scale.reciprocal())
     learn_squares(state.exp_avg_sq, grad, spare, scale, state.step, hyper)
-    size = averages.correction(state.step, hyper, scale) / scale
+    size = scale.reciprocal() * averages.correction(state.step, hyper, scale)
     direction = averages.momentum_(state.exp_avg, grad, hyper).mul_(kronecker.column(size, grad))
     adam = torch.div(direction, torch.sqrt(state.exp_avg_sq, out=spare).add_(hyper.eps), out=spare)
     return _grafted(direction, spare, state.inverse_roots, _norm(adam))

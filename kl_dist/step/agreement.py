@@ -119,18 +119,19 @@ def describe_gradients(seen: Sequence[Sight], out: Tensor) -> None:
     if not rows:
         return
     numbers, tiny, huge = torch.tensor(rows, dtype=torch.float64).to(out.device, non_blocking=True).unbind(1)
-    largest = torch.stack([one.double() for one in _largest_magnitudes(gradients)]).to(out.device)
+    largest = _largest_magnitudes(gradients).double().to(out.device)
     presence = torch.where(largest > tiny, float(Presence.PRESENT), float(Presence.ZERO))
     presence = torch.where(largest < huge, presence, float(Presence.NONFINITE))  # NaN compares false
     out.scatter_reduce_(0, numbers.long(), presence.to(out.dtype), "amax")  # several pieces of one unit may lie here
 
 
-def _largest_magnitudes(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    """max |G| of each, 0-D; NaN where there is one."""
+def _largest_magnitudes(gradients: Sequence[Tensor]) -> Tensor:
+    """max |G| of each; NaN where there is one."""
     if gradients[0].device.type != "cpu":
-        return torch._foreach_norm(list(gradients), float("inf"))
+        return torch.stack([norm.double() for norm in torch._foreach_norm(list(gradients), float("inf"))])
     # on CPUs this norm is computed an element at a time, and took 4 % of a step
-    return [torch.maximum(largest, -smallest) for smallest, largest in map(torch.aminmax, gradients)]
+    smallest, largest = zip(*map(torch.aminmax, gradients), strict=True)
+    return torch.maximum(torch.stack(largest), torch.stack(smallest).neg())
 
 
 def agreed(plan: Plan, values: Sequence[float]) -> list[Presence]:

@@ -70,19 +70,25 @@ class MatrixStack(Stack):
         if not active:
             return
         hyper = matrix_hyper(group)
-        starting = [row for row in active if not self.state.started[row] and presences[row] is not Presence.ZERO]
+        started = self.state.started.tolist()
+        starting = [row for row in active if not started[row] and presences[row] is not Presence.ZERO]
         if starting:
             part = self.state.rows(starting)
             self._forget(part)
             self.rule.start(part, self._read(gradients, starting), hyper)
             part.started.fill_(True)
             self.state.put(starting, part)
-        running = [row for row in active if self.state.started[row] and presences[row].moves(self.units[row])]
+            started = self.state.started.tolist()
+        running = [row for row in active if started[row] and presences[row].moves(self.units[row])]
         if running:
             part = self.state.rows(running)
             grads = self._read(gradients, running)
             updates = self.rule.update(part, grads, hyper, torch.empty_like(grads))
-            out.view(len(self.units), *self.units[0].block.shape)[span(running)] = updates
+            into = out.view(len(self.units), *updates.shape[1:])
+            if len(running) == len(self.units):
+                into.copy_(updates)
+            else:
+                into[span(running)] = updates.to(into.dtype)
             self.state.put(running, part)
 
     def _read(self, gradients: Gradients, rows: Sequence[int]) -> Tensor:
@@ -103,12 +109,11 @@ class MatrixStack(Stack):
         if self.rule.refresh is None:
             return 0
         every = group["precondition_frequency"]
+        rows = zip(self.units, presences, self.state.started.tolist(), self.state.step.tolist(), strict=True)
         due = [
             row
-            for row, (unit, step) in enumerate(zip(self.units, self.state.step.tolist(), strict=True))
-            if presences[row].moves(unit)
-            and self.state.started[row]
-            and (step + unit.phase * group["stagger"]) % every == 0
+            for row, (unit, presence, started, step) in enumerate(rows)
+            if started and presence.moves(unit) and (step + unit.phase * group["stagger"]) % every == 0
         ]
         at_once = refreshed_at_once(len(self.units))
         for rows in (due[first : first + at_once] for first in range(0, len(due), at_once)):

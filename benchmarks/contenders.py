@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kl_dist import KLShampoo
+import kl_dist
 
 NEVER = 10**9
 SetFrequency = Callable[[torch.optim.Optimizer, int], None]
@@ -53,18 +53,24 @@ def set_in_groups(optimizer: torch.optim.Optimizer, every: int) -> None:
         group["precondition_frequency"] = every
 
 
-def ours(methods: Sequence[str], polar: Sequence[int] = ()) -> list[Contender]:
+def ours(
+    methods: Sequence[str], polar: Sequence[int] = (), package: Any = kl_dist, suffix: str = ""
+) -> list[Contender]:
     """The project's methods at their defaults; only the staggering is off, so that a refresh is all in one step.
 
-    And KL-Shampoo with each number of Newton-Schulz steps in `polar`.
+    And KL-Shampoo with each number of Newton-Schulz steps in `polar`. `package` may be kl_dist of another checkout, of
+    which those methods are taken that it has; `suffix` tells them apart.
     """
 
     def maker(method: str, **options: Any) -> Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]:
         options |= {"lr": 1e-3, "precondition_frequency": 1, "stagger": False}
-        return lambda params: KLShampoo(list(params), method=method, **options)
+        return lambda params: package.KLShampoo(list(params), method=method, **options)
 
-    found = [Contender(method, maker(method), set_in_groups) for method in methods]
-    return found + [Contender(f"kl_shampoo polar={k}", maker("kl_shampoo", polar=k), set_in_groups) for k in polar]
+    known = [method for method in methods if method in package.METHODS]
+    found = [Contender(method + suffix, maker(method), set_in_groups) for method in known]
+    return found + [
+        Contender(f"kl_shampoo polar={k}{suffix}", maker("kl_shampoo", polar=k), set_in_groups) for k in polar
+    ]
 
 
 def torchs() -> list[Contender]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks import report
-from kl_dist.methods import Hyper, add_rule, kl_factors, kronecker, polar, rule
+from kl_dist.methods import Hyper, add_rule, averages, kl_factors, kronecker, polar, rule
 from kl_dist.methods.state import KLShampooState
 from launch.options import parse
 from launch.ranks import joined_ranks
@@ -85,17 +85,17 @@ class Spectra:
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
 
-    def update(self, state: KLShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
+    def update(self, state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
         state.step.add_(1)
-        projected = kronecker.project(grad, state.bases)
-        direction = kronecker.momentum(state.exp_avg, projected, state.step, hyper)
-        scale = kl_factors.learn(state, projected, hyper)
-        whitened = kronecker.scale_sides_(direction, state.eigenvalues, -0.5)
-        whitened.div_(kronecker.column(scale, grad))
+        projected, spare = kronecker.project(grad, spare, state.bases)
+        scale = kl_factors.learn(state, projected, spare, hyper)
+        direction = averages.momentum(state.exp_avg, projected, state.step, hyper)
+        roots = [None if x is None else x.rsqrt() for x in state.eigenvalues]
+        whitened = kronecker.scale_sides(direction, roots, scale.reciprocal(), out=direction)
         left, values, right = torch.linalg.svd(whitened, full_matrices=False)
         self.seen.append(values / values.pow(8).sum(-1, keepdim=True).pow(1 / 8))
         size = values.square().mean(-1).sqrt()
-        return kronecker.project_back(left @ right * kronecker.column(size, grad), state.bases)
+        return kronecker.project_back(left @ right * kronecker.column(size, grad), spare, state.bases)
 
 
 def train(arguments: Sequence[str], spectra: Spectra) -> Array:

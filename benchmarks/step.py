@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.step                       one GPT block of width 384, one thread
     python -m benchmarks.step --threads 1 2 --shapes 768x768 64x16    other matrices, one thread and then two
     PYTHONPATH=../KL-Methods:../optimizers python -m benchmarks.step  with peers that are checked out beside
+    python -m benchmarks.step --beside ../main --against "kl_shampoo (main)"  with this project as it is in a worktree
 
 Printed are markdown tables; the seconds of every single step go to --out. Process CPU time is the figure to read on a
 machine that others use too; with several threads it adds theirs up, waiting included, and wall time tells what they
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import report
+from benchmarks.checkouts import package_of
 from benchmarks.contenders import Contender, ours, torchs
 from benchmarks.gpu import WIDTHS, gpt_shapes, measure_on_gpu
 from benchmarks.peers import AUTHORS, find_peers
@@ -33,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the tables, write the lines and the picture."""
     args = _arguments(argv)
     contenders, missing = ours(args.methods, args.polar) + torchs(), dict[str, str]()
+    for folder in args.beside:
+        contenders += ours(args.methods, args.polar, package_of(folder), f" ({folder.resolve().name})")
     if args.peers:
         peers, missing = find_peers()
         contenders += peers
@@ -99,6 +103,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3, help="rounds before those")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="contenders with one of these words in their name")
     parser.add_argument("--against", metavar="NAME", help="ratios are to this one; the authors' release, or AdamW")
+    parser.add_argument("--beside", nargs="+", type=Path, default=[], metavar="DIR", help="checkouts of this project")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--gpu", nargs="+", choices=[*WIDTHS, "none"], default=list(WIDTHS), help="with a GPU only")
     parser.add_argument("--out", type=Path, default=RESULTS / "step.jsonl")

@@ -13,30 +13,30 @@ import sys
 import torch
 from torch import Tensor
 
-from kl_dist.methods import Hyper, add_rule, kl_factors, kl_shampoo, kronecker, linalg, rule
+from kl_dist.methods import Hyper, add_rule, averages, kl_factors, kl_shampoo, kronecker, linalg, rule
 from kl_dist.methods.state import KLShampooState
 from launch import compare
 
 
-def stale_eigenvalues(state: KLShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
+def stale_eigenvalues(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """The momentum is divided by the eigenvalues and the scale of the step before, as in the released code."""
-    before = [None if x is None else x.clone() for x in state.eigenvalues]
+    before = [None if x is None else x.rsqrt() for x in state.eigenvalues]
     scale = state.scale.clone()
     state.step.add_(1)
-    projected = kronecker.project(grad, state.bases)
-    direction = kronecker.momentum(state.exp_avg, projected, state.step, hyper)
-    now = kl_factors.learn(state, projected, hyper)
+    projected, spare = kronecker.project(grad, spare, state.bases)
+    now = kl_factors.learn(state, projected, spare, hyper)
+    direction = averages.momentum(state.exp_avg, projected, state.step, hyper)
     steps = state.step - 1
     old = (scale / (1 - hyper.betas[1] ** steps.double()).to(scale)).sqrt()
     scale = torch.where(steps == 0, now, old)
-    preconditioned = kronecker.scale_sides(direction, before, -0.5).div_(kronecker.column(scale, grad))
-    return kronecker.project_back(preconditioned, state.bases)
+    preconditioned = kronecker.scale_sides(direction, before, scale.reciprocal(), out=direction)
+    return kronecker.project_back(preconditioned, spare, state.bases)
 
 
-def unit_rms(state: KLShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
+def unit_rms(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """Every update has the same size, an RMS of 0.2 as Adam's in a steady run has, as Muon's updates do."""
-    update = kl_shampoo.update(state, grad, hyper)
-    return 0.2 * update / kronecker.column(kronecker.mean_square(update).sqrt().clamp_min(1e-15), update)
+    update = kl_shampoo.update(state, grad, hyper, spare)
+    return 0.2 * update / kronecker.column(averages.mean_square(update).sqrt().clamp_min(1e-15), update)
 
 
 def one_refresh(state: KLShampooState, grad: Tensor, hyper: Hyper) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kl_dist
 from kl_dist import KLShampoo
-from kl_dist.methods import Flops, Hyper, MatrixState, Rule, Side, add_rule, kronecker
+from kl_dist.methods import Flops, Hyper, MatrixState, Rule, Side, add_rule, averages, kronecker
 from kl_dist.methods.state import unstarted
 from kl_dist.options import recipe_defaults
 from tests import deepspeed_runs, lightning_runs
@@ -35,11 +35,11 @@ def nothing(*_: Any) -> None:
     pass
 
 
-def update(state: ScaledState, grad: Tensor, hyper: Hyper) -> Tensor:
+def update(state: ScaledState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """U = N / s: N the bias-corrected momentum, s the root mean square of the gradients."""
     state.step.add_(1)
-    scale = kronecker.tracked_scale(state.scale, kronecker.mean_square(grad), state.step, hyper.betas[1])
-    return kronecker.momentum(state.exp_avg, grad, state.step, hyper) / kronecker.column(scale, grad)
+    scale = averages.tracked_scale(state.scale, averages.mean_square(grad), state.step, hyper.betas[1])
+    return averages.momentum(state.exp_avg, grad, state.step, hyper) / kronecker.column(scale, grad)
 
 
 def no_products(shape: Sequence[int], sides: Sequence[Side]) -> Flops:

@@ -82,6 +82,7 @@ def columns(group, method: str, sharded: bool) -> tuple[int, int, int]:
     if sharded:
         fully_shard(model, mesh=mesh_of(group, (group.size(),), ("shard",)))
     optimizer = KLShampoo(model.named_parameters(), process_group=group, method=method)
+    peaks = []
     for _ in range(4):
         for parameter in model.parameters():
             value = torch.randn(parameter.shape)
@@ -91,7 +92,9 @@ def columns(group, method: str, sharded: bool) -> tuple[int, int, int]:
             parameter.grad = value
         with PeakMemory() as memory:
             optimizer.step()
-    return memory.peak, optimizer.plan.working_bytes(group.rank()), optimizer.plan.state_bytes[group.rank()]
+        peaks.append(memory.peak)
+    both_turns = max(peaks[2:])  # of a refresh, the larger of which counts; without the step that starts
+    return both_turns, optimizer.plan.working_bytes(group.rank()), optimizer.plan.state_bytes[group.rank()]
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
@@ -102,7 +105,7 @@ def test_the_peak_of_a_step_is_what_the_plan_says(world, method, world_size, sha
         pytest.skip("one rank shards nothing")
     for peak, said, _ in world.run(columns, world_size, method, sharded):
         if said:
-            assert peak == pytest.approx(said, rel=0.2)
+            assert peak == pytest.approx(said, rel=0.02 if method != "shampoo" else 0.35)
 
 
 def test_fsdp_divides_traffic_and_state_of_gpt2_evenly(gpt2):

@@ -162,7 +162,7 @@ def orthogonality(method: str, recipe: str, d: int, refreshes: int) -> Tensor:
     rules.start(state, spectrum * torch.randn(1, d, d, generator=generator), hyper)
     errors = []
     for _ in range(refreshes):
-        rules.update(state, spectrum * torch.randn(1, d, d, generator=generator), hyper)
+        rules.update(state, spectrum * torch.randn(1, d, d, generator=generator), hyper, torch.empty(1, d, d))
         rules.refresh(state, hyper)
         errors.append(max(float((Q.mT @ Q - identity).abs().max()) for Q in state.bases))
     return torch.tensor(errors)

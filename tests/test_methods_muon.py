@@ -148,7 +148,7 @@ def test_the_state_is_the_momentum_and_no_side_is_too_long():
     few = 8 + 1  # step, started
     assert found["fresh"].state_bytes == found["paper"].state_bytes == (4 * 48 * 12 + few,)
     assert found["normuon"].state_bytes == (4 * 48 * 12 + 4 * 48 + few,)
-    assert all(len(one.units) == 1 and one.working_bytes(0) == 6 * 4 * 48 * 12 for one in found.values())
+    assert all(len(one.units) == 1 and one.working_bytes(0) == 3 * 4 * 48 * 12 for one in found.values())
 
 
 def test_the_cost_is_that_of_five_steps():

@@ -9,15 +9,17 @@ Source: Loshchilov and Hutter (arXiv 1711.05101).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from kl_dist.methods.averages import OfStep, of_step
 from kl_dist.methods.kronecker import Hyper
 from kl_dist.methods.state import AdamWState, no_steps
 
-WORKING_COPIES = 4  # tensors as large as its gradients that an update holds at its peak, those included
+WORKING_COPIES = 2  # tensors as large as its gradients that an update holds at its peak, those included
 
 
 def allocate(lengths: Sequence[int], like: Tensor) -> AdamWState:
@@ -25,25 +27,25 @@ def allocate(lengths: Sequence[int], like: Tensor) -> AdamWState:
     return AdamWState(no_steps(len(lengths)), like.new_zeros(sum(lengths)), like.new_zeros(sum(lengths)), list(lengths))
 
 
-def update(state: AdamWState, grad: Tensor, hyper: Hyper) -> Tensor:
+def update(state: AdamWState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """The update u (sum of lengths,) before the learning rate, from the slices' gradients laid end to end.
 
-    Mutates `state`; `grad` is not changed.
+    Mutates `state`, `grad` and `spare`, which is like grad; u lies in one of these two.
     """
     state.step.add_(1)
     beta1, beta2 = hyper.betas
     state.exp_avg.lerp_(grad, 1 - beta1)
     state.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    steps = state.step.double()
-    correction1 = _spread(1 - beta1**steps, state)
-    correction2 = _spread((1 - beta2**steps).sqrt(), state)
-    denominator = state.exp_avg_sq.sqrt().div_(correction2).add_(hyper.eps)
-    return state.exp_avg / denominator.mul_(correction1)
+    correction1 = _spread(lambda t: 1 - beta1**t, state)
+    correction2 = _spread(lambda t: math.sqrt(1 - beta2**t), state)
+    denominator = torch.sqrt(state.exp_avg_sq, out=spare).div_(correction2).add_(hyper.eps)
+    return torch.div(state.exp_avg, denominator.mul_(correction1), out=grad)
 
 
-def _spread(values: Tensor, state: AdamWState) -> float | Tensor:
-    """One value per slice, repeated over the slice's elements; a number where all slices agree."""
-    if bool((values == values[0]).all()):
-        return float(values[0])
+def _spread(function: OfStep, state: AdamWState) -> float | Tensor:
+    """The coefficient of every slice, repeated over its elements; a number where all slices agree."""
+    values = of_step(function, state.step, state.exp_avg)
+    if not isinstance(values, Tensor):
+        return values
     lengths = torch.tensor(state.lengths, device=state.exp_avg.device)
-    return values.to(state.exp_avg).repeat_interleave(lengths, output_size=state.exp_avg.numel())
+    return values.repeat_interleave(lengths, output_size=state.exp_avg.numel())

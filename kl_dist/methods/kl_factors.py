@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kl_dist.methods import kronecker, linalg
+from kl_dist.methods import averages, kronecker, linalg
 from kl_dist.methods.kronecker import Hyper
 from kl_dist.methods.state import KLShampooState, Side, SOAPState
 
@@ -56,8 +56,9 @@ def start_bases(state: InEigenbasis, grad: Tensor, refreshes: int) -> None:
     for basis in state.bases:
         if basis is not None:
             basis.copy_(linalg.start_basis(basis.shape[-1], basis))
-    projected = kronecker.project(kronecker.at_unit_scale(grad), state.bases)
-    kronecker.learn_grams(state.factors, projected, state.step, kronecker.steady_beta(0.0), normalize=True)
+    unit = averages.at_unit_scale(grad)
+    projected, spare = kronecker.project(unit, torch.empty_like(unit), state.bases)
+    kronecker.learn_grams(state.factors, projected, spare, keep=0.0)
     for _ in range(refreshes):
         refresh_bases(state, DAMPING)
 
@@ -68,13 +69,18 @@ def refresh_bases(state: InEigenbasis, damping: float, drifted: Tensor | None = 
     With O from `linalg.orthogonal_iteration`: Q <- Q O, S~ <- O^T S~ O, M~ <- M~ x_k O_k^T. The eigenvalues keep their
     values and their order.
     """
-    for side, (factor, basis) in enumerate(zip(state.factors, state.bases, strict=True)):
-        if factor is None or basis is None:
-            continue
-        rotation, rotated = linalg.orthogonal_iteration(factor, damping)
-        factor.copy_(rotated)
-        basis.copy_(without_drift(basis @ rotation, drifted))
-        state.exp_avg.copy_(kronecker.multiply_side(state.exp_avg, rotation, side))
+    for side, factor in enumerate(state.factors):
+        if factor is not None:
+            _refresh_side(state, side, damping, drifted)  # a call each, for what it holds to be gone before the next
+
+
+def _refresh_side(state: InEigenbasis, side: int, damping: float, drifted: Tensor | None) -> None:
+    factor, basis = state.factors[side], state.bases[side]
+    assert factor is not None and basis is not None
+    rotation, rotated = linalg.orthogonal_iteration(factor, damping)
+    factor.copy_(rotated)
+    basis.copy_(without_drift(basis @ rotation, drifted))
+    state.exp_avg.copy_(kronecker.multiply_side(state.exp_avg, rotation, side))
 
 
 def refresh(state: InEigenbasis, hyper: Hyper) -> None:
@@ -101,33 +107,36 @@ def without_drift(basis: Tensor, drifted: Tensor | None) -> Tensor:
     return torch.where(drifted.to(basis.device)[:, None, None], linalg.reorthogonalize(basis), basis)
 
 
-def learn(state: KLShampooState, projected: Tensor, hyper: Hyper) -> Tensor:
+def learn(state: KLShampooState, projected: Tensor, spare: Tensor, hyper: Hyper) -> Tensor:
     """One step of the estimate from G~, the gradient in the eigenbasis; returns s (B,), the scale of the gradients.
 
-        v <- beta2 v + (1 - beta2) mean(Z^2),   Z = G~ prod_k diag(lambda_k)^-1/2,   s = sqrt(v / (1 - beta2^t))
+        q_k = diag(H H^T), H = G~ whitened on the other sides: sums of G~^2 / prod of their lambda, (d_k,)
+        v <- beta2 v + (1 - beta2) q_1 . (1 / lambda_1) / N;   s = sqrt(v / (1 - beta2^t))
         D_k = (d_k / N) H_k H_k^T with H_k = G~ / s whitened on the other sides
         S~_k <- b S~_k + (1-b) D_k;   lambda_k <- b lambda_k + (1-b) diag(D_k);   both divided by mean(lambda_k)
 
-    with b = min(beta, 1 - 1/(t+1)). H_k is Z times diag(lambda_k)^1/2 on side k, so one Z serves all sides. Mutates
-    factors, eigenvalues and scale; `state.step` must already count this step.
+    with b = min(beta, 1 - 1/(t+1)). Mutates factors, eigenvalues, scale and `spare`, and leaves `projected`;
+    `state.step` must already count this step.
     """
-    whitened = kronecker.scale_sides(projected, state.eigenvalues, -0.5)
-    scale = kronecker.tracked_scale(state.scale, kronecker.mean_square(whitened), state.step, hyper.betas[1])
-    keep = kronecker.warm_beta(hyper.factor_beta)
+    inverse = [None if x is None else x.reciprocal() for x in state.eigenvalues]
+    roots = [None if x is None else x.sqrt() for x in inverse]
+    sums = kronecker.square_sums(projected, inverse, spare)
+    total = sums[0].sum(1) if inverse[0] is None else torch.linalg.vecdot(sums[0], inverse[0])
+    numel = kronecker.numel(projected)
+    scale = averages.tracked_scale(state.scale, total.div_(numel), state.step, hyper.betas[1])
+    by = scale.pow(-2)[:, None]  # per matrix and (B, 1) from here on, as are keep and unit_mean
+    keep = kronecker.column(averages.of_step(averages.warm_beta(hyper.factor_beta), state.step, scale), by)
     for side, (factor, eigenvalues) in enumerate(zip(state.factors, state.eigenvalues, strict=True)):
         if eigenvalues is None:
             continue
-        old = kronecker.of_step(keep, state.step, eigenvalues)
-        # R = diag(root) Z has R R^T = (1-b) D_k: lambda_k, 1 - b, d_k / N and 1 / s^2 in one vector
-        share = (1 - old) * (eigenvalues.shape[-1] / kronecker.numel(projected))
-        root = (eigenvalues * share).sqrt() / scale[:, None]
-        rooted = whitened * kronecker.along(root, side, whitened)
-        eigenvalues.mul_(old).add_(kronecker.square_sums(rooted, side))
-        mean = eigenvalues.mean(-1, keepdim=True)
-        eigenvalues.div_(mean).clamp_min_(EIGENVALUE_FLOOR)
+        share = by * ((1 - keep) * (eigenvalues.shape[-1] / numel))
+        eigenvalues.mul_(keep).addcmul_(sums[side], share)
+        unit_mean = eigenvalues.mean(-1, keepdim=True).reciprocal_()
+        eigenvalues.mul_(unit_mean).clamp_min_(EIGENVALUE_FLOOR)
         if factor is not None:
-            kronecker.add_gram(factor, rooted, side, kronecker.of_step(keep, state.step, factor))
-            factor.div_(mean[..., None])
+            others = [None if k == side else root for k, root in enumerate(roots)]
+            whitened = kronecker.scale_sides(projected, others, share.mul_(unit_mean).sqrt_(), out=spare)
+            kronecker.add_gram(factor, whitened, side, unit_mean.mul_(keep))
     return scale
 
 
@@ -150,12 +159,13 @@ def start_in_eigenvectors(state: InEigenbasis, grad: Tensor, shares: Sequence[fl
         if factor is None or basis is None:
             continue
         for own_factor, own_basis, own_grad in zip(factor.split(1), basis.split(1), grad.split(1), strict=True):
-            plain = kronecker.gram(own_grad.clone(), side) * shares[side]
+            rows = kronecker.unfolded(own_grad.clone(), side)
+            plain = (rows @ rows.mT) * shares[side]
             own_basis.copy_(linalg.descending_eigenbasis(plain))
             own_factor.copy_(own_basis.mT @ plain @ own_basis)
 
 
-def learn_as_released(state: KLShampooState, projected: Tensor, hyper: Hyper) -> None:
+def learn_as_released(state: KLShampooState, projected: Tensor, spare: Tensor, hyper: Hyper) -> None:
     """One step of the estimate from G~ with the eigenvalues of the step before, and the absolute floor.
 
     D_k = (d_k / N) H_k H_k^T;   S~_k <- beta S~_k + (1 - beta) D_k;   lambda_k likewise with diag(D_k)
@@ -167,12 +177,13 @@ def learn_as_released(state: KLShampooState, projected: Tensor, hyper: Hyper) ->
         factor, eigenvalues = state.factors[side], state.eigenvalues[side]
         if eigenvalues is None:
             continue
+        share = (1 - beta) * eigenvalues.shape[-1] / kronecker.numel(projected)
         if factor is not None:
-            moment = _second_moment(projected, seen_by_factor, side)
-            factor.lerp_(moment, 1 - beta)
-        if factor is None or seen_by_factor is not seen_by_eigenvalues:
-            moment = _second_moment(projected, seen_by_eigenvalues, side)
-        eigenvalues.lerp_(moment.diagonal(dim1=-2, dim2=-1), 1 - beta)
+            others = [None if k == side or x is None else x.rsqrt() for k, x in enumerate(seen_by_factor)]
+            whitened = kronecker.scale_sides(projected, others, share**0.5, out=spare)
+            kronecker.add_gram(factor, whitened, side, beta)
+        inverse = [None if x is None else x.reciprocal() for x in seen_by_eigenvalues]
+        eigenvalues.mul_(beta).add_(kronecker.square_sums(projected, inverse, spare)[side], alpha=share)
         eigenvalues.clamp_min_(1 / max(10, min(eigenvalues.shape[-1], 4000)) ** 2)
 
 
@@ -186,10 +197,3 @@ def _released_order(new: Eigenvalues, old: Eigenvalues) -> list[tuple[int, Eigen
         return [(side, old, old) for side in range(len(old))]
     first = [old[0], new[1], old[2]]
     return [(2, old, old), (1, old, [old[0], old[1], new[2]]), (0, first, first)]
-
-
-def _second_moment(projected: Tensor, eigenvalues: Eigenvalues, side: int) -> Tensor:
-    """(d_k / N) H_k H_k^T, (B, d_k, d_k), with H_k whitened on every side but `side`."""
-    others = [None if k == side else x for k, x in enumerate(eigenvalues)]
-    whitened = kronecker.scale_sides(projected, others, -0.5)
-    return kronecker.gram(whitened, side) * (projected.shape[side + 1] / kronecker.numel(projected))

@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
-from kl_dist.methods import kl_factors, kronecker, polar
+from kl_dist.methods import averages, kl_factors, kronecker, polar
 from kl_dist.methods.kronecker import Hyper
 from kl_dist.methods.rule import Method, Rule, as_released
 from kl_dist.methods.state import KLShampooState, Side, unstarted
@@ -41,7 +42,7 @@ def start(state: KLShampooState, grad: Tensor, hyper: Hyper) -> None:
     kl_factors.start_bases(state, grad, START_REFRESHES)
 
 
-def update(state: KLShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
+def update(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """The update U of one step, before the learning rate; the factors already know this step's gradient.
 
         U = Q_a (N / (s sqrt(lambda_a lambda_b^T) (1 + eps))) Q_b^T
@@ -51,33 +52,36 @@ def update(state: KLShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
 
     Args:
         state: mutated.
-        grad: G, (B, d_1..d_K), not mutated.
+        grad: G, (B, d_1..d_K), overwritten: see [Note: two buffers] in kronecker.py.
         hyper: eps is relative here.
+        spare: like grad, overwritten.
 
     Returns:
-        U, like grad.
+        U, in the memory of one of the two.
     """
     state.step.add_(1)
-    projected = kronecker.project(grad, state.bases)
-    direction = kronecker.momentum(state.exp_avg, projected, state.step, hyper)
-    scale = kl_factors.learn(state, projected, hyper)
-    preconditioned = kronecker.scale_sides_(direction, state.eigenvalues, -0.5)
-    preconditioned.div_(kronecker.column(scale * (1 + hyper.eps), grad))
-    return kronecker.project_back(polar.orthogonalize_(preconditioned, hyper.polar), state.bases)
+    projected, spare = kronecker.project(grad, spare, state.bases)
+    scale = kl_factors.learn(state, projected, spare, hyper)
+    direction = averages.momentum_(state.exp_avg, projected, hyper)
+    roots = [None if x is None else x.rsqrt() for x in state.eigenvalues]
+    size = scale.reciprocal() * (averages.correction(state.step, hyper, scale) / (1 + hyper.eps))
+    whitened = kronecker.scale_sides(direction, roots, size, out=direction)
+    return kronecker.project_back(polar.orthogonalize_(whitened, hyper.polar, spare), spare, state.bases)
 
 
-def update_as_released(state: KLShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
+def update_as_released(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """The released code's update: U = Q_a (M~ / (D + eps)) Q_b^T with the eigenvalues of the step before.
 
-    No bias correction, no Nesterov momentum; eps is absolute. Shapes as `update`.
+    No bias correction, no Nesterov momentum; eps is absolute. Arguments as `update`.
     """
     state.step.add_(1)
-    projected = kronecker.project(grad, state.bases)
+    projected, spare = kronecker.project(grad, spare, state.bases)
     state.exp_avg.lerp_(projected, 1 - hyper.betas[0])
-    root = kronecker.scale_sides(projected.new_ones(projected.shape), state.eigenvalues, 0.5)
-    preconditioned = state.exp_avg / root.add_(hyper.eps)
-    kl_factors.learn_as_released(state, projected, hyper)
-    return kronecker.project_back(preconditioned, state.bases)
+    roots = [None if x is None else x.sqrt() for x in state.eigenvalues]
+    kl_factors.learn_as_released(state, projected, spare, hyper)
+    root = kronecker.scale_sides(projected.fill_(1.0), roots, 1.0, out=projected)
+    preconditioned = torch.div(state.exp_avg, root.add_(hyper.eps), out=spare)
+    return kronecker.project_back(preconditioned, projected, state.bases)
 
 
 FRESH = Rule(
@@ -86,10 +90,7 @@ FRESH = Rule(
     update,
     kl_factors.refresh,
     polar=True,
-    working_copies=6,
     defaults=MappingProxyType({"betas": (0.9, 0.9)}),
 )
-PAPER = as_released(
-    allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released, working_copies=6
-)
+PAPER = as_released(allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released)
 METHOD = Method("KL-Shampoo", {"fresh": FRESH, "paper": PAPER})

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from kl_dist.methods import kl_factors, kronecker, polar
+from kl_dist.methods import averages, kl_factors, kronecker, polar
 from kl_dist.methods.kronecker import Hyper
 from kl_dist.methods.rule import Method, Rule, as_released
 from kl_dist.methods.soap import scaled_adam
@@ -34,37 +35,29 @@ def start(state: KLSOAPState, grad: Tensor, hyper: Hyper) -> None:
     state.exp_avg_sq.fill_(1.0)
 
 
-def update(state: KLSOAPState, grad: Tensor, hyper: Hyper) -> Tensor:
+def update(state: KLSOAPState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """The update of one step, before the learning rate; eps is relative. Arguments as `kl_shampoo.update`."""
     state.step.add_(1)
-    projected = kronecker.project(grad, state.bases)
-    kl_factors.learn(state, projected, hyper)
-    scale = kronecker.tracked_scale(state.grad_scale, kronecker.mean_square(projected), state.step, hyper.betas[1])
-    adam = scaled_adam(
-        kronecker.momentum(state.exp_avg, projected, state.step, hyper),  # without a name, to be gone afterwards
-        projected / kronecker.column(scale, grad),
-        scale,
-        state.exp_avg_sq,
-        state.step,
-        hyper,
-    )
-    return kronecker.project_back(polar.orthogonalize_(adam, hyper.polar), state.bases)
+    projected, spare = kronecker.project(grad, spare, state.bases)
+    kl_factors.learn(state, projected, spare, hyper)
+    scale = averages.tracked_scale(state.grad_scale, averages.mean_square(projected), state.step, hyper.betas[1])
+    adam = scaled_adam(state, projected, spare, scale, hyper)
+    return kronecker.project_back(polar.orthogonalize_(adam, hyper.polar, spare), spare, state.bases)
 
 
-def update_as_released(state: KLSOAPState, grad: Tensor, hyper: Hyper) -> Tensor:
+def update_as_released(state: KLSOAPState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """The released code's update: Adam as above, without bias correction, eps absolute."""
     state.step.add_(1)
-    projected = kronecker.project(grad, state.bases)
+    projected, spare = kronecker.project(grad, spare, state.bases)
     beta1, beta2 = hyper.betas
     state.exp_avg.lerp_(projected, 1 - beta1)
     state.exp_avg_sq.mul_(beta2).addcmul_(projected, projected, value=1 - beta2)
-    adam = state.exp_avg / state.exp_avg_sq.sqrt().add_(hyper.eps)
-    kl_factors.learn_as_released(state, projected, hyper)
-    return kronecker.project_back(adam, state.bases)
+    kl_factors.learn_as_released(state, projected, spare, hyper)
+    root = torch.sqrt(state.exp_avg_sq, out=projected).add_(hyper.eps)
+    adam = torch.div(state.exp_avg, root, out=spare)
+    return kronecker.project_back(adam, projected, state.bases)
 
 
-FRESH = Rule(allocate, start, update, kl_factors.refresh, polar=True, working_copies=6)
-PAPER = as_released(
-    allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released, working_copies=6
-)
+FRESH = Rule(allocate, start, update, kl_factors.refresh, polar=True)
+PAPER = as_released(allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released)
 METHOD = Method("KL-SOAP", {"fresh": FRESH, "paper": PAPER})

@@ -1,16 +1,22 @@
 """Products with the sides of a batch of tensors, and the scalars of a step.
 
 A tensor here is (B, d_1..d_K). "Side k" is its k-th axis after the batch; matrices that act on side k are
-(B, d_k, d_k), and `None` in their place is the identity.
+(B, d_k, d_k), vectors (B, d_k), and `None` in their place is the identity.
+
+[Note: two buffers] Memory that a step asks for anew costs more than what is computed in it. A step of a batch has two
+tensors to itself, the gradients' and a spare one like it, and works from one into the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+SMALLEST_HALF = 48
+"""Rows that a symmetric product is halved down to: below, a call costs more than the flops it saves."""
 
 
 @dataclass(frozen=True)
@@ -32,165 +38,148 @@ class Hyper:
         return self.betas[1] if self.shampoo_beta is None else self.shampoo_beta
 
 
-def project(x: Tensor, bases: Sequence[Tensor | None]) -> Tensor:
-    """x in the eigenbasis: Q_a^T x Q_b for a matrix, x x_k Q_k^T on every side in general."""
+def project(x: Tensor, spare: Tensor, bases: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """x in the eigenbasis: Q_a^T x Q_b for a matrix, x x_k Q_k^T on every side in general.
+
+    Returns:
+        The projection and what is free then: `x` and `spare`, either way round. See [Note: two buffers].
+    """
     for side, basis in enumerate(bases):
         if basis is not None:
-            x = multiply_side(x, basis, side)
-    return x
+            x, spare = multiply_side(x, basis, side, out=spare), x
+    return x, spare
 
 
-def project_back(x: Tensor, bases: Sequence[Tensor | None]) -> Tensor:
-    """x in the original coordinates: Q_a x Q_b^T for a matrix; the inverse of `project`."""
-    return project(x, [None if basis is None else basis.mT for basis in bases])
+def project_back(x: Tensor, spare: Tensor, bases: Sequence[Tensor | None]) -> Tensor:
+    """x in the original coordinates, in one of the two: Q_a x Q_b^T for a matrix; the inverse of `project`."""
+    return project(x, spare, [None if basis is None else basis.mT for basis in bases])[0]
 
 
-def multiply_side(x: Tensor, matrix: Tensor, side: int) -> Tensor:
+def multiply_side(x: Tensor, matrix: Tensor, side: int, out: Tensor | None = None) -> Tensor:
     """x x_k A^T: contracts side k of x with the rows of A (B, d_k, d_k)."""
-    batch, d = x.shape[0], x.shape[side + 1]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if side == 0:
-        return (matrix.mT @ x.reshape(batch, d, -1)).reshape(x.shape)
-    moved = x.movedim(side + 1, -1)
-    return (moved.reshape(batch, -1, d) @ matrix).reshape(moved.shape).movedim(-1, side + 1)
+        torch.bmm(matrix.mT, x.flatten(2), out=out.flatten(2))
+    elif side == x.ndim - 2:
+        torch.bmm(x.flatten(1, -2), matrix, out=out.flatten(1, -2))
+    else:
+        moved = x.movedim(side + 1, -1)
+        out.copy_((moved.flatten(1, -2) @ matrix).view(moved.shape).movedim(-1, side + 1))
+    return out
 
 
-def gram(x: Tensor, side: int) -> Tensor:
-    """X_k X_k^T (B, d_k, d_k), X_k the unfolding of x with side k as rows."""
-    rows = unfolded(x, side)
-    return rows @ rows.mT
-
-
-def add_gram(total: Tensor, x: Tensor, side: int, keep: float | Tensor) -> None:
-    """total <- keep total + X_k X_k^T, in place; keep is a number or (B, 1, 1)."""
-    rows = unfolded(x, side)
+def add_gram(total: Tensor, x: Tensor, side: int, keep: float | Tensor, share: float = 1.0) -> None:
+    """total <- keep total + share X_k X_k^T (B, d_k, d_k), in place; keep is a number or one per matrix (B,)."""
     if isinstance(keep, Tensor):
-        total.mul_(keep)
+        total.mul_(column(keep, total))
         keep = 1.0
-    torch.baddbmm(total, rows, rows.mT, beta=keep, out=total)
+    add_symmetric(total, unfolded(x, side), keep, share)
+
+
+def add_symmetric(total: Tensor, rows: Tensor, keep: float, share: float) -> None:
+    """total <- keep total + share X X^T: what is above the diagonal is copied, down to small blocks beside it."""
+    half = rows.shape[1] // 2
+    if half < SMALLEST_HALF:
+        torch.baddbmm(total, rows, rows.mT, beta=keep, alpha=share, out=total)
+        return
+    first, last = rows[:, :half], rows[:, half:]
+    add_symmetric(total[:, :half, :half], first, keep, share)
+    add_symmetric(total[:, half:, half:], last, keep, share)
+    below = total[:, half:, :half]
+    torch.baddbmm(below, last, first.mT, beta=keep, alpha=share, out=below)
+    total[:, :half, half:].copy_(below.mT)
 
 
 def unfolded(x: Tensor, side: int) -> Tensor:
     """X_k (B, d_k, N / d_k), x with side k as rows and its other sides, in order, as columns."""
-    batch, d = x.shape[0], x.shape[side + 1]
-    if side == 0:
-        return x.reshape(batch, d, -1)
-    return x.movedim(side + 1, -1).reshape(batch, -1, d).mT
+    return x.flatten(2) if side == 0 else x.movedim(side + 1, -1).flatten(1, -2).mT
 
 
-def square_sums(x: Tensor, side: int) -> Tensor:
-    """diag(X_k X_k^T) (B, d_k), for a side that keeps no more than its diagonal."""
-    others = [axis for axis in range(1, x.ndim) if axis != side + 1]
-    return x.square().sum(others)
+def square_sums(x: Tensor, weights: Sequence[Tensor | None], spare: Tensor) -> list[Tensor]:
+    """For every side k, diag(H_k H_k^T) (B, d_k): the sums over all other sides of x^2 times the weights of these.
+
+    `spare`, like x, is overwritten.
+    """
+    return _sums(torch.mul(x, x, out=spare), weights)
+
+
+def _sums(x: Tensor, weights: Sequence[Tensor | None]) -> list[Tensor]:
+    *front, last = weights
+    if not front:
+        return [x]
+    rows = x.flatten(1, -2)
+    of_rows = _outer(front, x)
+    of_last = rows.sum(1) if of_rows is None else torch.bmm(of_rows[:, None], rows)[:, 0]
+    if last is not None:
+        x.mul_(along(last, x.ndim - 2, x))
+    return [*_sums(x.sum(-1), front), of_last]
+
+
+def _outer(vectors: Sequence[Tensor | None], x: Tensor) -> Tensor | None:
+    """The products of vectors (B, d_1) .. of the first sides of x, (B, d_1 ..); None where all are the identity."""
+    if len(vectors) == 1 or all(vector is None for vector in vectors):
+        return vectors[0]
+    product = x.new_ones(*x.shape[:-1])
+    return scale_sides(product, vectors, 1.0, out=product).flatten(1)
 
 
 def along(vector: Tensor, side: int, x: Tensor) -> Tensor:
     """A vector per matrix (B, d_k), shaped to broadcast along side k of x."""
     shape = [1] * x.ndim
     shape[0], shape[side + 1] = vector.shape
-    return vector.reshape(shape)
+    return vector.view(shape)
 
 
-def scale_sides(x: Tensor, vectors: Sequence[Tensor | None], power: float) -> Tensor:
-    """x times the product over sides of vector_k^power, broadcast along side k; a new tensor."""
-    scaled = x
+def scale_sides(x: Tensor, vectors: Sequence[Tensor | None], by: float | Tensor, out: Tensor) -> Tensor:
+    """x times a vector along every side, and times `by`, a number or one per matrix (B,); `out` may be x itself."""
     for side, vector in enumerate(vectors):
         if vector is not None:
-            by = along(vector.pow(power), side, x)
-            scaled = x * by if scaled is x else scaled.mul_(by)
-    return x.clone() if scaled is x else scaled
-
-
-def scale_sides_(x: Tensor, vectors: Sequence[Tensor | None], power: float) -> Tensor:
-    """`scale_sides` in place: memory that a step asks for anew costs more than the multiplication does."""
-    for side, vector in enumerate(vectors):
-        if vector is not None:
-            x.mul_(along(vector.pow(power), side, x))
-    return x
+            torch.mul(x, along(vector * column(by, vector), side, x), out=out)
+            x, by = out, 1.0
+    return x if x is out else torch.mul(x, column(by, x), out=out)
 
 
 def numel(x: Tensor) -> int:
     """Elements of one matrix of the batch."""
-    return x[0].numel()
+    return x.numel() // x.shape[0]
 
 
-def mean_square(x: Tensor) -> Tensor:
-    """mean(x^2) of each matrix, (B,)."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1).square() / numel(x)
-
-
-def at_unit_scale(x: Tensor) -> Tensor:
-    """x / RMS(x), matrix by matrix, computed so that no square over- or underflows."""
-    x = x / x.abs().amax(tuple(range(1, x.ndim)), keepdim=True)
-    return x / column(mean_square(x).sqrt(), x)
+def column(values: float | Tensor, x: Tensor) -> float | Tensor:
+    """One value per matrix, (B,) or so shaped already, to broadcast over x; a number as it is."""
+    if not isinstance(values, Tensor) or values.ndim == x.ndim:
+        return values
+    return values.view(-1, *[1] * (x.ndim - 1))
 
 
 def learn_grams(
-    factors: Sequence[Tensor | None], x: Tensor, step: Tensor, beta: Callable[[Tensor], Tensor], normalize: bool
+    factors: Sequence[Tensor | None],
+    x: Tensor,
+    spare: Tensor,
+    keep: float | Tensor,
+    by: float | Tensor = 1.0,
+    normalize: bool = True,
 ) -> None:
-    """S_k <- b S_k + (1 - b) c_k X_k X_k^T on every side that keeps something, with b = beta(t).
+    """S_k <- b S_k + (1 - b) c_k H_k H_k^T, H = x times `by`, on every side that keeps something.
 
-    c_k = d_k / N with `normalize`, else 1. A diagonal side, (B, d_k), learns diag(X_k X_k^T).
+    c_k = d_k / N with `normalize`, else 1. A diagonal side, (B, d_k), learns diag(H_k H_k^T).
+
+    Args:
+        factors: S_k, mutated.
+        x: (B, d_1..d_K).
+        spare: overwritten.
+        keep: b, a number or one per matrix (B,).
+        by: a number or one per matrix (B,).
+        normalize: see above.
     """
     for side, factor in enumerate(factors):
         if factor is None:
             continue
-        old = of_step(beta, step, factor)
-        share = factor.shape[-1] / numel(x) if normalize else 1.0
-        moment = gram(x, side) if factor.ndim == 3 else square_sums(x, side)
-        factor.mul_(old).add_(moment.mul_((1 - old) * share))
-
-
-def column(values: Tensor, x: Tensor) -> Tensor:
-    """One value per matrix (B,), shaped to broadcast over x."""
-    return values.reshape(-1, *[1] * (x.ndim - 1))
-
-
-def of_step(function: Callable[[Tensor], Tensor], step: Tensor, x: Tensor) -> float | Tensor:
-    """A coefficient that depends on the step count, to multiply x with.
-
-    Almost always all matrices of a batch are at the same step, and a Python number costs no transfer to the device.
-    """
-    values = function(step.double())
-    first = float(values[0])
-    if bool((values == first).all()):
-        return first
-    return column(values.to(x.device, x.dtype), x)
-
-
-def warm_beta(beta: float) -> Callable[[Tensor], Tensor]:
-    """b(t) = min(beta, 1 - 1/(t+1)): a plain average at first, so that no start value outlives its turn."""
-    return lambda t: (1 - 1 / (t + 1)).clamp_max(beta)
-
-
-def steady_beta(beta: float) -> Callable[[Tensor], Tensor]:
-    """b(t) = beta."""
-    return lambda t: torch.full_like(t, beta)
-
-
-def momentum(exp_avg: Tensor, grad: Tensor, step: Tensor, hyper: Hyper) -> Tensor:
-    """exp_avg <- beta1 exp_avg + (1 - beta1) grad; returns it bias-corrected, one step ahead if Nesterov's.
-
-    exp_avg / (1 - beta1^t), or (beta1 exp_avg + (1 - beta1) grad) / (1 - beta1^(t+1)).
-    """
-    beta1 = hyper.betas[0]
-    exp_avg.lerp_(grad, 1 - beta1)
-    if hyper.nesterov:
-        return exp_avg.lerp(grad, 1 - beta1).mul_(of_step(lambda t: 1 / (1 - beta1 ** (t + 1)), step, grad))
-    return exp_avg * of_step(lambda t: 1 / (1 - beta1**t), step, grad)
-
-
-def tracked_scale(scale: Tensor, mean_squares: Tensor, step: Tensor, beta: float) -> Tensor:
-    """scale <- beta scale + (1 - beta) mean_squares; returns sqrt(scale / (1 - beta^t)), (B,), never zero."""
-    scale.lerp_(mean_squares, 1 - beta)
-    corrected = scale * of_step(lambda t: 1 / (1 - beta**t), step, scale)
-    return corrected.sqrt().clamp_min(smallest_scale(scale.dtype))
-
-
-def smallest_scale(dtype: torch.dtype) -> float:
-    """The smallest gradient worth dividing by: its square is still a normal number."""
-    return 1e-100 if dtype == torch.float64 else 1e-15
-
-
-def largest_gradient(dtype: torch.dtype) -> float:
-    """A gradient beyond this is treated as not finite: whitened and squared it would overflow."""
-    return 1e100 if dtype == torch.float64 else 1e12
+        root = ((1 - keep) * (factor.shape[-1] / numel(x) if normalize else 1.0)) ** 0.5 * by
+        if factor.ndim == 3 and isinstance(root, float):
+            add_gram(factor, x, side, keep, root**2)
+            continue
+        scaled = torch.mul(x, column(root, x), out=spare)
+        if factor.ndim == 3:
+            add_gram(factor, scaled, side, keep)
+        else:
+            factor.mul_(column(keep, factor)).add_(square_sums(scaled, [None] * len(factors), spare)[side])

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_dist.methods import kronecker
+from kl_dist.methods import averages, kronecker, quintic
 from kl_dist.methods.kronecker import Hyper
 from kl_dist.methods.rule import Flops, Method, Rule
 from kl_dist.methods.state import MatrixState, Side, unstarted
@@ -53,37 +53,39 @@ def start(state: MatrixState, grad: Tensor, hyper: Hyper) -> None:
     """Nothing is learnt from the first gradient alone."""
 
 
-def update(state: MatrixState, grad: Tensor, hyper: Hyper) -> Tensor:
+def update(state: MatrixState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """The update U of one step, before the learning rate; it does not change when all gradients are multiplied.
 
     Args:
         state: mutated.
-        grad: G, (B, d_1..d_K), not mutated.
+        grad: G, (B, d_1..d_K), overwritten: see [Note: two buffers] in kronecker.py.
         hyper: betas[0], nesterov and adjust_lr_fn; eps is relative here, X = N / (|N| (1 + eps)).
+        spare: like grad, overwritten.
 
     Returns:
-        U, like grad.
+        U, in the memory of one of the two.
     """
-    return _direction(state, grad, hyper).mul_(scale(grad.shape[1:], hyper.adjust_lr_fn)).reshape(grad.shape)
+    x, _ = _direction(state, grad, spare, hyper)
+    return x.mul_(scale(grad.shape[1:], hyper.adjust_lr_fn)).view(grad.shape)
 
 
-def update_of_neurons(state: NorMuonState, grad: Tensor, hyper: Hyper) -> Tensor:
+def update_of_neurons(state: NorMuonState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """`update` with each row of X at about the same size over time, and the size of X as it was.
 
         v <- beta2 v + (1 - beta2) mean over columns(X^2);   Y = X / sqrt(max(v, floor));   U = scale(m, n) Y |X| / |Y|
 
     A neuron is a row of what the method serves: of a block, where a matrix is cut along its columns.
     """
-    x = _direction(state, grad, hyper)
+    x, spare = _direction(state, grad, spare, hyper)
     mean_square = state.row_mean_square
-    mean_square.lerp_(x.square().mean(-1), 1 - hyper.betas[1])
-    floor = (NEURON_FLOOR * mean_square.mean(-1, keepdim=True)).clamp_min(kronecker.smallest_scale(x.dtype))
-    normalized = x / mean_square.maximum(floor).sqrt()[..., None]
+    mean_square.lerp_(torch.mul(x, x, out=spare).mean(-1), 1 - hyper.betas[1])
+    floor = (NEURON_FLOOR * mean_square.mean(-1, keepdim=True)).clamp_min(averages.smallest_scale(x.dtype))
+    normalized = torch.div(x, mean_square.maximum(floor).sqrt()[..., None], out=spare)
     restored = _norm(x) / _norm(normalized) * scale(grad.shape[1:], hyper.adjust_lr_fn)
-    return normalized.mul_(restored[:, None, None]).reshape(grad.shape)
+    return normalized.mul_(restored[:, None, None]).view(grad.shape)
 
 
-def update_as_released(state: MatrixState, grad: Tensor, hyper: Hyper) -> Tensor:
+def update_as_released(state: MatrixState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """torch.optim.Muon's update, its operations in their order; eps is the least |N|.
 
     Matrix by matrix, since in bfloat16 a batch of others would give other numbers. Where the state is float64 the
@@ -92,29 +94,27 @@ def update_as_released(state: MatrixState, grad: Tensor, hyper: Hyper) -> Tensor
     state.step.add_(1)
     momentum = hyper.betas[0]
     state.exp_avg.lerp_(grad, 1 - momentum)
-    direction = grad.lerp(state.exp_avg, momentum) if hyper.nesterov else state.exp_avg
+    direction = grad.lerp_(state.exp_avg, momentum) if hyper.nesterov else state.exp_avg
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.bfloat16
-    updates = torch.empty_like(grad)
-    for one, out in zip(direction.flatten(2), updates.flatten(2), strict=True):
+    for one, out in zip(direction.flatten(2), spare.flatten(2), strict=True):
         # never a view of the momentum; and laid out as torch lays it, for the order of the sum in the norm
         x = one.to(dtype, copy=True)
         x = x.mT if x.shape[0] > x.shape[1] else x
         x = newton_schulz(x.div_(x.norm().clamp(min=hyper.eps)))
         out.copy_(x if x.shape == one.shape else x.mT)
-    return updates.mul_(scale(grad.shape[1:], hyper.adjust_lr_fn))
+    return spare.mul_(scale(grad.shape[1:], hyper.adjust_lr_fn))
 
 
 def newton_schulz(x: Tensor) -> Tensor:
-    """Five times X <- a X + (b A + c A^2) X with A = X X^T: each singular value s becomes a s + b s^3 + c s^5.
+    """Five times X <- a X + (b A + c A^2) X with A = X X^T, as torch computes it.
 
     Args:
-        x: (m, n), or a batch of them, wide rather than tall, for its cost; of Frobenius norm 1 at most.
+        x: (m, n), wide rather than tall, for its cost; of Frobenius norm 1 at most.
     """
     a, b, c = COEFFICIENTS
-    multiplied = torch.addmm if x.ndim == 2 else torch.baddbmm
     for _ in range(STEPS):
         gram = x @ x.mT
-        x = multiplied(x, multiplied(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
@@ -136,13 +136,17 @@ def flops(shape: Sequence[int], sides: Sequence[Side]) -> Flops:
     return Flops(STEPS * (4.0 * short**2 * long + 2.0 * short**3), 0.0)
 
 
-def _direction(state: MatrixState, grad: Tensor, hyper: Hyper) -> Tensor:
-    """The momentum with this step's gradient, made orthogonal: X (B, m, n)."""
+def _direction(state: MatrixState, grad: Tensor, spare: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
+    """The momentum with this step's gradient, made orthogonal: X (B, m, n), and the buffer that is free then."""
     state.step.add_(1)
-    direction = kronecker.momentum(state.exp_avg, grad, state.step, hyper)
-    smallest = kronecker.smallest_scale(grad.dtype)
+    direction = averages.momentum_(state.exp_avg, grad, hyper)
+    smallest = averages.smallest_scale(grad.dtype) * (1 - hyper.betas[0])  # the momentum is not corrected
     x = direction.div_(kronecker.column(_norm(direction).clamp_min(smallest) * (1 + hyper.eps), grad)).flatten(2)
-    return newton_schulz(x.mT).mT if x.shape[1] > x.shape[2] else newton_schulz(x)
+    spare, room = spare.flatten(2), quintic.room_for(x)
+    for _ in range(STEPS):
+        matrix = quintic.polynomial(quintic.gram(x, spare), COEFFICIENTS, out=room)
+        x, spare = quintic.apply(x, matrix, COEFFICIENTS[0], out=spare), x
+    return x, spare
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -154,7 +158,7 @@ NOTHING_KEPT: dict[str, Any] = {"long_side": "identity"}  # of any side, so that
 TUNED = {**NOTHING_KEPT, "betas": (0.85, 0.95), "adjust_lr_fn": "match_rms_adamw"}  # docs/learning.md
 TORCHS = {**NOTHING_KEPT, "betas": (0.95, 0.95), "adjust_lr_fn": "original", "nesterov": True}
 
-FRESH = Rule(allocate, start, update, None, flops=flops, working_copies=6, defaults=TUNED)
-PAPER = Rule(allocate, start, update_as_released, None, flops=flops, working_copies=6, defaults=TORCHS)
-NORMUON = Rule(allocate_with_neurons, start, update_of_neurons, None, flops=flops, working_copies=6, defaults=TUNED)
+FRESH = Rule(allocate, start, update, None, flops=flops, working_copies=3, defaults=TUNED)
+PAPER = Rule(allocate, start, update_as_released, None, flops=flops, working_copies=3, defaults=TORCHS)
+NORMUON = Rule(allocate_with_neurons, start, update_of_neurons, None, flops=flops, working_copies=3, defaults=TUNED)
 METHOD = Method("KL-Muon", {"fresh": FRESH, "paper": PAPER, "normuon": NORMUON})

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kl_dist.methods import kronecker
+from kl_dist.methods import averages, quintic
 
 LOWER_ENDS = {1: 0.15, 2: 0.07, 3: 0.025, 4: 0.01, 5: 0.01}
 """l by number of steps: of those tried, that which aligns P' best with the polar factor in training, of a GPT of width
@@ -60,32 +60,34 @@ def coefficients(steps: int) -> tuple[tuple[float, float, float], ...]:
     return fitted + (LAST,) * (steps - len(fitted))
 
 
-def orthogonalize_(direction: Tensor, steps: int) -> Tensor:
+def orthogonalize_(direction: Tensor, steps: int, spare: Tensor | None = None) -> Tensor:
     """P', the whitened momentum near its polar factor, with the Frobenius norm that it had.
 
     Args:
-        direction: P (B, m, n), overwritten to save a copy; of any other number of sides it is returned as it is.
-        steps: K; 0 returns P itself.
+        direction: P (B, m, n), overwritten by P'; of any other number of sides it is left as it is.
+        steps: K; 0 leaves P itself.
+        spare: like P, overwritten; made here where there is none.
 
     Returns:
         P' (B, m, n), in P's dtype: the products run in it. Zero where P is.
     """
     if not steps or direction.ndim != 3:
         return direction
-    smallest = kronecker.smallest_scale(direction.dtype)
+    spare = torch.empty_like(direction) if spare is None else spare
+    smallest = averages.smallest_scale(direction.dtype)
     norm = _norm(direction)
-    is_tall = direction.shape[1] > direction.shape[2]
-    x = direction.div_(norm.clamp_min(smallest))
-    x = x.mT if is_tall else x
+    x, room = direction.div_(norm.clamp_min(smallest)), quintic.room_for(direction)
     for number, (a, b, c) in enumerate(coefficients(steps)):
-        gram = x @ x.mT
-        square = gram @ gram
+        gram = quintic.gram(x, spare)
         if number == 0:
+            square = quintic.polynomial(gram, (0.0, 0.0, 1.0), out=room)
             bound = _norm(square).pow(1 / 4).clamp_min(SMALLEST_BOUND)
-            x, gram, square = x.div_(bound), gram.div_(bound.square()), square.div_(bound.pow(4))
-        x = torch.baddbmm(x, square.mul_(c).add_(gram, alpha=b), x, beta=a)
-    x = x.mul_(norm / _norm(x).clamp_min(smallest))
-    return x.mT if is_tall else x
+            x.div_(bound)
+            matrix = square.mul_(c / bound.pow(4)).addcmul_(gram, b / bound.square())
+        else:
+            matrix = quintic.polynomial(gram, (a, b, c), out=room)
+        x, spare = quintic.apply(x, matrix, a, out=spare), x
+    return torch.mul(x, norm / _norm(x).clamp_min(smallest), out=direction)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -35,17 +35,20 @@ def flops_in_eigenbasis(shape: Sequence[int], sides: Sequence[Side]) -> Flops:
 
 
 class Rule(NamedTuple):
-    """One method under one recipe. `start`, `update` and `refresh` mutate the state they are given, nothing else."""
+    """One method under one recipe. `start`, `update` and `refresh` mutate the state they are given.
+
+    `update` has the gradients' memory and a spare tensor like it to itself: [Note: two buffers] in kronecker.py.
+    """
 
     allocate: Callable[[Sequence[int], Sequence[Side], int, Tensor], Any]  # (shape, sides, batch, like)
     start: Callable[[Any, Tensor, Hyper], None]  # at the first non-zero gradient
-    update: Callable[[Any, Tensor, Hyper], Tensor]  # every step; returns U, before the learning rate
+    update: Callable[[Any, Tensor, Hyper, Tensor], Tensor]  # every step; returns U, before the learning rate
     refresh: Callable[[Any, Hyper], None] | None  # every T steps, after the update; None: there is nothing to refresh
     starts_without_update: bool = False  # the released codes spend their first call on the start
     decays_last: bool = False  # W <- (W - lr U)(1 - lr wd) instead of W (1 - lr wd) - lr U
     flops: Callable[[Sequence[int], Sequence[Side]], Flops] = flops_in_eigenbasis  # (shape, sides)
     polar: bool = False  # whether its update can be orthogonalised, as option `polar` says
-    working_copies: int = 7  # tensors as large as its gradients that an update holds at its peak, those included
+    working_copies: int = 2  # tensors as large as its gradients that an update holds at its peak, its two included
     defaults: Mapping[str, Any] = MappingProxyType({})  # of options, where not the recipe's
 
 

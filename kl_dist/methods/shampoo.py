@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kl_dist.methods import kronecker, linalg
+from kl_dist.methods import averages, kronecker, linalg
 from kl_dist.methods.kronecker import Hyper
 from kl_dist.methods.rule import Flops, Method, Rule, as_released
-from kl_dist.methods.soap import scaled_adam
+from kl_dist.methods.soap import learn_squares
 from kl_dist.methods.state import ShampooState, Side, unstarted
 
 DAMPING = 1e-4  # of the mean eigenvalue, under the root: singular factors give continuous roots
@@ -39,21 +39,23 @@ def allocate(shape: Sequence[int], sides: Sequence[Side], batch: int, like: Tens
 
 def start(state: ShampooState, grad: Tensor, hyper: Hyper) -> None:
     """Factors from the first non-zero gradient at unit scale, and their inverse roots."""
-    unit = kronecker.at_unit_scale(grad)
-    kronecker.learn_grams(state.factors, unit, state.step, kronecker.steady_beta(0.0), normalize=True)
+    unit = averages.at_unit_scale(grad)
+    kronecker.learn_grams(state.factors, unit, torch.empty_like(unit), keep=0.0)
     state.exp_avg_sq.fill_(1.0)
     refresh(state, hyper)
 
 
-def update(state: ShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
+def update(state: ShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """The update of one step, before the learning rate; eps is relative. Arguments as `kl_shampoo.update`."""
     state.step.add_(1)
-    direction = kronecker.momentum(state.exp_avg, grad, state.step, hyper)
-    scale = kronecker.tracked_scale(state.grad_scale, kronecker.mean_square(grad), state.step, hyper.betas[1])
-    unit = grad / kronecker.column(scale, grad)
-    grafted = scaled_adam(direction, unit, scale, state.exp_avg_sq, state.step, hyper)
-    kronecker.learn_grams(state.factors, unit, state.step, kronecker.warm_beta(hyper.factor_beta), normalize=True)
-    return _graft(_precondition(direction / kronecker.column(scale, grad), state.inverse_roots), grafted)
+    scale = averages.tracked_scale(state.grad_scale, averages.mean_square(grad), state.step, hyper.betas[1])
+    keep = averages.of_step(averages.warm_beta(hyper.factor_beta), state.step, scale)
+    kronecker.learn_grams(state.factors, grad, spare, keep, by=scale.reciprocal())
+    learn_squares(state.exp_avg_sq, grad, spare, scale, state.step, hyper)
+    size = scale.reciprocal() * averages.correction(state.step, hyper, scale)
+    direction = averages.momentum_(state.exp_avg, grad, hyper).mul_(kronecker.column(size, grad))
+    adam = torch.div(direction, torch.sqrt(state.exp_avg_sq, out=spare).add_(hyper.eps), out=spare)
+    return _grafted(direction, spare, state.inverse_roots, _norm(adam))
 
 
 def refresh(state: ShampooState, hyper: Hyper) -> None:
@@ -68,24 +70,23 @@ def start_as_released(state: ShampooState, grad: Tensor, hyper: Hyper) -> None:
     """
     for i, own_grad in enumerate(grad.split(1)):
         own = state.rows([i])
-        kronecker.learn_grams(
-            own.factors, own_grad.clone(), own.step, kronecker.steady_beta(hyper.factor_beta), normalize=False
-        )
+        own_grad = own_grad.clone()
+        kronecker.learn_grams(own.factors, own_grad, torch.empty_like(own_grad), hyper.factor_beta, normalize=False)
         refresh_as_released(own, hyper)
 
 
-def update_as_released(state: ShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
-    """The update of recipe "paper": grafted to AdamW with bias correction; the factors learn afterwards."""
+def update_as_released(state: ShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
+    """The update of recipe "paper": grafted to AdamW with bias correction; the factors learn this gradient too."""
     state.step.add_(1)
     beta1, beta2 = hyper.betas
     state.exp_avg.lerp_(grad, 1 - beta1)
     state.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    exp_avg = state.exp_avg * kronecker.of_step(lambda t: 1 / (1 - beta1**t), state.step, grad)
-    exp_avg_sq = state.exp_avg_sq * kronecker.of_step(lambda t: 1 / (1 - beta2**t), state.step, grad)
-    adamw = exp_avg / exp_avg_sq.sqrt_().add_(hyper.eps)
-    direction = _graft(_precondition(state.exp_avg, state.inverse_roots), adamw)
-    kronecker.learn_grams(state.factors, grad, state.step, kronecker.steady_beta(hyper.factor_beta), normalize=False)
-    return direction
+    kronecker.learn_grams(state.factors, grad, spare, hyper.factor_beta, normalize=False)
+    first = averages.of_step(lambda t: 1 / (1 - beta1**t), state.step, grad)
+    second = averages.of_step(lambda t: 1 / (1 - beta2**t), state.step, grad)
+    root = torch.mul(state.exp_avg_sq, kronecker.column(second, grad), out=spare).sqrt_().add_(hyper.eps)
+    adamw = torch.div(state.exp_avg, root, out=spare).mul_(kronecker.column(first, grad))
+    return _grafted(grad.copy_(state.exp_avg), spare, state.inverse_roots, _norm(adamw))
 
 
 def refresh_as_released(state: ShampooState, hyper: Hyper) -> None:
@@ -108,24 +109,24 @@ def _renew_roots(state: ShampooState, hyper: Hyper, damping: float, eps: float) 
             root.copy_((factor + shift).pow(-exponent))
 
 
-def _precondition(direction: Tensor, inverse_roots: Sequence[Tensor | None]) -> Tensor:
+def _grafted(direction: Tensor, spare: Tensor, inverse_roots: Sequence[Tensor | None], length: Tensor) -> Tensor:
+    """direction x_1 S_1^-p .. x_K S_K^-p with the Frobenius norm `length` (B,), in one of the two buffers."""
     for side, root in enumerate(inverse_roots):
         if root is None:
             continue
         if root.ndim == 3:
-            direction = kronecker.multiply_side(direction, root, side)
+            direction, spare = kronecker.multiply_side(direction, root, side, out=spare), direction
         else:
-            direction = direction * kronecker.along(root, side, direction)
-    return direction
+            direction.mul_(kronecker.along(root, side, direction))
+    smallest = averages.smallest_scale(direction.dtype)
+    largest = torch.abs(direction, out=spare).amax(tuple(range(1, direction.ndim)), keepdim=True)
+    unit = direction.div_(largest.clamp_min_(smallest))
+    return unit.mul_(kronecker.column(length / _norm(unit).clamp_min_(smallest), unit))
 
 
-def _graft(direction: Tensor, length_of: Tensor) -> Tensor:
-    """`direction` with the Frobenius norm of `length_of`, matrix by matrix."""
-    smallest = kronecker.smallest_scale(direction.dtype)
-    unit = direction / direction.abs().amax(tuple(range(1, direction.ndim)), keepdim=True).clamp_min(smallest)
-    wanted = torch.linalg.vector_norm(length_of.flatten(1), dim=1)
-    present = torch.linalg.vector_norm(unit.flatten(1), dim=1).clamp_min(smallest)
-    return unit * kronecker.column(wanted / present, unit)
+def _norm(x: Tensor) -> Tensor:
+    """|x| of each matrix, (B,)."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1)
 
 
 def flops(shape: Sequence[int], sides: Sequence[Side]) -> Flops:

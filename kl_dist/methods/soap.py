@@ -7,15 +7,16 @@ Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam" (arXiv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kl_dist.methods import kl_factors, kronecker, polar
+from kl_dist.methods import averages, kl_factors, kronecker, polar
 from kl_dist.methods.kronecker import Hyper
 from kl_dist.methods.rule import Method, Rule, as_released
-from kl_dist.methods.state import Side, SOAPState, unstarted
+from kl_dist.methods.state import KLSOAPState, Side, SOAPState, unstarted
 
 START_REFRESHES = 1
 EXP_AVG_SQ_FLOOR = 1e-10  # of its mean: what lies below is rounding noise
@@ -34,43 +35,43 @@ def start(state: SOAPState, grad: Tensor, hyper: Hyper) -> None:
     state.exp_avg_sq.fill_(1.0)
 
 
-def update(state: SOAPState, grad: Tensor, hyper: Hyper) -> Tensor:
+def update(state: SOAPState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """The update of one step, before the learning rate; eps is relative. Arguments as `kl_shampoo.update`."""
     state.step.add_(1)
-    projected = kronecker.project(grad, state.bases)
-    scale = kronecker.tracked_scale(state.grad_scale, kronecker.mean_square(projected), state.step, hyper.betas[1])
-    unit = projected / kronecker.column(scale, grad)
-    kronecker.learn_grams(state.factors, unit, state.step, kronecker.warm_beta(hyper.factor_beta), normalize=True)
-    adam = scaled_adam(
-        kronecker.momentum(state.exp_avg, projected, state.step, hyper),  # without a name, to be gone afterwards
-        unit,
-        scale,
-        state.exp_avg_sq,
-        state.step,
-        hyper,
-    )
-    return kronecker.project_back(polar.orthogonalize_(adam, hyper.polar), state.bases)
+    projected, spare = kronecker.project(grad, spare, state.bases)
+    scale = averages.tracked_scale(state.grad_scale, averages.mean_square(projected), state.step, hyper.betas[1])
+    keep = averages.of_step(averages.warm_beta(hyper.factor_beta), state.step, scale)
+    kronecker.learn_grams(state.factors, projected, spare, keep, by=scale.reciprocal())
+    adam = scaled_adam(state, projected, spare, scale, hyper)
+    return kronecker.project_back(polar.orthogonalize_(adam, hyper.polar, spare), spare, state.bases)
 
 
-def scaled_adam(
-    direction: Tensor, unit: Tensor, scale: Tensor, exp_avg_sq: Tensor, step: Tensor, hyper: Hyper
-) -> Tensor:
+def scaled_adam(state: SOAPState | KLSOAPState, grad: Tensor, spare: Tensor, scale: Tensor, hyper: Hyper) -> Tensor:
     """Adam with the gradients' scale taken out of the second moment, so that a jump of scale counts once.
 
-        V <- b V + (1-b) K^2;   V <- max(V / mean(V), floor);   U = N / (r (sqrt(V) + eps))
+        V <- b V + (1-b) (G / r)^2;   V <- max(V / mean(V), floor);   U = N / (r (sqrt(V) + eps))
+
+    with N the bias-corrected momentum.
 
     Args:
-        direction: N, the bias-corrected momentum (B, ..).
-        unit: K = G / r, the gradient at unit scale.
+        state: exp_avg_sq (V) and exp_avg are mutated; `step` counts this step already.
+        grad: G (B, ..), overwritten by what is returned.
+        spare: overwritten.
         scale: r (B,).
-        exp_avg_sq: V, mutated.
-        step: updates made, this one included.
-        hyper: betas[1] and eps (relative).
+        hyper: betas and eps (relative).
     """
-    old = kronecker.of_step(kronecker.warm_beta(hyper.betas[1]), step, unit)
-    exp_avg_sq.mul_(old).add_(unit.square().mul_(1 - old))
+    learn_squares(state.exp_avg_sq, grad, spare, scale, state.step, hyper)
+    direction = averages.momentum_(state.exp_avg, grad, hyper)
+    size = scale.reciprocal() * averages.correction(state.step, hyper, scale)
+    return direction.div_(torch.sqrt(state.exp_avg_sq, out=spare).add_(hyper.eps)).mul_(kronecker.column(size, grad))
+
+
+def learn_squares(exp_avg_sq: Tensor, grad: Tensor, spare: Tensor, scale: Tensor, step: Tensor, hyper: Hyper) -> None:
+    """V <- b V + (1-b) (G / r)^2;   V <- max(V / mean(V), floor). Mutates V and `spare`."""
+    keep = averages.of_step(averages.warm_beta(hyper.betas[1]), step, scale)
+    unit = torch.mul(grad, kronecker.column((1 - keep) ** 0.5 / scale, grad), out=spare)
+    exp_avg_sq.mul_(kronecker.column(keep, unit)).addcmul_(unit, unit)
     exp_avg_sq.div_(kronecker.column(exp_avg_sq.flatten(1).mean(1), unit)).clamp_min_(EXP_AVG_SQ_FLOOR)
-    return direction / exp_avg_sq.sqrt().add_(hyper.eps).mul_(kronecker.column(scale, unit))
 
 
 def start_as_released(state: SOAPState, grad: Tensor, hyper: Hyper) -> None:
@@ -78,22 +79,21 @@ def start_as_released(state: SOAPState, grad: Tensor, hyper: Hyper) -> None:
     kl_factors.start_in_eigenvectors(state, grad, [1 - hyper.factor_beta] * len(state.factors))
 
 
-def update_as_released(state: SOAPState, grad: Tensor, hyper: Hyper) -> Tensor:
+def update_as_released(state: SOAPState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """The released code's update: Adam with bias correction in the step size; eps absolute, beside the raw sqrt(v).
 
-    U = sqrt(1 - beta2^t) / (1 - beta1^t) Q_a (m / (sqrt(v) + eps)) Q_b^T; the factors learn afterwards.
+    U = sqrt(1 - beta2^t) / (1 - beta1^t) Q_a (m / (sqrt(v) + eps)) Q_b^T; the factors learn this gradient too.
     """
     state.step.add_(1)
     beta1, beta2 = hyper.betas
-    projected = kronecker.project(grad, state.bases)
+    projected, spare = kronecker.project(grad, spare, state.bases)
     state.exp_avg.lerp_(projected, 1 - beta1)
     state.exp_avg_sq.mul_(beta2).addcmul_(projected, projected, value=1 - beta2)
-    adam = state.exp_avg / state.exp_avg_sq.sqrt().add_(hyper.eps)
-    adam.mul_(kronecker.of_step(lambda t: (1 - beta2**t).sqrt() / (1 - beta1**t), state.step, adam))
-    kronecker.learn_grams(
-        state.factors, projected, state.step, kronecker.steady_beta(hyper.factor_beta), normalize=False
-    )
-    return kronecker.project_back(adam, state.bases)
+    kronecker.learn_grams(state.factors, projected, spare, hyper.factor_beta, normalize=False)
+    root = torch.sqrt(state.exp_avg_sq, out=projected).add_(hyper.eps)
+    size = averages.of_step(lambda t: math.sqrt(1 - beta2**t) / (1 - beta1**t), state.step, root)
+    adam = torch.div(state.exp_avg, root, out=spare).mul_(kronecker.column(size, root))
+    return kronecker.project_back(adam, projected, state.bases)
 
 
 def refresh_as_released(state: SOAPState, hyper: Hyper) -> None:

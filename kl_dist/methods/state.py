@@ -77,7 +77,7 @@ class State:
     def rows(self: S, indices: Sequence[int]) -> S:
         """Some of the matrices: views where `indices` is an unbroken range, copies otherwise."""
         chosen = span(indices)
-        return self.map(lambda x: x[chosen])
+        return self if chosen == slice(0, len(self.step)) else self.map(lambda x: x[chosen])
 
     def put(self: S, indices: Sequence[int], part: S) -> None:
         """Write back what `rows(indices)` gave; nothing to do where it gave views."""

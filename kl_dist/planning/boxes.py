@@ -106,7 +106,8 @@ class Piece:
 
     def of_shard(self, shard: Tensor) -> Tensor:
         """The piece, shaped as its ranges of the block: a view where the shard's strides allow, else a copy."""
-        return narrowed(self._held(shard).reshape(self.held), self.local)
+        held = self._held(shard)
+        return narrowed(held if held.shape == self.held else held.reshape(self.held), self.local)
 
     def put(self, shard: Tensor, values: Tensor) -> None:
         """Write the piece into a shard."""
@@ -120,7 +121,8 @@ class Piece:
         if self.within is not None:
             start, shape = self.within
             shard = shard[start : start + math.prod(shape)].view(shape)
-        cut = shard[tuple(slice(*indices) for indices in self.cut)]
+        is_all = self.cut == tuple((0, d, 1) for d in shard.shape)  # every view that is made costs the host a while
+        cut = shard if is_all else shard[tuple(slice(*indices) for indices in self.cut)]
         return cut.permute(self.order) if self.order != tuple(range(len(self.order))) else cut
 
     def of_block(self, block: Tensor) -> Tensor:

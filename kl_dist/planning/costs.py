@@ -6,12 +6,11 @@ written, which counts FLOPS_PER_BYTE.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 
-from kl_dist.methods import ELEMENTWISE, Side, adamw, polar, rule
+from kl_dist.methods import Side, adamw, polar, rule
 from kl_dist.methods.state import state_dtype
 from kl_dist.planning.matrices import Block
 
@@ -27,17 +26,31 @@ def matrix_cost(method: str, recipe: str, block: Block, dtype: torch.dtype, ever
     return products + FLOPS_PER_BYTE * moved
 
 
-def working_bytes(method: str, recipe: str, blocks: Sequence[Block], dtype: torch.dtype) -> int:
-    """Bytes that a step of equal blocks (or of slices) in one stack allocates at its peak and gives back."""
-    size = state_dtype(dtype).itemsize
-    if method == ELEMENTWISE:
-        copies, refreshes = adamw.WORKING_COPIES, False
-    else:
-        copies, refreshes = rule(method, recipe).working_copies, rule(method, recipe).refresh is not None
-    update = copies * sum(block.numel for block in blocks)
-    full = [d for d, side in zip(blocks[0].shape, blocks[0].sides, strict=True) if side == "full"]
-    refresh = refreshes * REFRESH_COPIES * len(blocks) * max((d * d for d in full), default=0)
-    return round(size * max(update, refresh))
+def update_bytes(method: str, recipe: str, block: Block, dtype: torch.dtype, polar_steps: int) -> int:
+    """Bytes that an update of one block holds at its peak; those of a stack add up."""
+    chosen = rule(method, recipe)
+    copies = chosen.working_copies + (polar_steps > 0 and chosen.polar and len(block.shape) == 2)
+    copies += 2 * (len(block.shape) > 2)  # of a side in the middle, moved to the end and multiplied there
+    return copies * block.numel * state_dtype(dtype).itemsize
+
+
+def adamw_update_bytes(numel: int, dtype: torch.dtype) -> int:
+    """Bytes that an update of a slice holds at its peak."""
+    return adamw.WORKING_COPIES * numel * state_dtype(dtype).itemsize
+
+
+def refresh_bytes(method: str, recipe: str, block: Block, dtype: torch.dtype, count: int) -> int:
+    """Bytes that the refresh of a stack of `count` equal blocks holds at its peak."""
+    if rule(method, recipe).refresh is None:
+        return 0
+    full = [d for d, side in zip(block.shape, block.sides, strict=True) if side == "full"]
+    factors = refreshed_at_once(count) * max((d * d for d in full), default=0)
+    return round(REFRESH_COPIES * factors * state_dtype(dtype).itemsize)
+
+
+def refreshed_at_once(count: int) -> int:
+    """How many of the `count` matrices of a stack are refreshed together; all would hold twice what an update does."""
+    return -(-count // 2)
 
 
 def adamw_cost(numel: int, dtype: torch.dtype) -> float:

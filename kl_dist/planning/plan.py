@@ -18,7 +18,6 @@ from typing import Any
 from kl_dist.methods import ELEMENTWISE, rule
 from kl_dist.options import STRUCTURAL, describe
 from kl_dist.planning.buckets import Bucket, fill_buckets
-from kl_dist.planning.costs import working_bytes
 from kl_dist.planning.ownership import assign
 from kl_dist.planning.traffic import Bytes, bytes_by_rank, rooms_of, traffic_of
 from kl_dist.planning.units import (
@@ -31,6 +30,7 @@ from kl_dist.planning.units import (
     recast,
     shape_class,
     sharded_adamw_units,
+    stack_bytes,
     stack_key,
 )
 
@@ -98,10 +98,7 @@ class Plan:
         needed = [0]
         for bucket in self.buckets:
             for _, members in groupby((self.units[i] for i in bucket.units[rank]), key=stack_key):
-                units = list(members)
-                needed.append(
-                    working_bytes(units[0].method, units[0].recipe, [unit.block for unit in units], units[0].dtype)
-                )
+                needed.append(stack_bytes(list(members)))
         return max(needed)
 
     @property

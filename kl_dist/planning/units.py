@@ -47,6 +47,7 @@ class Unit:
     phase: int  # its number among the matrices of its shape; refreshes fall where (step + phase) % T == 0
     cost: float  # flops per step, refreshes amortised, with bytes counted as flops
     state_bytes: int
+    update_bytes: int  # of memory, at the peak of its update
 
     @cached_property
     def numel(self) -> int:
@@ -73,17 +74,28 @@ def stack_key(unit: Unit) -> tuple[Any, ...]:
     return (unit.method, unit.group) if unit.elementwise else unit.kind
 
 
+def stack_bytes(units: Sequence[Unit]) -> int:
+    """Bytes that a step of units in one stack holds at its peak, the larger of their update and their refresh."""
+    update, first = sum(unit.update_bytes for unit in units), units[0]
+    if first.elementwise:
+        return update
+    return max(update, costs.refresh_bytes(first.method, first.recipe, first.block, first.dtype, len(units)))
+
+
 def recast(unit: Unit, number: int, parameter: Parameter, group: Mapping[str, Any]) -> Unit:
     """The unit of a parameter that has another number, dtype or group than before."""
     dtype = parameter.dtype
     if unit.elementwise:
         cost, held = costs.adamw_cost(unit.numel, dtype), costs.adamw_state_bytes(unit.numel, dtype)
+        working = costs.adamw_update_bytes(unit.numel, dtype)
     else:
         cost = costs.matrix_cost(
             unit.method, unit.recipe, unit.block, dtype, group["precondition_frequency"], group["polar"]
         )
         held = costs.state_bytes(unit.method, unit.recipe, unit.block.shape, unit.block.sides, dtype)
-    return replace(unit, parameter=number, group=parameter.group, dtype=dtype, cost=cost, state_bytes=held)
+        working = costs.update_bytes(unit.method, unit.recipe, unit.block, dtype, group["polar"])
+    unit = replace(unit, parameter=number, group=parameter.group, dtype=dtype)
+    return replace(unit, cost=cost, state_bytes=held, update_bytes=working)
 
 
 def method_of(parameter: Parameter, group: Mapping[str, Any]) -> str:
@@ -127,6 +139,7 @@ def matrix_units(
             seen[kind],
             cost,
             costs.state_bytes(method, recipe, block.shape, block.sides, parameter.dtype),
+            costs.update_bytes(method, recipe, block, parameter.dtype, group["polar"]),
         )
         seen[kind] += 1
 
@@ -212,4 +225,5 @@ def _adamw_unit(index: int, parameter: Parameter, reading: Reading, block: Block
         0,
         costs.adamw_cost(numel, parameter.dtype),
         costs.adamw_state_bytes(numel, parameter.dtype),
+        costs.adamw_update_bytes(numel, parameter.dtype),
     )

@@ -61,7 +61,7 @@ class Engine:
         self.refreshes = 0
         self.refresh_seconds = 0.0
         self.idle_steps = 0  # in a row, without any gradient
-        self.update_norms: list[tuple[Tensor, int]] = []  # of the last step's stacks of matrices, with their elements
+        self.update_norms: list[tuple[Tensor, int]] = []  # of the last step's buckets of matrices, with their elements
         if previous is not None:
             self.failure, self.idle_steps = previous.failure, previous.idle_steps
             self.refreshes, self.refresh_seconds = previous.refreshes, previous.refresh_seconds
@@ -160,7 +160,7 @@ class Engine:
             trip = trips.send_gradients(room)
             yield
             trip.wait()
-        gradients = partial(trips.gradient, shards=self.shards, room=room)
+        gradients = partial(trips.read_gradient, shards=self.shards, room=room)
         computed = self._attempt(self._compute, stacks, presences, gradients, trips.updates(room))
         self._attempt(trips.pack_updates, room, not (packed and computed))
         trip = trips.send_updates(room)
@@ -201,11 +201,11 @@ class Engine:
             for stack in stacks:
                 out = updates[stack.offset : stack.offset + stack.numel]
                 stack.update([presences[i] for i in stack.indices], gradients, self._group(stack), out)
-                pairs = zip(stack.indices, stack.units, strict=True)
-                moved = sum(unit.numel for i, unit in pairs if not unit.elementwise and presences[i].moves(unit))
-                if moved:
-                    norm = torch.linalg.vector_norm(out, dtype=torch.promote_types(out.dtype, torch.float32))
-                    self.update_norms.append((norm, moved))
+            pairs = ((i, unit) for stack in stacks for i, unit in zip(stack.indices, stack.units, strict=True))
+            moved = sum(unit.numel for i, unit in pairs if not unit.elementwise and presences[i].moves(unit))
+            if moved:  # matrices and slices share no bucket
+                norm = torch.linalg.vector_norm(updates, dtype=torch.promote_types(updates.dtype, torch.float32))
+                self.update_norms.append((norm, moved))
 
     def _refresh(self, stacks: Sequence[Stack], presences: Sequence[Presence]) -> None:
         began = time.perf_counter()

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from kl_dist.methods import Hyper, MatrixState, Rule, State, adamw, rule
 from kl_dist.methods.state import AdamWState, span, state_dtype
+from kl_dist.planning.costs import refreshed_at_once
 from kl_dist.planning.plan import Plan
 from kl_dist.planning.units import Unit, stack_key
 from kl_dist.step.agreement import Presence
 
-Gradients = Callable[[int], Tensor]
-"""The gradient of one of this rank's units, by its index in the plan, shaped as the unit."""
+Gradients = Callable[[int, Tensor], None]
+"""Writes the gradient of one of this rank's units, by its index in the plan, into a tensor shaped as the unit."""
 
 
 @dataclass
@@ -69,20 +70,33 @@ class MatrixStack(Stack):
         if not active:
             return
         hyper = matrix_hyper(group)
-        grads = _read(gradients, [self.indices[row] for row in active], torch.stack, self.state.exp_avg.dtype)
-        starting = [row for row in active if not self.state.started[row] and presences[row] is not Presence.ZERO]
+        started = self.state.started.tolist()
+        starting = [row for row in active if not started[row] and presences[row] is not Presence.ZERO]
         if starting:
             part = self.state.rows(starting)
             self._forget(part)
-            self.rule.start(part, _select(grads, active, starting), hyper)
+            self.rule.start(part, self._read(gradients, starting), hyper)
             part.started.fill_(True)
             self.state.put(starting, part)
-        running = [row for row in active if self.state.started[row] and presences[row].moves(self.units[row])]
+            started = self.state.started.tolist()
+        running = [row for row in active if started[row] and presences[row].moves(self.units[row])]
         if running:
             part = self.state.rows(running)
-            updates = self.rule.update(part, _select(grads, active, running), hyper)
-            out.view(len(self.units), *self.units[0].block.shape)[span(running)] = updates.to(out.dtype)
+            grads = self._read(gradients, running)
+            updates = self.rule.update(part, grads, hyper, torch.empty_like(grads))
+            into = out.view(len(self.units), *updates.shape[1:])
+            if len(running) == len(self.units):
+                into.copy_(updates)
+            else:
+                into[span(running)] = updates.to(into.dtype)
             self.state.put(running, part)
+
+    def _read(self, gradients: Gradients, rows: Sequence[int]) -> Tensor:
+        """The gradients of some rows (B, d_1..d_K), in the state's dtype."""
+        read = self.state.exp_avg.new_empty(len(rows), *self.units[0].block.shape)
+        for row, one in zip(rows, read.unbind(), strict=True):
+            gradients(self.indices[row], one)
+        return read
 
     def _forget(self, state: MatrixState) -> None:
         """As allocated: a start may also follow on a run whose state somebody has zeroed in place."""
@@ -95,17 +109,17 @@ class MatrixStack(Stack):
         if self.rule.refresh is None:
             return 0
         every = group["precondition_frequency"]
+        rows = zip(self.units, presences, self.state.started.tolist(), self.state.step.tolist(), strict=True)
         due = [
             row
-            for row, (unit, step) in enumerate(zip(self.units, self.state.step.tolist(), strict=True))
-            if presences[row].moves(unit)
-            and self.state.started[row]
-            and (step + unit.phase * group["stagger"]) % every == 0
+            for row, (unit, presence, started, step) in enumerate(rows)
+            if started and presence.moves(unit) and (step + unit.phase * group["stagger"]) % every == 0
         ]
-        if due:
-            part = self.state.rows(due)
+        at_once = refreshed_at_once(len(self.units))
+        for rows in (due[first : first + at_once] for first in range(0, len(due), at_once)):
+            part = self.state.rows(rows)
             self.rule.refresh(part, matrix_hyper(group))
-            self.state.put(due, part)
+            self.state.put(rows, part)
         return len(due)
 
 
@@ -122,9 +136,11 @@ class SliceStack(Stack):
         if not active:
             return
         part = self.state.rows(active)
-        grads = _read(gradients, [self.indices[row] for row in active], _end_to_end, self.state.exp_avg.dtype)
+        grads = torch.empty_like(part.exp_avg)
+        for row, one in zip(active, grads.split(part.lengths), strict=True):
+            gradients(self.indices[row], one.view(self.units[row].block.shape))
         hyper = Hyper(betas=tuple(group["adamw_betas"]), eps=group["eps"])
-        updates = adamw.update(part, grads, hyper).to(out.dtype)
+        updates = adamw.update(part, grads, hyper, torch.empty_like(grads))
         self.state.put(active, part)
         slices = out.split([unit.numel for unit in self.units])
         for row, piece in zip(active, updates.split(part.lengths), strict=True):
@@ -196,17 +212,3 @@ def _stacks_of(
             stack = MatrixStack(indices, units, offset, state, update_rule)
         yield stack
         offset += stack.numel
-
-
-def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.reshape(-1) for part in parts])
-
-
-def _read(gradients: Gradients, indices: Sequence[int], join: Any, dtype: torch.dtype) -> Tensor:
-    """The units' gradients joined into one tensor."""
-    joined: Tensor = join([gradients(index) for index in indices])
-    return joined.to(dtype)
-
-
-def _select(grads: Tensor, rows: Sequence[int], chosen: Sequence[int]) -> Tensor:
-    return grads if list(rows) == list(chosen) else grads[span([rows.index(row) for row in chosen])]

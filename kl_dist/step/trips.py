@@ -74,22 +74,19 @@ class Trips:
         near, far = self._view(room.near, out.numel), self._view(room.far, into.numel)
         return self.row.swap(near, out.lengths, far, into.lengths)
 
-    def gradient(self, index: int, shards: LocalShards, room: Room) -> Tensor:
-        """The gradient of one of this rank's units, once it has arrived."""
-        parcels, shape = self._parcels[index], self._shapes[index]
+    def read_gradient(self, index: int, out: Tensor, shards: LocalShards, room: Room) -> None:
+        """Write the gradient of one of this rank's units, once it has arrived, into a tensor shaped as the unit."""
+        parcels = self._parcels[index]
         if not self.sharded:
             (parcel,) = parcels
             found = shards.gradient(self.parameter_of[index], parcel.piece)
             assert found is not None, "a unit whose owner has no gradient takes no part"
-            return found.to(room.near.device)
+            out.copy_(found)
+            return
         far = self._view(room.far, self.traffic.incoming.numel)
-        values = [far[parcel.start : parcel.stop].view(parcel.piece.shape) for parcel in parcels]
-        if len(parcels) == 1:
-            return values[0]
-        assembled = far.new_empty(shape)
-        for parcel, value in zip(parcels, values, strict=True):
-            parcel.piece.of_block(assembled).copy_(value)
-        return assembled
+        for parcel in parcels:
+            piece = parcel.piece
+            piece.of_block(out).copy_(far[parcel.start : parcel.stop].view(piece.shape))
 
     # -- updates to the shards ----------------------------------------------------------------------------------------
 

@@ -1,0 +1,84 @@
+"""Exponential moving averages, and the scalars that a step multiplies with.
+
+A coefficient is a Python number where all matrices of a batch are at the same step, as they nearly always are: that
+costs no transfer to a device. Otherwise it is one value per matrix (B,). `column` makes either fit a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kl_dist.methods.kronecker import Hyper, column, numel
+
+OfStep = Callable[[int], float]
+"""A coefficient as a function of t, the updates made."""
+
+
+def of_step(function: OfStep, step: Tensor, like: Tensor) -> float | Tensor:
+    """The coefficient of every matrix: one number, or (B,) with dtype and device of `like` where they differ.
+
+    Args:
+        function: of t.
+        step: t of every matrix, (B,) on the CPU.
+        like: any tensor of the batch's state.
+    """
+    counts = step.tolist()
+    if counts.count(counts[0]) == len(counts):
+        return function(counts[0])
+    return torch.tensor([function(t) for t in counts], dtype=torch.float64).to(like.device, like.dtype)
+
+
+def warm_beta(beta: float) -> OfStep:
+    """b(t) = min(beta, 1 - 1/(t+1)): a plain average at first, so that no start value outlives its turn."""
+    return lambda t: min(beta, 1 - 1 / (t + 1))
+
+
+def momentum_(exp_avg: Tensor, grad: Tensor, hyper: Hyper) -> Tensor:
+    """exp_avg <- beta1 exp_avg + (1 - beta1) grad; returns it, one step ahead if Nesterov's, in the place of `grad`.
+
+    exp_avg, or beta1 exp_avg + (1 - beta1) grad; not bias-corrected: see `correction`.
+    """
+    beta1 = hyper.betas[0]
+    exp_avg.lerp_(grad, 1 - beta1)
+    return grad.lerp_(exp_avg, beta1) if hyper.nesterov else grad.copy_(exp_avg)
+
+
+def correction(step: Tensor, hyper: Hyper, like: Tensor) -> float | Tensor:
+    """What makes the momentum's weights add up to 1: 1 / (1 - beta1^t), or 1 / (1 - beta1^(t+1)) if Nesterov's."""
+    return of_step(lambda t: 1 / (1 - hyper.betas[0] ** (t + hyper.nesterov)), step, like)
+
+
+def momentum(exp_avg: Tensor, grad: Tensor, step: Tensor, hyper: Hyper) -> Tensor:
+    """`momentum_`, bias-corrected; in the place of `grad`."""
+    return momentum_(exp_avg, grad, hyper).mul_(column(correction(step, hyper, grad), grad))
+
+
+def tracked_scale(scale: Tensor, mean_squares: Tensor, step: Tensor, beta: float) -> Tensor:
+    """scale <- beta scale + (1 - beta) mean_squares; returns sqrt(scale / (1 - beta^t)), (B,), never zero."""
+    scale.lerp_(mean_squares, 1 - beta)
+    corrected = scale * of_step(lambda t: 1 / (1 - beta**t), step, scale)
+    return corrected.sqrt_().clamp_min_(smallest_scale(scale.dtype))
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """mean(x^2) of each matrix, (B,)."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1).square_() / numel(x)
+
+
+def at_unit_scale(x: Tensor) -> Tensor:
+    """x / RMS(x), matrix by matrix, computed so that no square over- or underflows."""
+    x = x / x.abs().amax(tuple(range(1, x.ndim)), keepdim=True)
+    return x / column(mean_square(x).sqrt(), x)
+
+
+def smallest_scale(dtype: torch.dtype) -> float:
+    """The smallest gradient worth dividing by: its square is still a normal number."""
+    return 1e-100 if dtype == torch.float64 else 1e-15
+
+
+def largest_gradient(dtype: torch.dtype) -> float:
+    """A gradient beyond this is treated as not finite: whitened and squared it would overflow."""
+    return 1e100 if dtype == torch.float64 else 1e12

@@ -1,0 +1,43 @@
+"""A step of Newton-Schulz in two buffers: an odd quintic of all singular values of a batch of matrices.
+
+    X <- a X + (b A + c A^2) X,    A = X X^T (of a tall X from the right, A = X^T X)
+
+turns each singular value s into a s + b s^3 + c s^5, leaving the singular vectors. A and b A + c A^2 are symmetric, so
+that half of each is computed, as `kronecker.add_symmetric` does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kl_dist.methods import kronecker
+
+Coefficients = tuple[float, float, float]
+
+
+def room_for(x: Tensor) -> Tensor:
+    """Memory for A of every matrix of x (B, m, n), beside the two buffers: (B, s, s), s the shorter side."""
+    short = min(x.shape[1:])
+    return x.new_empty(x.shape[0], short, short)
+
+
+def gram(x: Tensor, spare: Tensor) -> Tensor:
+    """A (B, s, s), in the memory of `spare`, which is like x (B, m, n)."""
+    short = min(x.shape[1:])
+    found = spare.view(-1)[: x.shape[0] * short**2].view(-1, short, short)
+    kronecker.add_symmetric(found, x.mT if x.shape[1] > x.shape[2] else x, 0.0, 1.0)
+    return found
+
+
+def polynomial(gram: Tensor, coefficients: Coefficients, out: Tensor) -> Tensor:
+    """b A + c A^2 (B, s, s)."""
+    _, b, c = coefficients
+    kronecker.add_symmetric(torch.mul(gram, b, out=out), gram, 1.0, c)
+    return out
+
+
+def apply(x: Tensor, matrix: Tensor, a: float, out: Tensor) -> Tensor:
+    """a X + P X (of a tall X: a X + X P) with a symmetric P (B, s, s)."""
+    left, right = (x, matrix) if x.shape[1] > x.shape[2] else (matrix, x)
+    return torch.baddbmm(x, left, right, beta=a, out=out)

@@ -47,7 +47,7 @@ def test_one_process_exchanges_with_itself():
     assert ranks.largest(torch.tensor([1.0, 2.0])) == [1.0, 2.0]
     assert ranks.gather_objects("all") == ["all"]
     ranks.raise_together(None)
-    ranks.check_same("a", ("line",), "it")
+    ranks.check_same("a", lambda: ("line",), "it")
 
 
 def largest_of(group, values: list[list[float]]) -> list[float]:
@@ -94,7 +94,7 @@ def test_without_a_problem_nothing_is_raised(world):
 
 def compare(group, lines: list[tuple[str, ...]]) -> None:
     mine = lines[group.rank()]
-    Ranks(group).check_same("\n".join(mine), mine, "the list")
+    Ranks(group).check_same("\n".join(mine), lambda: mine, "the list")
 
 
 @pytest.mark.parametrize(

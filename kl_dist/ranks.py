@@ -61,6 +61,20 @@ class Team:
                 works = self._gather_point_to_point(buffer.view(self.size, -1), chunk)
         return Exchange(buffer.view(self.size, -1), works)
 
+    def broadcast(self, sent: Sequence[tuple[int, Tensor]]) -> Exchange:
+        """Launch broadcasts and do not wait: from each of some members a tensor, contiguous, that the others receive.
+
+        Args:
+            sent: members by their place, each with what it sends, or where this rank receives it.
+        """
+        works: list[Any] = []
+        with record_function("kl_shampoo::exchange"):
+            for place, tensor in sent if self._whole else ():
+                works.append(dist.broadcast(tensor, group=self.group, group_src=self.members[place], async_op=True))
+            if not self._whole:
+                works += self._broadcast_point_to_point(sent)
+        return Exchange(sent[0][1], tuple(works))
+
     def swap(self, out: Tensor, sent: Sequence[int], into: Tensor, received: Sequence[int]) -> Exchange:
         """Launch an all-to-all of segments of any length, one for each member, and do not wait."""
         coming, going = self._spread(received), self._spread(sent)
@@ -74,6 +88,17 @@ class Team:
         for rank, length in zip(self.members, lengths, strict=True):
             found[rank] = length
         return found
+
+    def _broadcast_point_to_point(self, sent: Sequence[tuple[int, Tensor]]) -> list[Any]:
+        me = dist.get_rank(self.group)
+        operations = []
+        for place, tensor in sent:
+            if self.members[place] != me:
+                operations.append(dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=self.members[place]))
+            else:
+                others = (rank for rank in self.members if rank != me)
+                operations += [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=rank) for rank in others]
+        return list(dist.batch_isend_irecv(operations))
 
     def _gather_point_to_point(self, buffer: Tensor, chunk: Tensor) -> tuple[Any, ...]:
         me = dist.get_rank(self.group)

@@ -73,7 +73,8 @@ def test_a_plan_has_one_unit_for_each_parameter_under_adamw_at_any_world_size(gp
 
 def test_what_has_come_back_is_one_piece_for_each_parameter_and_bucket(gpt2):
     found = plan(gpt2, 512)
-    arrivals = [found.traffic(number, 0).arrivals for number in range(len(found.buckets))]
+    traffics = [found.traffic(number, 0) for number in range(len(found.buckets))]
+    arrivals = [leg.arrivals for traffic in traffics for leg in traffic.legs]
     adamw = [[parcel.unit for parcel in there if found.units[parcel.unit].elementwise] for there in arrivals]
     assert all(len(there) == len(set(there)) for there in adamw)
     assert sum(map(len, adamw)) <= 100 + len(found.buckets)

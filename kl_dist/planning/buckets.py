@@ -15,9 +15,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kl_dist.planning.boxes import Box, Grid
+from kl_dist.planning.boxes import Box, Grid, Range
 from kl_dist.planning.slices import Stream, rows_of, rows_volumes
 from kl_dist.planning.units import Parameter, Unit, part_of
+
+FEW = 4
+"""Rows of a grid that always exchange their updates in one all-gather."""
+EVEN = 1.05
+"""What an all-gather may take, over what is in it."""
+GATHERED = 2
+"""Buckets' bytes that one may take."""
 
 
 class Member(NamedTuple):
@@ -66,6 +73,9 @@ class MatrixBucket(Bucket):
     """Matrices, by their owners."""
 
     owned: tuple[tuple[int, tuple[int, ...]], ...]  # owners, ascending, and their units: indices into Plan.units
+    legs: tuple[
+        Range, ...
+    ]  # of the grid's rows, those whose updates are broadcast at a time; (): one all-gather for all
 
     def of(self, rank: int) -> tuple[int, ...]:
         return self._by_owner.get(rank, ())
@@ -75,7 +85,7 @@ class MatrixBucket(Bucket):
 
     @property
     def said(self) -> str:
-        return f"matrices {self.owned}"
+        return f"matrices {self.owned}, legs {self.legs}"
 
     @cached_property
     def _by_owner(self) -> dict[int, tuple[int, ...]]:
@@ -158,7 +168,42 @@ def matrix_buckets(
             assert owner is not None
             queues.setdefault(owner, []).append(i)
         for chosen in _fill(dict(sorted(queues.items())), units, bucket_bytes / world_size):
-            yield MatrixBucket(units[members[0]].dtype, grid, chosen)
+            row_of = {rank: i for i, row in enumerate(grid) for rank in row}
+            weights = [0.0] * len(grid)
+            for owner, indices_there in chosen:
+                weights[row_of[owner]] += sum(units[i].nbytes for i in indices_there) / len(grid[0])
+            # one of several shards may have twice its share of a bucket's matrices: of blocks cut as the shards are
+            most = bucket_bytes / min(len(grid[0]), 2)
+            yield MatrixBucket(units[members[0]].dtype, grid, chosen, legs_of(weights, most))
+
+
+def legs_of(weights: Sequence[float], bucket_bytes: float) -> tuple[Range, ...]:
+    """How updates travel along the columns of a grid.
+
+    An all-gather takes the largest row's room for every row, and all of them at once. So where rows are not alike, or
+    have more than `GATHERED` buckets together, they are broadcast instead, as many at a time as a bucket has bytes;
+    but for `FEW` rows, where a broadcast leaves links idle that an all-gather uses.
+
+    Args:
+        weights: by row of the grid, the bytes of its updates for one rank.
+
+    Returns:
+        Ranges of rows, in order; none where one all-gather does it.
+    """
+    total, padded = sum(weights), len(weights) * max(weights)
+    if len(weights) <= FEW or (padded <= EVEN * total and padded <= GATHERED * bucket_bytes):
+        return ()
+    legs: list[Range] = []
+    taken = math.inf
+    for row, weight in enumerate(weights):
+        if not weight:
+            continue
+        if taken + weight > bucket_bytes:
+            legs.append((row, row + 1))
+            taken = 0.0
+        legs[-1] = legs[-1][0], row + 1
+        taken += weight
+    return tuple(legs)
 
 
 def _fill(

@@ -5,7 +5,8 @@ three trips (see `kl_dist.planning.buckets.Bucket.grid` for rows and columns):
 
     gradients   all-to-all in the row        outgoing -> incoming    not where a row is one rank, which has all of it
     updates     all-to-all in the row        incoming -> outgoing    as above
-    updates     all-gather in the column     outgoing -> all rows    not where there is one replica
+    updates     all-gather in the column,    outgoing -> all rows    not where there is one replica
+                or broadcasts, in legs
 
 A *segment* is what travels between two ranks of a row: the pieces of one rank's shards that belong to units of the
 other, in the units' order.
@@ -55,6 +56,21 @@ class Cargo:
 
 
 @dataclass(frozen=True)
+class Leg:
+    """What the ranks of a column give each other at a time: equal chunks of all, or what some of them broadcast."""
+
+    senders: tuple[tuple[int, int, int], ...]  # place in the column, start in the buffer, elements; (): all, in chunks
+    chunk: int  # elements that each gives to an all-gather, padding included
+    numel: int  # of the buffer
+    arrivals: tuple[Parcel, ...]  # pieces of this rank's shards in the buffer
+    kept: tuple[Parcel, ...] = ()  # and in what this rank itself sends, which no broadcast brings it
+
+
+LEGS_AT_A_TIME = 2
+"""One is on its way while another is applied."""
+
+
+@dataclass(frozen=True)
 class Traffic:
     """One rank's part in a bucket."""
 
@@ -62,9 +78,9 @@ class Traffic:
     position: int  # of the rank in its row
     outgoing: Cargo  # pieces of this rank's shards, by the owner of their unit
     incoming: Cargo  # pieces of this rank's units, by the holder of the shard
+    place: int  # of the rank in its column
     replicas: int  # ranks in the column
-    chunk: int  # elements that each of them gives to the all-gather, padding included
-    arrivals: tuple[Parcel, ...]  # pieces of this rank's shards in what the column has gathered
+    legs: tuple[Leg, ...]
 
     @property
     def sharded(self) -> bool:
@@ -96,10 +112,11 @@ def traffic_of(units: Sequence[Unit], parameters: Sequence[Parameter], bucket: B
         all_of_it = _cargo_of_stream(units, parameters, bucket, *bucket.stream.bucket(bucket.number))
         world_size = len(bucket.column(rank))
         chunk = bucket.stream.chunk if world_size > 1 else here.numel
-        return Traffic(members, 0, here, here, world_size, chunk, tuple(all_of_it.parcels))
+        leg = Leg((), chunk, world_size * chunk, tuple(all_of_it.parcels))
+        return Traffic(members, 0, here, here, bucket.column(rank).index(rank), world_size, (leg,))
     assert isinstance(bucket, RowsBucket)
     here = _cargo_of_rows(units, parameters, members, rank)
-    return Traffic(members, 0, here, here, 1, here.numel, tuple(here.parcels))
+    return Traffic(members, 0, here, here, 0, 1, (Leg((), here.numel, here.numel, tuple(here.parcels)),))
 
 
 def _of_matrices(
@@ -110,14 +127,33 @@ def _of_matrices(
     replicas = [
         _cargo(units, parameters, [bucket.of(owner) for owner in bucket.row(one)], [rank] * len(row)) for one in column
     ]
-    outgoing = replicas[column.index(rank)]
-    chunk = aligned(max(cargo.numel for cargo in replicas), bucket.dtype) if len(column) > 1 else outgoing.numel
-    arrivals = tuple(
-        Parcel(unit, piece, place * chunk + start)
-        for place, cargo in enumerate(replicas)
-        for unit, piece, start in cargo.parcels
-    )
-    return Traffic(members, row.index(rank), outgoing, incoming, len(column), chunk, arrivals)
+    here = column.index(rank)
+    if bucket.legs:
+        legs = tuple(_broadcast(replicas, start, stop, here) for start, stop in bucket.legs)
+    else:
+        numel = max(cargo.numel for cargo in replicas)
+        chunk = aligned(numel, bucket.dtype) if len(column) > 1 else numel
+        parcels = (moved for place, cargo in enumerate(replicas) for moved in _moved(cargo, place * chunk))
+        legs = (Leg((), chunk, len(column) * chunk, tuple(parcels)),)
+    return Traffic(members, row.index(rank), replicas[here], incoming, here, len(column), legs)
+
+
+def _broadcast(replicas: Sequence[Cargo], start: int, stop: int, here: int) -> Leg:
+    """What the places `start` to `stop` of a column have, one after another."""
+    senders, parcels, offset = [], [], 0
+    for place in range(start, stop):
+        if not replicas[place].numel:
+            continue
+        senders.append((place, offset, replicas[place].numel))
+        if place != here:
+            parcels += _moved(replicas[place], offset)
+        offset += replicas[place].numel
+    kept = tuple(replicas[here].parcels) if start <= here < stop else ()
+    return Leg(tuple(senders), 0, offset, tuple(parcels), kept)
+
+
+def _moved(cargo: Cargo, by: int) -> list[Parcel]:
+    return [Parcel(unit, piece, start + by) for unit, piece, start in cargo.parcels]
 
 
 def _cargo(
@@ -213,8 +249,9 @@ class RoomBytes(NamedTuple):
 
 def room_bytes(traffic: Traffic, dtype: torch.dtype) -> RoomBytes:
     far = traffic.incoming.numel if traffic.sharded else 0
-    spread = traffic.replicas * traffic.chunk if traffic.replicas > 1 else 0
-    return RoomBytes(*(n * dtype.itemsize for n in (traffic.chunk, max(far, spread), far)))
+    near = max(traffic.outgoing.numel, *(leg.chunk for leg in traffic.legs))
+    spread = min(len(traffic.legs), LEGS_AT_A_TIME) * max(leg.numel for leg in traffic.legs)
+    return RoomBytes(*(n * dtype.itemsize for n in (near, max(far, spread if traffic.replicas > 1 else 0), far)))
 
 
 def trip_count(traffic: Traffic) -> int:
@@ -242,14 +279,31 @@ class Bytes(NamedTuple):
 
 
 def bytes_of(traffics: Sequence[Traffic], dtypes: Sequence[torch.dtype]) -> Bytes:
-    """A rank's bytes in a step's buckets, with all-gathers counted as rings."""
+    """A rank's bytes in a step's buckets, with all-gathers and broadcasts counted as rings.
+
+    In a ring a rank hands on to the next what comes to it, and what it has itself; not what is the next one's own.
+    """
     total = Bytes(0, 0, 0, 0, 0)
     for traffic, dtype in zip(traffics, dtypes, strict=True):
-        here, others = traffic.position, traffic.replicas - 1
+        here = traffic.position
         sent = traffic.outgoing.numel - traffic.outgoing.lengths[here]
         received = traffic.incoming.numel - traffic.incoming.lengths[here]
-        spread = others * traffic.chunk
-        useful = sum(parcel.piece.numel for parcel in traffic.arrivals) - traffic.outgoing.numel
-        found = (sent, received, received + spread, sent + spread, spread - useful if others else 0)
+        passed, came, padding = _along_the_column(traffic) if traffic.replicas > 1 else (0, 0, 0)
+        found = (sent, received, received + passed, sent + came, padding)
         total = Bytes(*(a + dtype.itemsize * b for a, b in zip(total, found, strict=True)))
     return total
+
+
+def _along_the_column(traffic: Traffic) -> tuple[int, int, int]:
+    """Elements that a rank sends and receives there, and those that are padding."""
+    successor = (traffic.place + 1) % traffic.replicas
+    passed = came = padding = 0
+    for leg in traffic.legs:
+        if leg.senders:
+            passed += sum(numel for place, _, numel in leg.senders if place != successor)
+            came += sum(numel for place, _, numel in leg.senders if place != traffic.place)
+        else:
+            chunks = (traffic.replicas - 1) * leg.chunk
+            useful = sum(parcel.piece.numel for parcel in leg.arrivals) - traffic.outgoing.numel
+            passed, came, padding = passed + chunks, came + chunks, padding + chunks - useful
+    return passed, came, padding

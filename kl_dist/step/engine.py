@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,11 +27,12 @@ from kl_dist.layouts.local import LocalShards
 from kl_dist.methods import ELEMENTWISE, rule
 from kl_dist.options import describe
 from kl_dist.planning.plan import Plan
+from kl_dist.planning.traffic import LEGS_AT_A_TIME
 from kl_dist.planning.units import Unit
-from kl_dist.ranks import Ranks
+from kl_dist.ranks import Exchange, Ranks
 from kl_dist.step.agreement import Presence, Sight, Trouble, agreed, bounds_of, describe_gradients
 from kl_dist.step.stacks import Gradients, Stack, build_stacks
-from kl_dist.step.trips import Trips, make_rooms
+from kl_dist.step.trips import Room, Trips, make_rooms
 
 log = logging.getLogger(__name__)
 
@@ -108,13 +109,17 @@ class Engine:
         """
         self.update_norms = []
         self._note_idle(presences)
-        under_way: list[Iterator[None]] = []
+        under_way: list[Journey] = []
+        free = list(self.rooms)
         with full_precision(self.device):
             for number in range(len(self.trips)):
+                while not free:
+                    under_way = _moved_on(under_way, free)
+                room = free.pop(0)
                 # the newest first: its trip begins before an older one is waited for
-                under_way = _moved_on([self._journey(number, presences), *under_way])
+                under_way = _moved_on([Journey(self._journey(number, room, presences), room), *under_way], free)
             while under_way:
-                under_way = _moved_on(under_way)
+                under_way = _moved_on(under_way, free)
         self.shards.forget()
         if self.device.type != "cuda":
             self.ranks.raise_together(self.failure)
@@ -155,9 +160,9 @@ class Engine:
         sharding = self.plan.parameters[unit.parameter].sharding
         return not unit.elementwise or sharding is None or self.ranks.rank in sharding.grid[0]
 
-    def _journey(self, number: int, presences: Sequence[Presence]) -> Iterator[None]:
+    def _journey(self, number: int, room: Room, presences: Sequence[Presence]) -> Iterator[None]:
         """One bucket from gradients to weights; yields while something of it is on its way."""
-        trips, stacks, room = self.trips[number], self.stacks[number], self.rooms[number % len(self.rooms)]
+        trips, stacks = self.trips[number], self.stacks[number]
         if trips.sharded:
             self._attempt(trips.pack_gradients, self.shards, room)
             trip = trips.send_gradients(room)
@@ -166,16 +171,23 @@ class Engine:
         gradients = partial(trips.gradient, shards=self.shards, room=room)
         self._attempt(self._compute, stacks, presences, gradients, trips.updates(room))
         self._attempt(trips.pack_updates, room)
-        trip = trips.send_updates(room)
+        legs: list[Exchange] = []
+        if trips.sharded:
+            trip = trips.send_updates(room)
+        else:
+            legs = [trips.spread_updates(room, leg) for leg in range(min(LEGS_AT_A_TIME, trips.legs))]
         self._attempt(self._refresh, stacks, presences)
         if trips.sharded:
             yield
             trip.wait()
-            trip = trips.spread_updates(room)
-        if trips.replicated:
-            yield
-        buffer = trip.wait()
-        self._attempt(self._apply, trips, buffer.view(-1), presences)
+            legs = [trips.spread_updates(room, leg) for leg in range(min(LEGS_AT_A_TIME, trips.legs))]
+        for leg in range(trips.legs):
+            if trips.replicated:
+                yield
+            legs[leg].wait()
+            self._attempt(self._apply, trips, room, leg, presences)
+            if leg + LEGS_AT_A_TIME < trips.legs:
+                legs.append(trips.spread_updates(room, leg + LEGS_AT_A_TIME))
 
     def _sights(self) -> Iterator[Sight]:
         for trips in self.trips:
@@ -218,9 +230,9 @@ class Engine:
                 self.refreshes += stack.refresh([presences[i] for i in stack.indices], self._group(stack))
         self.refresh_seconds += time.perf_counter() - began
 
-    def _apply(self, trips: Trips, buffer: Tensor, presences: Sequence[Presence]) -> None:
+    def _apply(self, trips: Trips, room: Room, leg: int, presences: Sequence[Presence]) -> None:
         with record_function("kl_shampoo::apply"):
-            for (group, method), arrivals in trips.arrived(buffer).items():
+            for (group, method), arrivals in trips.arrived(room, leg).items():
                 moving = [one for one in arrivals if presences[one.number].moves(self.plan.units[one.number])]
                 if moving:
                     self.shards.apply(moving, *step_size(self.groups[group], method))
@@ -243,10 +255,22 @@ class Engine:
             return False
 
 
-def _moved_on(journeys: Sequence[Iterator[None]]) -> list[Iterator[None]]:
-    """Each journey one leg further; without those that have ended."""
-    ended = object()
-    return [journey for journey in journeys if next(journey, ended) is not ended]
+class Journey(NamedTuple):
+    """A bucket under way, and the room it travels through."""
+
+    rest: Iterator[None]
+    room: Room
+
+
+def _moved_on(journeys: Sequence[Journey], free: list[Room]) -> list[Journey]:
+    """Each journey one leg further; without those that have ended, whose rooms are free again."""
+    ended, left = object(), []
+    for journey in journeys:
+        if next(journey.rest, ended) is ended:
+            free.append(journey.room)
+        else:
+            left.append(journey)
+    return left
 
 
 def step_size(group: Mapping[str, Any], method: str) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from torch.profiler import record_function
 
 from kl_dist.layouts.local import LocalShards, Update
 from kl_dist.planning.plan import Plan
-from kl_dist.planning.traffic import Parcel, rooms_of
+from kl_dist.planning.traffic import LEGS_AT_A_TIME, Parcel, rooms_of
 from kl_dist.ranks import Exchange, Ranks
 
 
@@ -45,10 +45,11 @@ class Trips:
         self._parcels: dict[int, list[Parcel]] = defaultdict(list)
         for parcel in self.traffic.incoming.parcels:
             self._parcels[parcel.unit].append(parcel)
-        self._of = {number: plan.units[number] for number, _, _ in self.traffic.arrivals}
+        parcels = [parcel for leg in self.traffic.legs for parcel in (*leg.arrivals, *leg.kept)]
+        self._of = {parcel.unit: plan.units[parcel.unit] for parcel in parcels}
         # of rooms, which stay where they are: making a view costs the host more than it does to use one
-        self._near: dict[int, list[Tensor]] = {}  # by address, what is packed
-        self._arrived: dict[int, dict[tuple[int, str], list[Update]]] = {}  # and what comes back
+        self._near: dict[int, list[Tensor]] = {}  # by room, what is packed
+        self._arrived: dict[tuple[int, int], dict[tuple[int, str], list[Update]]] = {}  # and, by leg, what comes back
 
     # -- gradients to the owners --------------------------------------------------------------------------------------
 
@@ -56,11 +57,11 @@ class Trips:
         """Lay out what this rank has of the bucket's gradients; zero where it has none."""
         with record_function("kl_shampoo::pack"):
             parcels = list(self.traffic.outgoing.parcels)
-            places = self._near.get(room.near.data_ptr())
+            places = self._near.get(id(room))
             if places is None:
                 near = self._view(room.near, self.traffic.outgoing.numel)
                 places = [near[parcel.start : parcel.stop].view(parcel.piece.shape) for parcel in parcels]
-                self._near[room.near.data_ptr()] = places
+                self._near[id(room)] = places
             targets, gradients = [], []
             for parcel, place in zip(parcels, places, strict=True):
                 gradient = shards.gradient(self._of[parcel.unit].parameter, parcel.piece)
@@ -116,27 +117,49 @@ class Trips:
                 far[parcel.start : parcel.stop].view(piece.shape).copy_(piece)
 
     def send_updates(self, room: Room) -> Exchange:
-        """Launch the second trip where there is one, else the third."""
-        if not self.sharded:
-            return self.spread_updates(room)
+        """Launch the second trip, to the shards."""
         out, into = self.traffic.outgoing, self.traffic.incoming
         leaving = self._view(room.own if self.traffic.is_laid_out else room.far, into.numel)
         return self.row.swap(leaving, into.lengths, self._view(room.near, out.numel), out.lengths)
 
-    def spread_updates(self, room: Room) -> Exchange:
-        """Launch the third trip, to the other replicas."""
-        return self.column.gather(self._view(room.near, self.traffic.chunk), room.far)
+    @property
+    def legs(self) -> int:
+        """In how many legs the third trip is made."""
+        return len(self.traffic.legs)
 
-    def arrived(self, buffer: Tensor) -> dict[tuple[int, str], list[Update]]:
-        """What has come back for this rank's shards, by group and method, from the owners of all replicas."""
-        found = self._arrived.get(buffer.data_ptr())
+    def spread_updates(self, room: Room, number: int) -> Exchange:
+        """Launch a leg of the third trip, to the other replicas; `LEGS_AT_A_TIME` have room."""
+        leg = self.traffic.legs[number]
+        if not leg.senders:
+            return self.column.gather(self._view(room.near, leg.chunk), room.far)
+        buffer = self._landing(room, number)
+        near = self._view(room.near, self.traffic.outgoing.numel)
+        sent = [
+            (place, near if place == self.traffic.place else buffer[start : start + numel])
+            for place, start, numel in leg.senders
+        ]
+        return self.column.broadcast(sent)
+
+    def arrived(self, room: Room, number: int) -> dict[tuple[int, str], list[Update]]:
+        """What a leg has brought for this rank's shards, by group and method, from the owners of all replicas."""
+        found = self._arrived.get((id(room), number))
         if found is None:
-            found = self._arrived[buffer.data_ptr()] = {}
-            for number, piece, start in self.traffic.arrivals:
-                unit = self._of[number]
-                values = buffer[start : start + piece.numel].view(piece.shape)
-                found.setdefault((unit.group, unit.method), []).append(Update(number, unit.parameter, piece, values))
+            found = self._arrived[id(room), number] = {}
+            leg, near = self.traffic.legs[number], self._view(room.near, self.traffic.outgoing.numel)
+            landing = self._landing(room, number) if self.replicated else near
+            for buffer, parcels in ((landing, leg.arrivals), (near, leg.kept)):
+                for index, piece, start in parcels:
+                    unit = self._of[index]
+                    values = buffer[start : start + piece.numel].view(piece.shape)
+                    update = Update(index, unit.parameter, piece, values)
+                    found.setdefault((unit.group, unit.method), []).append(update)
         return found
+
+    def _landing(self, room: Room, number: int) -> Tensor:
+        """Where a leg's buffer is."""
+        largest = max(leg.numel for leg in self.traffic.legs)
+        first = number % LEGS_AT_A_TIME * largest
+        return self._view(room.far, first + self.traffic.legs[number].numel)[first:]
 
     def _view(self, room: Tensor, numel: int) -> Tensor:
         return room[: numel * self.dtype.itemsize].view(self.dtype)

@@ -182,13 +182,20 @@ class KLShampoo(StateDicts):
             trained = self._trained()
             groups.check_group_names(self.param_groups)
             self._ranks.settle_on(placement.device_of(trained, self._ranks.device))
-            seen = placement.seen_from_here(trained, self._ranks)
-        everywhere = self._ranks.gather_objects(seen)
+            shardings = placement.known_from_here(trained, self._ranks)
+        everywhere = None
+        if self._ranks.any(shardings is None):
+            with self._ranks.together():
+                seen = placement.seen_from_here(trained, self._ranks)
+            everywhere = self._ranks.gather_objects(seen)
         with self._ranks.together():
-            parameters = placement.parameters_of(trained, everywhere)
+            if everywhere is not None:
+                shardings = placement.told_by_all(trained, everywhere)
+            assert shardings is not None
+            parameters = placement.parameters_of(trained, shardings)
             plan = make_plan(parameters, self.param_groups, self._ranks.size, previous)
         own = f"on_nonfinite={self._on_nonfinite!r}"
-        self._ranks.check_same(own + plan.digest(), (own, *plan.lines), "the plan of KLShampoo")
+        self._ranks.check_same(own + plan.digest(), lambda: (own, *plan.lines), "the plan of KLShampoo")
         return plan
 
     def _adopt(self, plan: Plan) -> None:
@@ -248,7 +255,7 @@ class KLShampoo(StateDicts):
         """
         self._named = groups.follow(self.param_groups, self._named)
         moved = self._replaced or groups.signature(self._trained()) != self._signature
-        if any(self._ranks.gather_objects(moved)):
+        if self._ranks.any(moved):
             self._adopt(self._new_plan(self.plan))
 
     def _agree(self) -> Sequence[Presence]:

@@ -6,9 +6,11 @@ callers have one path.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +70,20 @@ class Team:
                 works = self._gather_point_to_point(buffer.view(self.size, -1), chunk)
         return Exchange(buffer.view(self.size, -1), works)
 
+    def broadcast(self, sent: Sequence[tuple[int, Tensor]]) -> Exchange:
+        """Launch broadcasts and do not wait: from each of some members a tensor, contiguous, that the others receive.
+
+        Args:
+            sent: members by their place, each with what it sends, or where this rank receives it.
+        """
+        works: list[Any] = []
+        with record_function("kl_shampoo::exchange"):
+            for place, tensor in sent if self._whole else ():
+                works.append(dist.broadcast(tensor, group=self.group, group_src=self.members[place], async_op=True))
+            if not self._whole:
+                works += self._broadcast_point_to_point(sent)
+        return Exchange(sent[0][1], tuple(works))
+
     def swap(self, out: Tensor, sent: Sequence[int], into: Tensor, received: Sequence[int]) -> Exchange:
         """Launch an all-to-all of segments of any length, one for each member, and do not wait."""
         coming, going = self._spread(received), self._spread(sent)
@@ -81,6 +97,17 @@ class Team:
         for rank, length in zip(self.members, lengths, strict=True):
             found[rank] = length
         return found
+
+    def _broadcast_point_to_point(self, sent: Sequence[tuple[int, Tensor]]) -> list[Any]:
+        me = dist.get_rank(self.group)
+        operations = []
+        for place, tensor in sent:
+            if self.members[place] != me:
+                operations.append(dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=self.members[place]))
+            else:
+                others = (rank for rank in self.members if rank != me)
+                operations += [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=rank) for rank in others]
+        return list(dist.batch_isend_irecv(operations))
 
     def _gather_point_to_point(self, buffer: Tensor, chunk: Tensor) -> tuple[Any, ...]:
         me = dist.get_rank(self.group)
@@ -162,7 +189,8 @@ class Ranks(Team):
         Raises:
             ValueError: it goes beyond these ranks.
         """
-        self._groups[tuple(map(self.group_rank, dist.get_process_group_ranks(group)))] = group
+        if group not in self._groups.values():
+            self._groups[tuple(map(self.group_rank, dist.get_process_group_ranks(group)))] = group
 
     def group_rank(self, global_rank: int) -> int:
         """What a rank of the whole job is called here.
@@ -172,10 +200,14 @@ class Ranks(Team):
         """
         if self.group is None:
             return 0
-        try:
-            return dist.get_group_rank(self.group, global_rank)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"its device mesh goes beyond the process group of KLShampoo ({error})") from None
+        if global_rank not in self._numbers:
+            raise ValueError(f"its device mesh goes beyond the process group of KLShampoo, to rank {global_rank}")
+        return self._numbers[global_rank]
+
+    @cached_property
+    def _numbers(self) -> dict[int, int]:
+        """By rank of the whole job, what it is called here."""
+        return {rank: number for number, rank in enumerate(dist.get_process_group_ranks(self.group))}
 
     def team(self, members: Sequence[int]) -> Team:
         """Some of these ranks, this one among them; in a process group of their own where one is known."""
@@ -197,12 +229,25 @@ class Ranks(Team):
             dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any rank; a collective of one number."""
+        return bool(self.largest(torch.tensor([float(here)], device=self._meeting_place))[0])
+
+    @property
+    def _meeting_place(self) -> torch.device:
+        """Where what ranks tell each other lies, also before the parameters' device is known to all."""
+        if self.size == 1 or self.device.type == "cuda" or dist.get_backend(self.group) != "nccl":
+            return self.device
+        return torch.device("cuda", torch.cuda.current_device())
+
     def raise_together(self, problem: Exception | None) -> None:
         """Raise on every rank when any rank has a problem: its own where it has one, else the first other's.
 
         Raises:
             ValueError, TypeError or RuntimeError, as the rank that has the problem would.
         """
+        if not self.any(problem is not None):
+            return
         told = self.gather_objects(None if problem is None else (_public_type(problem), str(problem)))
         if problem is not None:
             raise problem
@@ -221,17 +266,25 @@ class Ranks(Team):
             problem = error
         self.raise_together(problem)
 
-    def check_same(self, digest: str, lines: tuple[str, ...], what: str) -> None:
+    def check_same(self, digest: str, lines: Callable[[], Sequence[str]], what: str) -> None:
         """Raise on every rank when their digests differ, naming the first of their lines that does.
+
+        Args:
+            digest: of the lines, or at least of what they say.
+            lines: makes them, where they are wanted.
 
         Raises:
             ValueError: on all ranks.
         """
-        digests = self.gather_objects(digest)
-        if len(set(digests)) == 1:
+        words = hashlib.sha256(digest.encode()).digest()
+        numbers = [int.from_bytes(words[i : i + 7], "little") for i in range(0, 28, 7)]  # whole and positive in 64 bits
+        told = torch.tensor([*numbers, *(-x for x in numbers)], dtype=torch.int64, device=self._meeting_place)
+        largest = self.largest(told)
+        if largest[:4] == [-x for x in largest[4:]]:
             return
+        digests = self.gather_objects(digest)
         odd = next(rank for rank, other in enumerate(digests) if other != digests[0])
-        theirs = self.gather_objects(lines if self.rank in (0, odd) else None)
+        theirs = self.gather_objects(tuple(lines()) if self.rank in (0, odd) else None)
         raise ValueError(f"{what} differs between ranks: {_first_difference(theirs[0], theirs[odd], odd)}")
 
 

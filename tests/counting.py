@@ -12,16 +12,20 @@ import torch.distributed as dist
 # torch has renamed some; the later name second
 GATHERS = ("_allgather_base", "all_gather_single")
 SWAPS = ("alltoall_base", "all_to_all_single")
-OTHERS = ("allgather", "broadcast", "barrier", "reduce", "gather", "scatter", "alltoall")
+OTHERS = ("allgather", "barrier", "reduce", "gather", "scatter", "alltoall")
 
 
 @dataclass
 class Counter:
-    """What this rank has sent and received; what it keeps to itself does not count, all-gathers count as rings."""
+    """What this rank has sent and received; what it keeps to itself does not count.
+
+    All-gathers and broadcasts count as rings: a rank hands on to the next all but what is the next one's own.
+    """
 
     gathers: list[int] = field(default_factory=list)  # elements this rank gave to each all-gather
     reduces: list[int] = field(default_factory=list)  # to each all-reduce
-    gathered: int = 0  # bytes sent, point to point included
+    gathered: int = 0  # bytes sent, broadcasts and point to point included
+    broadcasts: list[int] = field(default_factory=list)  # elements of each broadcast
     reduced: float = 0.0  # bytes sent
     swapped_out: list[int] = field(default_factory=list)  # bytes of each all-to-all
     swapped_in: list[int] = field(default_factory=list)
@@ -31,7 +35,9 @@ class Counter:
         """Any other collective within is an error."""
         counts: dict[str, Callable] = dict.fromkeys(GATHERS, self._gather) | dict.fromkeys(SWAPS, self._swap)
         with contextlib.ExitStack() as patches:
-            for name, count in (counts | {"allreduce": self._reduce, "send": self._send}).items():
+            for name, count in (
+                counts | {"allreduce": self._reduce, "send": self._send, "broadcast": self._broadcast}
+            ).items():
                 if real := getattr(dist.ProcessGroup, name, None):
                     patches.enter_context(mock.patch.object(dist.ProcessGroup, name, _counted(real, count)))
             for name in OTHERS:
@@ -42,6 +48,10 @@ class Counter:
     def _gather(self, group: Any, output: torch.Tensor, given: torch.Tensor, *options: Any) -> None:
         self.gathers.append(given.numel())
         self.gathered += (group.size() - 1) * given.nbytes
+
+    def _broadcast(self, group: Any, given: list[torch.Tensor], options: Any) -> None:
+        self.broadcasts += [x.numel() for x in given]
+        self.gathered += sum(x.nbytes for x in given if options.rootRank != (group.rank() + 1) % group.size())
 
     def _send(self, group: Any, given: list[torch.Tensor], *options: Any) -> None:
         self.gathered += sum(x.nbytes for x in given)

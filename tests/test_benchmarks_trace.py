@@ -33,7 +33,7 @@ def test_every_phase_is_named_as_often_as_it_happens(
     trace.main(["--ranks", "2", "--layout", layout, "--out", str(tmp_path), *sizes], run)
     shapes = {str(i): shape for i, shape in enumerate(trace.gpt_shapes(64, 1))}
     buckets = len(plan(shapes, 2, shard_size=2 if layout == "fsdp" else 1).buckets)
-    packs, exchanges = (2, 4) if layout == "fsdp" else (1, 2)  # launched and waited for; of a trip among one no wait
+    packs, exchanges = (2, 4) if layout == "fsdp" else (0, 2)  # launched and waited for; of a trip among one no wait
     for spans in found:
         counts = Counter(span.phase for span in spans)
         assert counts["agree"] == STEPS
@@ -46,4 +46,4 @@ def test_every_phase_is_named_as_often_as_it_happens(
     assert (tmp_path / "trace.png").stat().st_size > 10_000
     for rank in (0, 1):
         text = (tmp_path / f"rank{rank}.json").read_text()
-        assert all(f'"{trace.PREFIX}{phase}"' in text for phase in trace.COLOURS)
+        assert all(f'"{trace.PREFIX}{phase}"' in text for phase in trace.COLOURS if packs or phase != "pack")

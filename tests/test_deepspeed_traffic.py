@@ -72,7 +72,7 @@ def of_net(group, stage: int, bucket_bytes: int | None = None, **more: Any) -> S
 @pytest.mark.parametrize("ranks", RANKS)
 def test_a_step_without_zero_gathers_updates_alone(worlds, ranks, precision):
     for seen in worlds[ranks].run(of_net, ranks, 0, timeout=120, **PRECISIONS[precision]):
-        assert seen.sent.reduces == [seen.agreement]
+        assert seen.sent.reduces == [seen.agreement, 1]
         assert seen.sent.gathered == seen.said.updates_sent == seen.said.updates_received > 0
         assert not seen.sent.swapped_out and seen.said.gradients_sent == seen.said.gradients_received == 0
 
@@ -80,7 +80,7 @@ def test_a_step_without_zero_gathers_updates_alone(worlds, ranks, precision):
 def check_trips(world: World, stage: int, precision: str) -> None:
     found = world.run(of_net, world.ranks, stage, timeout=120, **PRECISIONS[precision])
     for seen in found:
-        assert seen.sent.reduces == [seen.agreement]
+        assert seen.sent.reduces == [seen.agreement, 1]
         assert seen.trips == seen.said and not seen.sent.gathers
     for trip in ("gradients_sent", "gradients_received", "updates_sent", "updates_received"):
         assert 0 < mean(getattr(seen.trips, trip) for seen in found) <= found[0].parameters / world.ranks
@@ -131,9 +131,9 @@ def of_equal_matrices(group, stage: int) -> Seen:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("ranks", RANKS)
 def test_a_matrix_that_lies_whole_with_its_owner_moves_nothing(worlds, ranks, stage):
-    """But for the flag at the end of what is sent. At stage 3 every rank has a part of each matrix."""
+    """At stage 3 every rank has a part of each matrix."""
     for seen in worlds[ranks].run(of_equal_matrices, ranks, stage, timeout=120):
-        of_each_other = 4 + (4 * SIDE * SIDE // ranks if stage == 3 else 0)
+        of_each_other = 4 * SIDE * SIDE // ranks if stage == 3 else 0
         assert seen.sent.swapped_out == seen.sent.swapped_in == 2 * [(ranks - 1) * of_each_other]
 
 

@@ -1,6 +1,7 @@
 """What sharded training sends, holds and allocates is what the plan says, and little."""
 
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from kl_dist import KLShampoo, plan
+from kl_dist.layouts import placement
 from kl_dist.planning.traffic import Bytes
+from kl_dist.ranks import Ranks
 from tests.counting import Counter
 from tests.memory import PeakMemory
 from tests.models import METHODS, raising, small_buckets, state_tensors
@@ -71,7 +74,7 @@ def test_a_step_sends_and_receives_what_the_plan_says(world, layout, world_size,
         assert swapped_out == said.gradients_sent + said.gradients_received
         assert swapped_in == said.gradients_received + said.gradients_sent
         assert swapped_out + seen.sent.gathered == said.gradients_sent + said.updates_sent
-        assert seen.sent.reduces == [seen.agreement]
+        assert seen.sent.reduces == [seen.agreement, 1]
         assert seen.state == seen.state_said and seen.room == seen.room_said
 
 
@@ -212,3 +215,48 @@ def test_partial_sums_are_added_up_before_the_step(world):
     """As torch leaves the gradients of norms under sequence parallelism."""
     (expected, *_), (found, *_) = (world.run(with_gradients_as, 4, one) for one in (Shard(0), Partial()))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+# -- who holds what ----------------------------------------------------------------------------------------------------
+
+
+def known_and_told(group, layout: str) -> tuple[Any, Any]:
+    """The shardings as this rank finds them, and as all ranks tell them."""
+    model = layers(torch.float32)
+    lay_out(model, layout, group)
+    ranks = Ranks(group)
+    trained = [(name, parameter, 0) for name, parameter in model.named_parameters()]
+    known = placement.known_from_here(trained, ranks)
+    told = placement.told_by_all(trained, ranks.gather_objects(placement.seen_from_here(trained, ranks)))
+    return known, told
+
+
+@pytest.mark.parametrize(("layout", "world_size"), PLACES)
+def test_a_rank_finds_by_itself_what_all_tell_each_other(world, layout, world_size):
+    """Uneven and empty shards, replicas and two dimensions of a mesh; a mesh that not all are in is asked about."""
+    for known, told in world.run(known_and_told, world_size, layout):
+        assert known == (told if layout in ("fsdp", "hsdp", "tp") else None)
+
+
+def construct_without_objects(group, layout: str | None) -> str:
+    """What is gathered while an optimizer is constructed, as the error it would be."""
+    model = layers(torch.float32)
+    if layout is not None:
+        lay_out(model, layout, group)
+    refusal = mock.patch.object(dist, "all_gather_object", side_effect=AssertionError("objects are gathered"))
+    try:
+        with refusal:
+            optimizer = KLShampoo(groups_of(model), process_group=group)
+            optimizer.follow_groups()
+        return ""
+    except AssertionError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("layout", [None, "fsdp", "hsdp"])
+def test_names_and_placements_are_not_gathered_where_ranks_agree(world, layout):
+    assert world.run(construct_without_objects, 4, layout) == [""] * 4
+
+
+def test_placements_that_no_rank_can_know_are_gathered(world):
+    assert world.run(construct_without_objects, 4, "ddp+tp") == ["objects are gathered"] * 4

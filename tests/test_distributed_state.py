@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from kl_dist import KLShampoo
-from kl_dist.planning.traffic import traffic_of
 from tests.counting import Counter
 from tests.made_up import same
 from tests.models import (
@@ -44,7 +43,13 @@ def hold(group, options: dict[str, Any]) -> Holding:
     train_alone(model, optimizer, range(3))
     tensors = state_tensors(optimizer)
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-    slices = sum(unit.method == "adamw" for unit in optimizer.plan.units)
+    parts = [
+        member.unit
+        for rank in range(group.size() if group else 1)
+        for m in optimizer.plan.members(rank)
+        for member in m
+    ]
+    slices = sum(unit.method == "adamw" for unit in parts)
     return Holding(sum(x.nbytes for x in tensors), sum(storages.values()), tuple(optimizer.plan.state_bytes), slices)
 
 
@@ -76,8 +81,9 @@ def one_counted_step(group, bucket_bytes: int | None) -> tuple[Counter, Any]:
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_a_step_sends_what_the_plan_says(world, world_size, bucket_bytes):
     for rank, (sent, plan) in enumerate(world.run(one_counted_step, world_size, bucket_bytes)):
-        assert sent.gathers == [traffic_of(plan.units, plan.parameters, bucket, 0).chunk for bucket in plan.buckets]
-        assert sent.reduces == [plan.agreement_size]
+        traffics = [plan.traffic(number, rank) for number in range(len(plan.buckets))]
+        assert sent.gathers == [leg.chunk for traffic in traffics for leg in traffic.legs]
+        assert sent.reduces == [plan.agreement_size, 1]
         assert sent.gathered + sent.reduced == pytest.approx(plan.comm_bytes[rank], abs=1)
 
 

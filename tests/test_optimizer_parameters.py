@@ -114,6 +114,21 @@ def test_an_expert_without_tokens_keeps_weights_and_state(method, recipe):
     assert not any(torch.equal(params["experts"][i], before[i]) for i in range(3) if i != idle)
 
 
+def test_weights_that_are_moved_between_steps_are_found_where_they_are():
+    """Another memory of the same kind: an average put in for a validation, say."""
+    params, alone = parameters(), parameters()
+    optimizers = [KLShampoo(one.items()) for one in (params, alone)]
+    for step in range(6):
+        for one, optimizer in zip((params, alone), optimizers, strict=True):
+            give_gradients(one, step)
+            optimizer.step()
+        left = {name: p.data for name, p in params.items()}
+        for name, p in params.items():
+            p.data = p.data.clone()
+            left[name].fill_(7.0)
+    assert same(values(params), values(alone))
+
+
 def test_tied_parameters_are_served_once():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight

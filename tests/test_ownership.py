@@ -20,7 +20,7 @@ def sent(plan) -> float:
 def test_matrices_that_lie_whole_on_a_rank_stay_there():
     plan = flat_plan([(32, 32)] * 8, 4)
     assert [plan.owner[f"w{i}"] for i in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert plan.balance == pytest.approx(1) and sent(plan) < 1e-2  # the flags at the ends of segments
+    assert plan.balance == pytest.approx(1) and sent(plan) < 1e-2
 
 
 def test_of_a_matrix_that_straddles_only_the_smaller_part_travels():

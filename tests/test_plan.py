@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from kl_dist.checkpoint.inventory import inventory
 from kl_dist.options import RECIPE_DEFAULTS
 from kl_dist.planning import plan as plans
 from kl_dist.planning.plan import make_plan
-from kl_dist.planning.traffic import traffic_of
+from kl_dist.planning.traffic import own_pieces
 from tests.models import state_tensors
 
 WORLD_SIZES = [1, 2, 3, 4, 8, 16]
@@ -77,42 +77,51 @@ def test_refresh_phases_know_nothing_of_the_world_size(gpt2):
 def test_every_unit_has_one_owner_and_one_place_in_the_buckets(shapes, world_size):
     """At more ranks than matrices too."""
     found = plan(shapes, world_size)
-    assert len(found.owners) == len(found.units) == len(found.owner)
-    assert all(0 <= rank < world_size for rank in found.owners)
-    assert sorted(i for rank in range(world_size) for i in found.owned(rank)) == list(range(len(found.units)))
-    sent = [(i, rank) for bucket in found.buckets for rank, units in enumerate(bucket.units) for i in units]
-    assert sorted(sent) == list(enumerate(found.owners))
+    matrices = {unit.name: rank for unit, rank in zip(found.units, found.owners, strict=True) if rank is not None}
+    assert all(0 <= rank < world_size for rank in matrices.values()) and matrices.items() <= found.owner.items()
+    assert [owner is None for owner in found.owners] == [unit.elementwise for unit in found.units]
+    computed = [(member, rank) for rank in range(world_size) for members in found.members(rank) for member in members]
+    assert {member.unit.name: rank for member, rank in computed} == found.owner
+    assert len(computed) == len(found.owner) and {member.number for member, _ in computed} == {*range(len(found.units))}
+    for i in range(len(found.units)):
+        assert sorted({rank for member, rank in computed if member.number == i}) == list(found.keepers(i))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 50])
 def test_units_cover_every_element_exactly_once(world_size):
     found = plan(SMALL, world_size)
     count = {name: torch.zeros(shape) for name, shape in SMALL.items()}
-    for unit in found.units:
-        tensor = count[found.parameters[unit.parameter].name]
-        unit.block.of(unit.reading.view(tensor)).add_(1)
+    for rank in range(world_size):
+        for bucket in found.buckets:
+            for number, piece in own_pieces(found.units, found.parameters, bucket, rank):
+                piece.of_shard(count[found.parameters[found.units[number].parameter].name]).add_(1)
     assert all((tensor == 1).all() for tensor in count.values())
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 50])
-def test_adamw_slices_are_equal_to_one_element_per_dtype(world_size):
+def test_adamw_slices_are_equal_to_16_bytes_and_in_order(world_size):
+    """One slice of each dtype a rank, neighbours' end to end; the last ones may be shorter."""
     tensors = {"a": torch.zeros(101), "h": torch.zeros(33).bfloat16(), "b": torch.zeros(7), "scalar": torch.zeros(())}
     module = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in tensors.items()})
     found = plan(module, world_size)
-    held: dict[torch.dtype, Counter[int]] = defaultdict(lambda: Counter({rank: 0 for rank in range(world_size)}))
-    for unit, rank in zip(found.units, found.owners, strict=True):
-        held[unit.dtype][rank] += unit.numel
-    assert {dtype: sum(counts.values()) for dtype, counts in held.items()} == {torch.float32: 109, torch.bfloat16: 33}
-    assert all(max(counts.values()) - min(counts.values()) <= 1 for counts in held.values())
+    assert [(bucket.dtype, bucket.stream.starts) for bucket in found.buckets] == [
+        (torch.float32, (0, 101, 108, 109)),
+        (torch.bfloat16, (0, 33)),
+    ]
+    for bucket, total in zip(found.buckets, (109, 33), strict=True):
+        chunk = math.ceil(total * bucket.dtype.itemsize / world_size / 16) * 16 // bucket.dtype.itemsize
+        held = [sum(m.unit.numel for m in bucket.members(found.units, found.parameters, r)) for r in range(world_size)]
+        assert held == [min(chunk, max(total - rank * chunk, 0)) for rank in range(world_size)]
 
 
 def test_one_huge_embedding_does_not_sit_on_one_rank(gpt2):
     found = plan(gpt2, 8)
     held = Counter()
-    for unit, rank in zip(found.units, found.owners, strict=True):
-        if found.parameters[unit.parameter].name == "wte.weight":
-            held[rank] += unit.numel
-    assert max(held.values()) <= math.ceil(50257 * 768 / 7)
+    for rank in range(8):
+        for member in (member for members in found.members(rank) for member in members):
+            if found.parameters[member.unit.parameter].name == "wte.weight":
+                held[rank] += member.unit.numel
+    assert len(held) == 8 and max(held.values()) <= math.ceil(50257 * 768 / 7)
 
 
 def test_same_input_same_plan_other_input_other_plan(gpt2):
@@ -199,24 +208,26 @@ def test_state_is_all_there_before_the_first_step_and_stays_where_it_is():
 
 def chunks(found: Plan) -> list[int]:
     """Bytes that a rank sends to each other one, by bucket."""
-    traffic = [(traffic_of(found.units, found.parameters, bucket, 0), bucket.dtype) for bucket in found.buckets]
-    return [one.chunk * dtype.itemsize for one, dtype in traffic]
+    traffics = [(found.traffic(i, 0), bucket.dtype) for i, bucket in enumerate(found.buckets)]
+    return [leg.chunk * dtype.itemsize for traffic, dtype in traffics for leg in traffic.legs]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_comm_bytes_count_padding(dtype):
-    """Three equal matrices on two ranks: both send room for two and a flag. The agreement is an all-reduce beside."""
+    """Three equal matrices on two ranks: both send room for two. The agreement is an all-reduce beside."""
     found = plan({"a": (8, 8), "b": (8, 8), "c": (8, 8)}, 2, dtype=dtype)
-    chunk = 2 * 64 * dtype.itemsize + 16  # a flag, up to the next 16 bytes
+    chunk = 2 * 64 * dtype.itemsize
     assert chunks(found) == [chunk]
-    assert found.padding_bytes == 64 * dtype.itemsize + 2 * 16
-    assert found.comm_bytes == (chunk + 4 * found.agreement_size,) * 2
+    assert found.padding_bytes == 64 * dtype.itemsize
+    assert found.comm_bytes == (chunk + 4 * (found.agreement_size + 1),) * 2
     assert len(found.units) < found.agreement_size < len(found.units) + 10
-    assert plan({"a": (8, 8), "b": (8, 8)}, 2).padding_bytes == 2 * 16
-    # sharded, each rank sends half of the other's matrix on either trip, and a flag behind it
+    # chunks of matrices begin at multiples of 16 bytes
+    uneven = plan({"a": (8, 8), "b": (3, 5)}, 2, dtype=dtype)
+    assert chunks(uneven) == [64 * dtype.itemsize] and uneven.padding_bytes == 49 * dtype.itemsize
+    # sharded, each rank sends half of the other's matrix on either trip
     sharded = plan({"a": (8, 8), "b": (8, 8)}, 2, shard_size=2)
-    assert sum(one.gradients_sent + one.updates_sent for one in sharded.traffic_bytes) == 2 * 2 * 4 * (32 + 1)
-    assert sharded.padding_bytes == 2 * 2 * 4
+    assert sum(one.gradients_sent + one.updates_sent for one in sharded.traffic_bytes) == 2 * 2 * 4 * 32
+    assert sharded.padding_bytes == 0
     assert plan(SMALL, 1).comm_bytes == (0,)
 
 
@@ -235,7 +246,9 @@ def test_what_adamw_has_of_shards_is_updated_in_parts(gpt2, world_size):
     """An embedding's update takes no more memory at a time than a bucket; what is held of it stays one box."""
     found = plan(gpt2, world_size, shard_size=world_size)
     most = max(64 * 2**20 / world_size, 4 * 2**20) + 4 * 768  # a row
-    assert max(unit.nbytes for unit in found.units if unit.method == "adamw") <= most
+    units = [member.unit for members in found.members(0) for member in members]
+    assert max(unit.nbytes for unit in units if unit.method == "adamw") <= most
+    assert len(found.units) == len(plan(gpt2, 1).units), "no unit a rank"
     for entry in inventory(found):
         if entry.key == "exp_avg" and len(entry.shape) == 2:
             assert all(len(entry.boxes(rank)) <= 1 for rank in range(world_size))

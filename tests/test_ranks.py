@@ -40,6 +40,23 @@ def test_every_row_of_a_grid_swaps_segments_of_any_length(world, grid):
             assert torch.equal(gathered, torch.arange(len(row)).float()[:, None].expand(-1, 3))
 
 
+def broadcast_two(group, grid: tuple[tuple[int, ...], ...]) -> list[torch.Tensor]:
+    """In each row the last and the first place send what they are, at once."""
+    ranks = Ranks(group)
+    row = next(row for row in grid if ranks.rank in row)
+    sent = [(place, torch.full((2,), float(ranks.rank))) for place in (len(row) - 1, 0)]
+    ranks.team(row).broadcast(sent).wait()
+    return [tensor for _, tensor in sent]
+
+
+@pytest.mark.parametrize("grid", [((0, 1, 2, 3),), ((0, 1), (2, 3)), ((0, 2), (1, 3))])
+def test_every_row_of_a_grid_hears_what_its_members_send(world, grid):
+    found = world.run(broadcast_two, 4, grid)
+    for row in grid:
+        for rank in row:
+            assert [tensor.tolist() for tensor in found[rank]] == [[row[-1]] * 2, [row[0]] * 2]
+
+
 def test_one_process_exchanges_with_itself():
     ranks = Ranks()
     assert (ranks.rank, ranks.size) == (0, 1)
@@ -47,7 +64,7 @@ def test_one_process_exchanges_with_itself():
     assert ranks.largest(torch.tensor([1.0, 2.0])) == [1.0, 2.0]
     assert ranks.gather_objects("all") == ["all"]
     ranks.raise_together(None)
-    ranks.check_same("a", ("line",), "it")
+    ranks.check_same("a", lambda: ("line",), "it")
 
 
 def largest_of(group, values: list[list[float]]) -> list[float]:
@@ -94,7 +111,7 @@ def test_without_a_problem_nothing_is_raised(world):
 
 def compare(group, lines: list[tuple[str, ...]]) -> None:
     mine = lines[group.rank()]
-    Ranks(group).check_same("\n".join(mine), mine, "the list")
+    Ranks(group).check_same("\n".join(mine), lambda: mine, "the list")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,16 +49,15 @@ class Holding:
 
 def holdings(plan: Plan, stacks: Sequence[Sequence[Stack]], ranks: Ranks) -> list[Holding]:
     """What this rank holds of every entry of the plan's inventory, sharing the memory of its stacks."""
-    rows = {
-        index: stack.state.row(row)
-        for stack in (stack for bucket in stacks for stack in bucket)
-        for row, index in enumerate(stack.indices)
-    }
+    rows: dict[int, list[dict[str, Tensor]]] = defaultdict(list)
+    for stack in (stack for bucket in stacks for stack in bucket):
+        for row, index in enumerate(stack.indices):
+            rows[index].append(stack.state.row(row))
     held = []
     for entry in inventory(plan):
-        mine = [i for part in entry.parts if ranks.rank in part.keepers for i in part.units]
+        mine = [] if entry.unit is None else rows[entry.unit]
         boxes, nothing = entry.boxes(ranks.rank), torch.empty(0, dtype=entry.dtype, device=ranks.device)
-        memory = _joined([rows[i][entry.field] for i in mine]) if mine else nothing
+        memory = _joined([row[entry.field] for row in mine]) if mine else nothing
         if entry.constant is not None:
             boxes, memory = (whole(entry.shape),), torch.full(entry.shape, entry.constant, dtype=entry.dtype)
         held.append(Holding(plan.parameters[entry.parameter].name, entry, boxes, memory))

@@ -16,28 +16,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from dataclasses import field as declared
 from functools import lru_cache
 
 import torch
 
 from kl_dist.methods import ELEMENTWISE, rule
 from kl_dist.methods.state import Side, state_dtype
-from kl_dist.planning.boxes import Box, boxes_of_range, joined, whole
+from kl_dist.planning.boxes import Box, whole
 from kl_dist.planning.plan import Plan
-from kl_dist.planning.units import Parameter, Unit
 
 FORM = "form"
 VERSION = 1
 """Of the keys, shapes and meanings."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """What some ranks have of an entry: one rank, or replicas that hold the same."""
-
-    units: tuple[int, ...]  # into Plan.units, in the order of memory
-    keepers: tuple[int, ...]  # the ranks that hold it
-    boxes: tuple[Box, ...]  # of the entry; end to end they are the units' tensors, in C order
 
 
 @dataclass(frozen=True)
@@ -49,7 +40,8 @@ class Entry:
     field: str  # what a unit's state calls it
     shape: tuple[int, ...]
     dtype: torch.dtype
-    parts: tuple[Part, ...]
+    unit: int | None  # into Plan.units; None where nobody holds anything
+    plan: Plan = declared(repr=False, compare=False)
     constant: int | None = None  # the value of what nobody holds and nothing changes
 
     @property
@@ -59,16 +51,27 @@ class Entry:
 
     def boxes(self, rank: int) -> tuple[Box, ...]:
         """What a rank holds, in the order of its memory."""
-        return tuple(dict.fromkeys(box for part in self.parts if rank in part.keepers for box in part.boxes))
+        if self.unit is None:
+            return ()
+        if self._is_cut:
+            return tuple(self.plan.held_boxes(self.unit, rank))
+        return (whole(self.shape),) if rank in self.plan.keepers(self.unit) else ()
 
     @property
     def holders(self) -> tuple[tuple[Box, tuple[int, ...]], ...]:
         """Every box with the ranks that hold it."""
+        if self.unit is None:
+            return ()
         keepers: dict[Box, list[int]] = {}
-        for part in self.parts:
-            for box in part.boxes:
-                keepers.setdefault(box, []).extend(part.keepers)
-        return tuple((box, tuple(dict.fromkeys(ranks))) for box, ranks in keepers.items())
+        for rank in self.plan.keepers(self.unit):
+            for box in self.plan.held_boxes(self.unit, rank) if self._is_cut else (whole(self.shape),):
+                keepers.setdefault(box, []).append(rank)
+        return tuple((box, tuple(ranks)) for box, ranks in keepers.items())
+
+    @property
+    def _is_cut(self) -> bool:
+        """Ranks hold different parts; of a matrix one has all, and all slices of AdamW's step together."""
+        return self.unit is not None and self.plan.units[self.unit].elementwise and self.field != "step"
 
 
 def inventory(plan: Plan) -> tuple[Entry, ...]:
@@ -87,7 +90,7 @@ def _entries(plan: Plan, number: int, indices: Sequence[int]) -> Iterator[Entry]
     cut = "" if method == ELEMENTWISE else repr([(plan.units[i].reading, plan.units[i].block) for i in indices])
     digest = hashlib.sha256(cut.encode()).hexdigest()[:8] if cut else ""
     form = ".".join(word for word in (f"{FORM}{VERSION}", method, recipe, shape, digest) if word)
-    yield Entry(number, form, form, (1,), torch.int64, (), 1)
+    yield Entry(number, form, form, (1,), torch.int64, None, plan, 1)
     yield from (_of_adamw if method == ELEMENTWISE else _of_matrix)(plan, number, indices)
 
 
@@ -95,26 +98,19 @@ def _of_matrix(plan: Plan, number: int, indices: Sequence[int]) -> Iterator[Entr
     for i in indices:
         unit = plan.units[i]
         suffix = unit.name.removeprefix(plan.parameters[number].name)
-        for field, shape, dtype in _fields(unit.method, unit.recipe, unit.block.shape, unit.block.sides, unit.dtype):
-            key = f"{suffix}.{field}" if suffix else field
-            yield Entry(number, key, field, shape, dtype, (Part((i,), plan.keepers[i], (whole(shape),)),))
+        for name, shape, dtype in _fields(unit.method, unit.recipe, unit.block.shape, unit.block.sides, unit.dtype):
+            yield Entry(number, f"{suffix}.{name}" if suffix else name, name, shape, dtype, i, plan)
 
 
 def _of_adamw(plan: Plan, number: int, indices: Sequence[int]) -> Iterator[Entry]:
     parameter = plan.parameters[number]
-    dtype = state_dtype(parameter.dtype)
-    held: dict[tuple[int, ...], list[int]] = {}
-    for i in indices:
-        held.setdefault(plan.keepers[i], []).append(i)
-    parts = [
-        Part(tuple(mine), keepers, tuple(_boxes_of([plan.units[i] for i in mine], parameter)))
-        for keepers, mine in held.items()
-    ]
-    counts = [Part(part.units, part.keepers, (((0, 1),),)) for part in parts]  # all slices step together
-    yield Entry(number, "step", "step", (1,), torch.int64, tuple(counts), None if parts else 0)
-    if parts:
-        for field in ("exp_avg", "exp_avg_sq"):
-            yield Entry(number, field, field, parameter.shape or (1,), dtype, tuple(parts))
+    if not indices:
+        yield Entry(number, "step", "step", (1,), torch.int64, None, plan, 0)
+        return
+    (i,) = indices
+    yield Entry(number, "step", "step", (1,), torch.int64, i, plan)
+    for name in ("exp_avg", "exp_avg_sq"):
+        yield Entry(number, name, name, parameter.shape or (1,), state_dtype(parameter.dtype), i, plan)
 
 
 @lru_cache(maxsize=1024)
@@ -124,17 +120,3 @@ def _fields(
     """(name, shape, dtype) of a matrix's state, as its method allocates it."""
     state = rule(method, recipe).allocate(shape, sides, 1, torch.empty((), dtype=state_dtype(dtype), device="meta"))
     return tuple((name, tuple(x.shape) or (1,), x.dtype) for name, x in state.row(0).items())
-
-
-def _boxes_of(units: Sequence[Unit], parameter: Parameter) -> Iterator[Box]:
-    """What a rank's units under AdamW have of their parameter: a shard, or ranges of the elements in C order."""
-    if parameter.sharding is not None:
-        yield from joined([unit.block.ranges or ((0, 1),) for unit in units])
-        return
-    ranges: list[tuple[int, int]] = []
-    for start, stop in (unit.block.ranges[0] for unit in units):
-        if ranges and ranges[-1][1] == start:
-            start = ranges.pop()[0]
-        ranges.append((start, stop))
-    for start, stop in ranges:
-        yield from boxes_of_range(parameter.shape or (1,), start, stop)

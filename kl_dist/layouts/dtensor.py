@@ -7,11 +7,15 @@ before that no parameter can be a DTensor.
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
+from itertools import product
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kl_dist.layouts.layout import Layout, LocalSharding
+from kl_dist.planning.boxes import Sharding
 from kl_dist.ranks import Ranks
 
 
@@ -47,6 +51,53 @@ def local_sharding(parameter: Any, ranks: Ranks) -> LocalSharding:
     return LocalSharding(row, (box,))
 
 
+def sharding(parameter: Any, ranks: Ranks) -> Sharding | None:
+    """Who holds what, by the device mesh and the placements.
+
+    None where the mesh is not of all ranks, or the placements are such as only torch can follow.
+
+    Raises:
+        ValueError: as `local_sharding`.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    here = local_sharding(parameter, ranks)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    if mesh.size() < ranks.size or any(type(placement) not in (Replicate, Shard) for placement in placements):
+        return None
+    axes = tuple(placement.dim if placement.is_shard() else None for placement in placements)
+    members = tuple(map(ranks.group_rank, mesh.mesh.flatten().tolist()))
+    found = _laid_out(tuple(parameter.shape), tuple(mesh.mesh.shape), members, axes)
+    mine = ranks.rank in members and (found.row(ranks.rank), tuple(box for box, _ in found.held(ranks.rank)))
+    return found if mine == (here.row, here.boxes) else None
+
+
+@lru_cache(maxsize=256)
+def _laid_out(
+    shape: tuple[int, ...], mesh_shape: tuple[int, ...], members: tuple[int, ...], axes: tuple[int | None, ...]
+) -> Sharding:
+    """A tensor over a mesh of `members`, in C order: by dimension of the mesh, the axis that it cuts, or None.
+
+    An axis is cut in parts of ceil(d / n), the last ones shorter or empty; what is cut already, again.
+    """
+    mesh = torch.tensor(members).view(mesh_shape)
+    cuts = [k for k, axis in enumerate(axes) if axis is not None]
+    others = [k for k, axis in enumerate(axes) if axis is None]
+    boxes = []
+    for coordinates in product(*(range(mesh_shape[k]) for k in cuts)):
+        box = [(0, d) for d in shape]
+        for k, at in zip(cuts, coordinates, strict=True):
+            axis = axes[k]
+            assert axis is not None
+            first, last = box[axis]
+            part = -(-(last - first) // mesh_shape[k])
+            box[axis] = (min(first + at * part, last), min(first + (at + 1) * part, last))
+        # torch gives what is empty an offset of its own; where nothing is does not matter
+        boxes.append((tuple(box),))
+    rows = mesh.permute(*others, *cuts).reshape(-1, len(boxes)).tolist()
+    return Sharding(tuple(map(tuple, rows)), tuple(boxes))
+
+
 def local_shard(tensor: Any) -> Tensor:
     return tensor.to_local().detach()
 
@@ -60,4 +111,4 @@ def local_gradient(parameter: Any, gradient: Any) -> Tensor:
     return local.wait() if hasattr(local, "wait") else local
 
 
-LAYOUT = Layout(local_sharding, local_shard, local_gradient)
+LAYOUT = Layout(local_sharding, local_shard, local_gradient, sharding)

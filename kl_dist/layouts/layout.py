@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from kl_dist.planning.boxes import Box
+from kl_dist.planning.boxes import Box, Sharding
 from kl_dist.ranks import Ranks
 
 
@@ -20,7 +20,7 @@ class LocalSharding(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What the engine asks of a parameter. All three give or take what this rank holds, sharing memory."""
+    """What the engine asks of a parameter."""
 
     local_sharding: Callable[[Any, Ranks], LocalSharding | None]
     """(parameter, ranks) -> where this rank stands, None for what is whole on every rank.
@@ -31,3 +31,9 @@ class Layout(NamedTuple):
     """(parameter or gradient) -> what this rank holds, detached: of the box's shape, or 1-D where the shard is flat."""
     local_gradient: Callable[[Any, Any], Tensor]
     """(parameter, its gradient) -> the gradient of what this rank holds, shaped as `local_shard`."""
+    sharding: Callable[[Any, Ranks], Sharding | None] | None = None
+    """(parameter, ranks) -> who holds what on all ranks, where this rank can tell by arithmetic; None where it cannot.
+
+    Where any rank cannot, all tell each other what `local_sharding` gives; that takes the longer the more ranks there
+    are. What ranks have found by themselves is compared all the same. Raises as `local_sharding`.
+    """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,24 +12,52 @@ from kl_dist.layouts.placement import local_gradient, local_shard
 from kl_dist.planning.boxes import Piece
 
 
+class Update(NamedTuple):
+    """What is to be taken off a piece of this rank's shards."""
+
+    number: int  # of the unit, into Plan.units
+    parameter: int
+    piece: Piece
+    values: Tensor  # shaped as the piece, in the parameter's dtype
+
+
 class LocalShards:
-    """What this rank holds of `parameters`, in the plan's order."""
+    """What this rank holds of `parameters`, in the plan's order.
+
+    Views of shards are kept from step to step, as long as the shards stay where they are: making one costs the host
+    more than the arithmetic of a small piece.
+    """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = parameters
         self._gradients: list[Tensor | None] = []
+        self._views: dict[int, Tensor] = {}  # of this step's gradients, by piece
+        self._shards: list[Tensor] = []
+        self._targets: dict[int, Tensor] = {}  # views of the shards, by piece
 
     def look(self) -> None:
-        """Take this step's gradients into view; until `forget`, what `gradient` gives is of these."""
+        """Take this step's gradients and weights into view; until `forget`, `gradient` and `apply` are of these."""
         self._gradients = [local_gradient(parameter) for parameter in self.parameters]
+        shards = [local_shard(parameter) for parameter in self.parameters]
+        if not all(map(_same_memory, shards, self._shards)) or len(shards) != len(self._shards):
+            self._targets = {}
+        self._shards = shards
 
     def forget(self) -> None:
-        self._gradients = []
+        self._gradients, self._views = [], {}
 
     def gradient(self, parameter: int, piece: Piece) -> Tensor | None:
         """A piece of a parameter's gradient; None without one."""
+        view = self._views.get(id(piece))
+        if view is not None:
+            return view
         gradient = self._gradients[parameter]
-        return None if gradient is None else piece.of_shard(gradient)
+        if gradient is None:
+            return None
+        view = piece.of_shard(gradient)
+        if piece.box is not None:  # others may be copies, and are not kept
+            self._views[id(piece)] = view
+        return view
 
     def scale_gradients(self, factor: Tensor) -> None:
         """G <- factor G (0-D), in place."""
@@ -36,18 +65,26 @@ class LocalShards:
         if gradients:
             torch._foreach_mul_([local_shard(gradient) for gradient in gradients], factor)
 
-    def apply(self, updates: Sequence[tuple[int, Piece, Tensor]], keep: float, lr: float) -> None:
-        """W <- keep W - lr U for pieces of parameters, with U flat in the parameter's dtype."""
+    def apply(self, updates: Sequence[Update], keep: float, lr: float) -> None:
+        """W <- keep W - lr U for pieces of parameters."""
         targets, steps, copies = [], [], []
-        for parameter, piece, update in updates:
-            shard = local_shard(self.parameters[parameter])
-            target = piece.of_shard(shard)
-            if target.untyped_storage().data_ptr() != shard.untyped_storage().data_ptr():
-                copies.append((piece, shard, target))
+        for _, parameter, piece, update in updates:
+            target = self._targets.get(id(piece))
+            if target is None:
+                shard = self._shards[parameter]
+                target = piece.of_shard(shard)
+                if target.untyped_storage().data_ptr() == shard.untyped_storage().data_ptr():
+                    self._targets[id(piece)] = target
+                else:
+                    copies.append((piece, shard, target))
             targets.append(target)
-            steps.append(update.view(target.shape).to(target.device))  # parameters may lie on the host
+            steps.append(update if update.device == target.device else update.to(target.device))
         if keep != 1:
             torch._foreach_mul_(targets, keep)
         torch._foreach_add_(targets, steps, alpha=-lr)
         for piece, shard, target in copies:  # strides that no view can follow (channels_last)
             piece.put(shard, target)
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.dtype == other.dtype and one.stride() == other.stride()

@@ -82,8 +82,39 @@ def seen_from_here(trained: Sequence[tuple[str, Tensor, int]], ranks: Ranks) -> 
     return [(name, tuple(p.shape), _of(name, layout_of(p).local_sharding, p, ranks)) for name, p, _ in trained]
 
 
-def parameters_of(trained: Sequence[tuple[str, Tensor, int]], everywhere: Sequence[Sequence[Seen]]) -> list[Parameter]:
-    """What the plan needs to know of the parameters, from what every rank has told of them.
+def known_from_here(trained: Sequence[tuple[str, Tensor, int]], ranks: Ranks) -> list[Sharding | None] | None:
+    """The shardings of this rank's parameters, where it can tell them all without asking the others.
+
+    Raises:
+        ValueError: as the layout's `sharding` and as `sharding_of`, with the parameter's name.
+    """
+    found: list[Sharding | None] = []
+    checked: set[int] = set()
+    for name, p, _ in trained:
+        layout = layout_of(p)
+        if layout is WHOLE:
+            found.append(None)
+            continue
+        sharding = None if layout.sharding is None else _of(name, layout.sharding, p, ranks)
+        if sharding is None:
+            return None
+        if id(sharding) not in checked:
+            _of(name, _check, sharding, tuple(p.shape))
+            checked.add(id(sharding))
+        found.append(sharding)
+    return found
+
+
+def parameters_of(trained: Sequence[tuple[str, Tensor, int]], shardings: Sequence[Sharding | None]) -> list[Parameter]:
+    """What the plan needs to know of the parameters."""
+    pairs = zip(trained, shardings, strict=True)
+    return [Parameter(name, tuple(p.shape), p.dtype, group, sharding) for (name, p, group), sharding in pairs]
+
+
+def told_by_all(
+    trained: Sequence[tuple[str, Tensor, int]], everywhere: Sequence[Sequence[Seen]]
+) -> list[Sharding | None]:
+    """The shardings of the parameters, from what every rank has told of them.
 
     Raises:
         ValueError: as `sharding_of`, with the parameter's name.
@@ -92,14 +123,8 @@ def parameters_of(trained: Sequence[tuple[str, Tensor, int]], everywhere: Sequen
     # where the ranks have other parameters the comparison of their plans says which
     alike = all([one[:2] for one in other] == here for other in everywhere)
     return [
-        Parameter(
-            name,
-            tuple(p.shape),
-            p.dtype,
-            group,
-            _of(name, sharding_of, [other[i][2] for other in everywhere] if alike else [None], p.shape),
-        )
-        for i, (name, p, group) in enumerate(trained)
+        _of(name, sharding_of, [other[i][2] for other in everywhere] if alike else [None], p.shape)
+        for i, (name, p, _) in enumerate(trained)
     ]
 
 
@@ -127,11 +152,17 @@ def sharding_of(by_rank: Sequence[LocalSharding | None], shape: Sequence[int]) -
             "its shards do not lie alike on all ranks of the process group: construct with the ranks of"
             " its device mesh as process_group"
         )
-    if any(list(line) != sorted(line) for line in (*grid, *zip(*grid, strict=True))):
-        raise ValueError("the ranks of its device mesh must ascend along each dimension")
     boxes = [tuple(one.boxes for rank in row if (one := by_rank[rank]) is not None) for row in grid]
     if any(other != boxes[0] for other in boxes):
         raise ValueError("its replicas are not sharded alike")
-    if not tile((box for there in boxes[0] for box in there), shape):
+    sharding = Sharding(grid, boxes[0], next(one.flat for one in by_rank if one is not None))
+    _check(sharding, shape)
+    return sharding
+
+
+def _check(sharding: Sharding, shape: Sequence[int]) -> None:
+    grid = sharding.grid
+    if any(list(line) != sorted(line) for line in (*grid, *zip(*grid, strict=True))):
+        raise ValueError("the ranks of its device mesh must ascend along each dimension")
+    if not tile((box for there in sharding.boxes for box in there), shape):
         raise ValueError("its shards overlap or leave a part out")
-    return Sharding(grid, boxes[0], next(one.flat for one in by_rank if one is not None))

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kl_dist.planning.boxes import Piece
 from kl_dist.planning.plan import Plan
-from kl_dist.planning.traffic import pieces_in
+from kl_dist.planning.traffic import own_pieces
 from kl_dist.ranks import Ranks
 
 
@@ -37,9 +37,10 @@ class Reduction:
         """Take up who owns what."""
         self._names = {parameter: plan.parameters[i].name for i, parameter in enumerate(parameters)}
         self._pieces: dict[Tensor, list[tuple[int, Piece]]] = {parameter: [] for parameter in parameters}  # by owner
-        for unit, owner in zip(plan.units, plan.owners, strict=True):
-            for piece in pieces_in(unit, plan.parameters[unit.parameter], owner):
-                self._pieces[parameters[unit.parameter]].append((owner, piece))
+        for bucket in plan.buckets:
+            for owner in range(plan.world_size):
+                for index, piece in own_pieces(plan.units, plan.parameters, bucket, owner):
+                    self._pieces[parameters[plan.units[index].parameter]].append((owner, piece))
 
     def register(self, ddp: DistributedDataParallel) -> None:
         """Make DDP communicate by this.

@@ -7,10 +7,11 @@ box and block meet there is a *piece*, or several where a side is made of axes o
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -38,22 +39,43 @@ class Sharding:
 
     def row(self, rank: int) -> tuple[int, ...]:
         """The ranks that together hold the replica in which `rank` has a part."""
-        return next(row for row in self.grid if rank in row)
+        return self.grid[self._places[rank][0]]
 
     def column(self, rank: int) -> tuple[int, ...]:
         """The ranks that hold the same box as `rank`, itself included."""
-        position = self.row(rank).index(rank)
+        position = self._places[rank][1]
         return tuple(row[position] for row in self.grid)
 
     def held(self, rank: int) -> Iterator[tuple[Box, int | None]]:
         """The boxes of a rank, each with where it begins in flat memory, or None."""
         start = 0
-        for box in self.boxes[self.row(rank).index(rank)]:
+        for box in self.boxes[self._places[rank][1]]:
             yield box, start if self.flat else None
             start += volume(box)
 
+    @cached_property
+    def volumes(self) -> tuple[int, ...]:
+        """By position in a row, how many elements are held there."""
+        return tuple(sum(map(volume, boxes)) for boxes in self.boxes)
 
-def fully_sharded(shape: Sequence[int], world_size: int, shard_size: int) -> Sharding | None:
+    @cached_property
+    def largest(self) -> int:
+        """Elements that a rank holds at most."""
+        return max(self.volumes, default=0)
+
+    @cached_property
+    def _places(self) -> dict[int, tuple[int, int]]:
+        """By rank its row and its position there."""
+        return {rank: (i, k) for i, row in enumerate(self.grid) for k, rank in enumerate(row)}
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all of it, to compare across ranks."""
+        return hashlib.sha256(repr((self.grid, self.boxes, self.flat)).encode()).hexdigest()
+
+
+@lru_cache(maxsize=256)
+def fully_sharded(shape: tuple[int, ...], world_size: int, shard_size: int) -> Sharding | None:
     """As FSDP2 lays a parameter out over replicas of `shard_size` ranks each; None for what it does not shard.
 
     The first dimension in `shard_size` parts of ceil(d / shard_size), the last ones shorter or empty.
@@ -104,8 +126,21 @@ class Piece:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @cached_property
+    def box(self) -> Box | None:
+        """The piece as a box of the shard, where it is one, axis by axis: whatever the strides, that is a view."""
+        lengths = tuple(stop - start for start, stop, _ in self.cut)
+        if self.within is not None or self.held != lengths or self.order != tuple(range(len(self.order))):
+            return None
+        if any(step != 1 for _, _, step in self.cut):
+            return None
+        starts = (start for start, _, _ in self.cut)
+        return tuple((first + a, first + b) for first, (a, b) in zip(starts, self.local, strict=True))
+
     def of_shard(self, shard: Tensor) -> Tensor:
         """The piece, shaped as its ranges of the block: a view where the shard's strides allow, else a copy."""
+        if self.box is not None:
+            return narrowed(shard, self.box)
         held = self._held(shard)
         return narrowed(held if held.shape == self.held else held.reshape(self.held), self.local)
 

@@ -42,7 +42,7 @@ def assign(
 def _loads(units: Sequence[Unit], owners: Sequence[int], world_size: int) -> list[float]:
     loads = [0.0] * world_size
     for unit, rank in zip(units, owners, strict=True):
-        loads[rank] += 0.0 if unit.elementwise else unit.cost
+        loads[rank] += unit.cost
     return loads
 
 
@@ -61,7 +61,7 @@ def _longest_processing_time(
     loads = [0.0] * world_size
     for unit, rank in zip(units, fixed, strict=True):
         if rank is not None:
-            loads[rank] += 0.0 if unit.elementwise else unit.cost
+            loads[rank] += unit.cost
     heap = [(load, rank) for rank, load in enumerate(loads)]
     heapq.heapify(heap)
     owners = [0 if rank is None else rank for rank in fixed]

@@ -9,27 +9,28 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
 
 from kl_dist.methods import ELEMENTWISE, rule
 from kl_dist.options import STRUCTURAL, describe
-from kl_dist.planning.buckets import Bucket, fill_buckets
+from kl_dist.planning.boxes import Box, Sharding
+from kl_dist.planning.buckets import Bucket, Member, RowsBucket, StreamBucket, everywhere, matrix_buckets, rows_buckets
+from kl_dist.planning.costs import adamw_cost, adamw_state_bytes
 from kl_dist.planning.ownership import assign
-from kl_dist.planning.traffic import Bytes, bytes_by_rank, rooms_of, traffic_of
+from kl_dist.planning.slices import Stream, flat_boxes, make_stream, rows_volumes, shard_boxes
+from kl_dist.planning.traffic import Bytes, Traffic, bytes_of, rooms_of, traffic_of
 from kl_dist.planning.units import (
     Parameter,
     Unit,
-    adamw_units,
-    keepers_of,
+    adamw_unit,
     matrix_units,
     method_of,
     recast,
     shape_class,
-    sharded_adamw_units,
     stack_bytes,
     stack_key,
 )
@@ -48,36 +49,101 @@ class Plan:
     world_size: int
     parameters: tuple[Parameter, ...]
     units: tuple[Unit, ...]
-    owners: tuple[int, ...]  # by unit
+    owners: tuple[int | None, ...]  # by unit; None: under AdamW, where all ranks have a part
+    streams: tuple[Stream, ...]  # of what AdamW has whole on every rank
     buckets: tuple[Bucket, ...]
     options: tuple[str, ...]  # one line per parameter group, to compare across ranks
     structure: tuple[str, ...]  # those options, by group, that must stay as they are
 
+    # -- one rank's part -----------------------------------------------------------------------------------------------
+
+    def members(self, rank: int) -> list[tuple[Member, ...]]:
+        """What a rank computes, by bucket."""
+        return [bucket.members(self.units, self.parameters, rank) for bucket in self.buckets]
+
+    def traffic(self, number: int, rank: int) -> Traffic:
+        """What a rank sends and receives of a bucket."""
+        return traffic_of(self.units, self.parameters, self.buckets[number], rank)
+
+    def room_bytes(self, rank: int) -> int:
+        """Bytes of the buffers that buckets travel through on a rank."""
+        return sum(map(sum, rooms_of(*self._travelling(rank))))
+
+    def working_bytes(self, rank: int) -> int:
+        """Bytes that a step allocates at its peak on a rank, and gives back."""
+        needed = [0]
+        for members in self.members(rank):
+            for _, stacked in groupby((member.unit for member in members), key=stack_key):
+                needed.append(stack_bytes(list(stacked)))
+        return max(needed)
+
+    def bytes_of(self, rank: int) -> Bytes:
+        """Bytes a rank sends and receives in the buckets of a step, by the trip."""
+        return bytes_of(*self._travelling(rank))
+
+    def sent_bytes(self, rank: int) -> int:
+        """Bytes a rank sends per step, padding and all-reduces included; all-gathers counted as rings.
+
+        The all-reduces are the agreement that opens a step and, on the CPU, the number that ends it.
+        """
+        agreement = round((self.world_size - 1) * 2 * 4 * (self.agreement_size + 1) / self.world_size)
+        sent = self.bytes_of(rank)
+        return sent.gradients_sent + sent.updates_sent + agreement
+
+    def _travelling(self, rank: int) -> tuple[list[Traffic], list[Any]]:
+        traffics = [self.traffic(number, rank) for number in range(len(self.buckets))]
+        return traffics, [bucket.dtype for bucket in self.buckets]
+
+    def held_boxes(self, index: int, rank: int) -> list[Box]:
+        """What a rank has of the state of a unit under AdamW, as boxes of its parameter, in the order of memory."""
+        parameter = self.parameters[self.units[index].parameter]
+        if parameter.sharding is not None:
+            return shard_boxes(parameter.sharding, rank)
+        stream, place = self._places[index]
+        return flat_boxes(stream.held(place, rank), parameter.shape or (1,))
+
+    def keepers(self, index: int) -> Sequence[int]:
+        """The ranks that hold a unit's state: its owner, or all that have a part of what is under AdamW."""
+        owner = self.owners[index]
+        if owner is not None:
+            return (owner,)
+        sharding = self.parameters[self.units[index].parameter].sharding
+        if sharding is None:
+            stream, place = self._places[index]
+            return stream.holders(place)
+        return sorted(rank for row in sharding.grid for rank, held in zip(row, sharding.volumes, strict=True) if held)
+
+    @cached_property
+    def _places(self) -> dict[int, tuple[Stream, int]]:
+        """Of what is in a stream, where."""
+        return {index: (stream, place) for stream in self.streams for place, index in enumerate(stream.units)}
+
+    # -- all ranks' ----------------------------------------------------------------------------------------------------
+
     @cached_property
     def owner(self) -> dict[str, int]:
-        """Owner rank of every matrix, block or slice, by name."""
-        return {unit.name: rank for unit, rank in zip(self.units, self.owners, strict=True)}
+        """Owner rank of every matrix, block or slice, by name; of replicas under AdamW the first."""
+        found: dict[str, int] = {}
+        for bucket in self.buckets:
+            for rank in range(self.world_size):
+                for member in bucket.members(self.units, self.parameters, rank):
+                    found.setdefault(member.unit.name, rank)
+        return found
 
     @cached_property
     def state_bytes(self) -> tuple[int, ...]:
         """Bytes of optimizer state each rank holds."""
-        return tuple(int(total) for total in self._per_rank(unit.state_bytes for unit in self.units))
+        return tuple(map(int, self._per_rank(lambda unit: unit.state_bytes, adamw_state_bytes)))
 
     @cached_property
     def cost(self) -> tuple[float, ...]:
         """Flops per step of each rank, refreshes amortised, with bytes of memory traffic counted as flops."""
-        return tuple(self._per_rank(unit.cost for unit in self.units))
-
-    @cached_property
-    def keepers(self) -> tuple[tuple[int, ...], ...]:
-        """By unit, the ranks that hold its state and update it: its owner, or each replica of a shard under AdamW."""
-        pairs = zip(self.units, self.owners, strict=True)
-        return tuple(keepers_of(unit, self.parameters[unit.parameter], owner) for unit, owner in pairs)
+        return tuple(self._per_rank(lambda unit: unit.cost, adamw_cost))
 
     @cached_property
     def traffic_bytes(self) -> tuple[Bytes, ...]:
-        """Bytes each rank sends and receives in the buckets of a step, by the trip."""
-        return bytes_by_rank(self.units, self.parameters, self.buckets, self.world_size)
+        """`bytes_of` every rank."""
+        return tuple(map(self.bytes_of, range(self.world_size)))
 
     @cached_property
     def temporary_bytes(self) -> tuple[int, ...]:
@@ -88,29 +154,45 @@ class Plan:
         """
         return tuple(self.room_bytes(rank) + self.working_bytes(rank) for rank in range(self.world_size))
 
-    def room_bytes(self, rank: int) -> int:
-        """Bytes of the buffers that buckets travel through on a rank."""
-        traffics = [traffic_of(self.units, self.parameters, bucket, rank) for bucket in self.buckets]
-        return sum(map(sum, rooms_of(traffics, [bucket.dtype for bucket in self.buckets])))
-
-    def working_bytes(self, rank: int) -> int:
-        """Bytes that a step allocates at its peak on a rank, and gives back."""
-        needed = [0]
-        for bucket in self.buckets:
-            for _, members in groupby((self.units[i] for i in bucket.units[rank]), key=stack_key):
-                needed.append(stack_bytes(list(members)))
-        return max(needed)
-
     @property
     def comm_bytes(self) -> tuple[int, ...]:
-        """Bytes each rank sends per step, padding and the agreement included; all-gathers counted as rings."""
-        agreement = round((self.world_size - 1) * 2 * 4 * self.agreement_size / self.world_size)
-        return tuple(one.gradients_sent + one.updates_sent + agreement for one in self.traffic_bytes)
+        """`sent_bytes` of every rank."""
+        return tuple(map(self.sent_bytes, range(self.world_size)))
 
     @property
     def padding_bytes(self) -> int:
         """Bytes in the buckets of one step, over all ranks, that carry nothing."""
         return sum(one.padding for one in self.traffic_bytes)
+
+    @property
+    def balance(self) -> float:
+        """Largest cost of a rank over the mean; 1 is perfect."""
+        mean = sum(self.cost) / self.world_size
+        return max(self.cost) / mean if mean else 1.0
+
+    def _per_rank(self, of_matrix: Callable[[Unit], float], of_slice: Callable[[int, Any], float]) -> list[float]:
+        """Sums over what each rank computes."""
+        totals = [0.0] * self.world_size
+        for unit, owner in zip(self.units, self.owners, strict=True):
+            if owner is not None:
+                totals[owner] += of_matrix(unit)
+        for bucket in self.buckets:
+            if isinstance(bucket, StreamBucket):
+                for rank in range(self.world_size):
+                    for _, (start, stop) in bucket.stream.parts(*bucket.stream.share(bucket.number, rank)):
+                        totals[rank] += of_slice(stop - start, bucket.dtype)
+            elif isinstance(bucket, RowsBucket):
+                for i, part in bucket.parts:
+                    sharding = self.parameters[self.units[i].parameter].sharding
+                    assert sharding is not None
+                    volumes = rows_volumes(sharding, bucket.most / bucket.dtype.itemsize)
+                    values = [of_slice(there[part], bucket.dtype) if part < len(there) else 0.0 for there in volumes]
+                    for row in sharding.grid:
+                        for rank, value in zip(row, values, strict=True):
+                            totals[rank] += value
+        return totals
+
+    # -- what is agreed, and compared ----------------------------------------------------------------------------------
 
     @cached_property
     def waiting(self) -> tuple[int, ...]:
@@ -121,64 +203,48 @@ class Plan:
             if not unit.elementwise and rule(unit.method, unit.recipe).starts_without_update
         )
 
-    @cached_property
-    def slices(self) -> tuple[int, ...]:
-        """Indices of the units under AdamW."""
-        return tuple(i for i, unit in enumerate(self.units) if unit.elementwise)
-
     @property
     def agreement_size(self) -> int:
         """Numbers in the all-reduce that opens a step: for every unit, two to compare options, one for trouble."""
         return len(self.units) + len(self.waiting) + 3
 
     @property
-    def balance(self) -> float:
-        """Largest cost of a rank over the mean; 1 is perfect."""
-        mean = sum(self.cost) / self.world_size
-        return max(self.cost) / mean if mean else 1.0
-
-    def owned(self, rank: int) -> tuple[int, ...]:
-        """Indices of the units that `rank` holds the state of."""
-        return tuple(i for i, keepers in enumerate(self.keepers) if rank in keepers)
-
-    @cached_property
     def lines(self) -> tuple[str, ...]:
         """The plan in words, a line per fact, so that two ranks can name their first difference."""
-        groups = (f"options of parameter group {i}: {line}" for i, line in enumerate(self.options))
-        parameters = (
-            f"parameter {i}: {p.name!r}, shape {p.shape}, {p.dtype}, group {p.group}, {p.sharding or 'not sharded'}"
-            for i, p in enumerate(self.parameters)
-        )
-        units = (f"{unit.name!r} ({unit.method}) is owned by rank {self.owner[unit.name]}" for unit in self.units)
-        buckets = (f"bucket {i}: {bucket}" for i, bucket in enumerate(self.buckets))
-        return (f"world size {self.world_size}", *parameters, *groups, *units, *buckets)
+        return tuple(self._facts(str))
 
     def digest(self) -> str:
         """A hash of all of it, to compare across ranks."""
-        return hashlib.sha256("\n".join(self.lines).encode()).hexdigest()
+        return hashlib.sha256("\n".join(self._facts(lambda sharding: sharding.digest)).encode()).hexdigest()
+
+    def _facts(self, said: Callable[[Sharding], str]) -> Iterator[str]:
+        yield f"world size {self.world_size}"
+        for i, p in enumerate(self.parameters):
+            lies = "not sharded" if p.sharding is None else said(p.sharding)
+            yield f"parameter {i}: {p.name!r}, shape {p.shape}, {p.dtype}, group {p.group}, {lies}"
+        for i, line in enumerate(self.options):
+            yield f"options of parameter group {i}: {line}"
+        for unit, owner in zip(self.units, self.owners, strict=True):
+            whose = "divided over the ranks" if owner is None else f"owned by rank {owner}"
+            yield f"{unit.name!r} ({unit.method}) is {whose}"
+        for i, bucket in enumerate(self.buckets):
+            yield f"bucket {i}: {bucket.dtype}, {bucket.said}"
 
     def __str__(self) -> str:
         mb = 1 / 2**20
         rows = ["rank  matrices  slices  cost (Gflop/step)  state (MiB)  sends (MiB/step)"]
         for rank in range(self.world_size):
-            owned = [self.units[i] for i in self.owned(rank)]
+            owned = [member.unit for members in self.members(rank) for member in members]
             slices = sum(unit.elementwise for unit in owned)
             rows.append(
                 f"{rank:4d}  {len(owned) - slices:8d}  {slices:6d}  {self.cost[rank] / 1e9:17.3f}"
-                f"  {self.state_bytes[rank] * mb:11.2f}  {self.comm_bytes[rank] * mb:16.2f}"
+                f"  {self.state_bytes[rank] * mb:11.2f}  {self.sent_bytes(rank) * mb:16.2f}"
             )
         rows.append(
             f"balance (max / mean of cost) {self.balance:.3f}; {len(self.buckets)} buckets, "
             f"padding {self.padding_bytes * mb:.2f} MiB of {sum(u.nbytes for u in self.units) * mb:.2f} MiB"
         )
         return "\n".join(rows)
-
-    def _per_rank(self, values: Iterable[float]) -> list[float]:
-        totals = [0.0] * self.world_size
-        for keepers, value in zip(self.keepers, values, strict=True):
-            for rank in keepers:
-                totals[rank] += value
-        return totals
 
 
 def make_plan(
@@ -215,47 +281,73 @@ def make_plan(
         if parameter.name in known or parameter.numel == 0:
             continue
         if method_of(parameter, group) == ELEMENTWISE:
-            elementwise.append(i)
+            elementwise.append(adamw_unit(i, parameter))
         else:
             units += matrix_units(i, parameter, group, seen)
     owners += [None] * (len(units) - len(owners))
-    assigned = assign(units, parameters, owners, groups, world_size)
-    flat = [i for i in elementwise if parameters[i].sharding is None]
-    sharded = [i for i in elementwise if parameters[i].sharding is not None]
-    for unit, rank in (
-        *adamw_units(flat, parameters, world_size, BUCKET_BYTES),
-        *sharded_adamw_units(sharded, parameters, max(BUCKET_BYTES / world_size, SMALLEST_ROWS)),
-    ):
-        units.append(unit)
-        assigned.append(rank)
-    keepers = [keepers_of(unit, parameters[unit.parameter], rank) for unit, rank in zip(units, assigned, strict=True)]
-    buckets = tuple(fill_buckets(units, keepers, parameters, groups, world_size, BUCKET_BYTES))
+    assigned: list[int | None] = [*assign(units, parameters, owners, groups, world_size), *[None] * len(elementwise)]
+    matrices = range(len(units))
+    units += elementwise
+    flat = [i for i in range(len(matrices), len(units)) if parameters[units[i].parameter].sharding is None]
+    sharded = [i for i in range(len(matrices), len(units)) if parameters[units[i].parameter].sharding is not None]
+    streams = _streams(previous, flat, units, parameters, world_size)
+    buckets = [
+        *matrix_buckets(matrices, units, assigned, parameters, groups, world_size, BUCKET_BYTES),
+        *(
+            StreamBucket(units[stream.units[0]].dtype, everywhere(world_size), stream, number)
+            for stream in streams
+            for number in range(stream.buckets)
+        ),
+        *rows_buckets(sharded, units, parameters, max(BUCKET_BYTES // world_size, SMALLEST_ROWS)),
+    ]
     return Plan(
         world_size,
         tuple(parameters),
         tuple(units),
         tuple(assigned),
-        buckets,
+        tuple(streams),
+        tuple(buckets),
         tuple(map(describe, groups)),
         structure(groups),
     )
 
 
+def _streams(
+    previous: Plan | None, indices: Sequence[int], units: Sequence[Unit], parameters: Sequence[Parameter], ranks: int
+) -> list[Stream]:
+    """Streams of the units under AdamW: first those of a previous plan of which nothing is gone or has changed."""
+    numbers = {(parameters[units[i].parameter].name, units[i].numel, units[i].dtype): i for i in indices}
+    streams: list[Stream] = []
+    for stream in () if previous is None else previous.streams:
+        were = [previous.units[i] for i in stream.units] if previous is not None else []
+        now = [numbers.get((unit.name, unit.numel, unit.dtype)) for unit in were]
+        if None not in now:
+            streams.append(replace(stream, units=tuple(i for i in now if i is not None)))
+    kept = {i for stream in streams for i in stream.units}
+    rest = [i for i in indices if i not in kept]
+    for dtype in dict.fromkeys(units[i].dtype for i in rest):
+        streams.append(make_stream([i for i in rest if units[i].dtype == dtype], units, ranks, BUCKET_BYTES))
+    return streams
+
+
 def _carried_over(
     previous: Plan, parameters: Sequence[Parameter], groups: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Unit], list[int | None]]:
-    """The units of a plan whose parameters are still there and lie as they did, as they are now, with their owners."""
+    """The matrices, as they are now, of parameters that are still there and lie as they did, with their owners."""
     shaped = structure(groups)
-    alike = {(p.name, p.shape, p.sharding, shaped[p.group]): i for i, p in enumerate(parameters)}
-    numbers = {
-        p.name: alike.get((p.name, p.shape, p.sharding, previous.structure[p.group])) for p in previous.parameters
-    }
+    here = {p.name: i for i, p in enumerate(parameters)}
+    numbers: dict[int, int] = {}
+    for number, before in enumerate(previous.parameters):
+        now = parameters[i] if (i := here.get(before.name)) is not None else None
+        lay = (before.shape, before.sharding, previous.structure[before.group])
+        if now is not None and (now.shape, now.sharding, shaped[now.group]) == lay:
+            numbers[number] = here[before.name]
     units: list[Unit] = []
     owners: list[int | None] = []
     for unit, owner in zip(previous.units, previous.owners, strict=True):
-        number = numbers.get(previous.parameters[unit.parameter].name)
-        if number is not None:
-            units.append(recast(unit, number, parameters[number], groups[parameters[number].group]))
+        place = numbers.get(unit.parameter)
+        if place is not None and owner is not None:
+            units.append(recast(unit, place, parameters[place], groups[parameters[place].group]))
             owners.append(owner)
     return units, owners
 

@@ -59,7 +59,7 @@ def routing_table(plan: Plan) -> str:
         shapes = {"x".join(map(str, unit.block.shape)) for unit in units}
         what = "flat" if units[0].elementwise else " or ".join(sorted(shapes))
         read_as = f"{len(units)} of {what}" if not units[0].elementwise else f"flat, {math.prod(parameter.shape)}"
-        owners = sorted({plan.owners[i] for i in members})
+        owners = sorted({rank for i in members for rank in plan.keepers(i)})
         ranks = ", ".join(map(str, owners)) if len(owners) <= 4 else f"{owners[0]} to {owners[-1]} ({len(owners)})"
         rows.append((parameter.name, str(parameter.shape), units[0].method, read_as, ranks))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]

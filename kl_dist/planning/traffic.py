@@ -5,10 +5,11 @@ three trips (see `kl_dist.planning.buckets.Bucket.grid` for rows and columns):
 
     gradients   all-to-all in the row        outgoing -> incoming    not where a row is one rank, which has all of it
     updates     all-to-all in the row        incoming -> outgoing    as above
-    updates     all-gather in the column     outgoing -> all rows    not where there is one replica
+    updates     all-gather in the column,    outgoing -> all rows    not where there is one replica
+                or broadcasts, in legs
 
 A *segment* is what travels between two ranks of a row: the pieces of one rank's shards that belong to units of the
-other, in the units' order, and at its end one number that says whether the owner failed.
+other, in the units' order.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from typing import NamedTuple
 
 import torch
 
-from kl_dist.planning.boxes import Piece, pieces, whole
-from kl_dist.planning.buckets import Bucket, aligned
+from kl_dist.planning.boxes import Box, Piece, pieces, volume, whole
+from kl_dist.planning.buckets import Bucket, MatrixBucket, Member, RowsBucket, StreamBucket, aligned
+from kl_dist.planning.matrices import Block
 from kl_dist.planning.units import Parameter, Unit
 
 
@@ -42,7 +44,7 @@ class Cargo:
     """Segments end to end: all that a rank exchanges with its row, in one direction or the other."""
 
     segments: tuple[tuple[Parcel, ...], ...]  # by position in the row
-    lengths: tuple[int, ...]  # of the segments, the flag at the end of each included
+    lengths: tuple[int, ...]  # of the segments
 
     @property
     def numel(self) -> int:
@@ -52,37 +54,106 @@ class Cargo:
     def parcels(self) -> Iterator[Parcel]:
         return (parcel for segment in self.segments for parcel in segment)
 
-    @cached_property
-    def flags(self) -> list[int]:
-        """Where the segments' flags lie."""
-        ends, end = [], 0
-        for length in self.lengths:
-            end += length
-            ends.append(end - 1)
-        return ends
+
+@dataclass(frozen=True)
+class Leg:
+    """What the ranks of a column give each other at a time: equal chunks of all, or what some of them broadcast."""
+
+    senders: tuple[tuple[int, int, int], ...]  # place in the column, start in the buffer, elements; (): all, in chunks
+    chunk: int  # elements that each gives to an all-gather, padding included
+    numel: int  # of the buffer
+    arrivals: tuple[Parcel, ...]  # pieces of this rank's shards in the buffer
+    kept: tuple[Parcel, ...] = ()  # and in what this rank itself sends, which no broadcast brings it
+
+
+LEGS_AT_A_TIME = 2
+"""One is on its way while another is applied."""
 
 
 @dataclass(frozen=True)
 class Traffic:
     """One rank's part in a bucket."""
 
+    members: tuple[Member, ...]  # this rank's units
     position: int  # of the rank in its row
     outgoing: Cargo  # pieces of this rank's shards, by the owner of their unit
     incoming: Cargo  # pieces of this rank's units, by the holder of the shard
-    replicas: tuple[Cargo, ...]  # the outgoing cargo of each rank in the column, this one among them
-    chunk: int  # elements of the all-gather in the column, padding included
+    place: int  # of the rank in its column
+    replicas: int  # ranks in the column
+    legs: tuple[Leg, ...]
+
+    @property
+    def sharded(self) -> bool:
+        return len(self.outgoing.segments) > 1
+
+    @cached_property
+    def is_laid_out(self) -> bool:
+        """Whether what comes in for this rank's units is those units end to end, each in C order."""
+        offset, starts = 0, {}
+        for number, unit, _ in self.members:
+            starts[number] = offset, unit.block.shape
+            offset += unit.numel
+        for number, piece, start in self.incoming.parcels:
+            first, shape = starts[number]
+            rows = piece.ranges[0] if piece.ranges else (0, 1)
+            if piece.ranges[1:] != whole(shape[1:]) or start != first + rows[0] * volume(whole(shape[1:])):
+                return False
+        return True
 
 
 def traffic_of(units: Sequence[Unit], parameters: Sequence[Parameter], bucket: Bucket, rank: int) -> Traffic:
     """What `rank` sends and receives of `bucket`."""
+    members = bucket.members(units, parameters, rank)
+    if isinstance(bucket, MatrixBucket):
+        return _of_matrices(units, parameters, bucket, members, rank)
+    if isinstance(bucket, StreamBucket):
+        start, stop = bucket.stream.share(bucket.number, rank)
+        here = _cargo_of_stream(units, parameters, bucket, start, stop)
+        all_of_it = _cargo_of_stream(units, parameters, bucket, *bucket.stream.bucket(bucket.number))
+        world_size = len(bucket.column(rank))
+        chunk = bucket.stream.chunk if world_size > 1 else here.numel
+        leg = Leg((), chunk, world_size * chunk, tuple(all_of_it.parcels))
+        return Traffic(members, 0, here, here, bucket.column(rank).index(rank), world_size, (leg,))
+    assert isinstance(bucket, RowsBucket)
+    here = _cargo_of_rows(units, parameters, members, rank)
+    return Traffic(members, 0, here, here, 0, 1, (Leg((), here.numel, here.numel, tuple(here.parcels)),))
+
+
+def _of_matrices(
+    units: Sequence[Unit], parameters: Sequence[Parameter], bucket: MatrixBucket, members: tuple[Member, ...], rank: int
+) -> Traffic:
     row, column = bucket.row(rank), bucket.column(rank)
-    replicas = tuple(
-        _cargo(units, parameters, [bucket.units[owner] for owner in bucket.row(one)], [rank] * len(row))
-        for one in column
-    )
-    incoming = _cargo(units, parameters, [bucket.units[rank]] * len(row), row)
-    chunk = aligned(max(cargo.numel for cargo in replicas), bucket.dtype)
-    return Traffic(row.index(rank), replicas[column.index(rank)], incoming, replicas, chunk)
+    incoming = _cargo(units, parameters, [bucket.of(rank)] * len(row), row)
+    replicas = [
+        _cargo(units, parameters, [bucket.of(owner) for owner in bucket.row(one)], [rank] * len(row)) for one in column
+    ]
+    here = column.index(rank)
+    if bucket.legs:
+        legs = tuple(_broadcast(replicas, start, stop, here) for start, stop in bucket.legs)
+    else:
+        numel = max(cargo.numel for cargo in replicas)
+        chunk = aligned(numel, bucket.dtype) if len(column) > 1 else numel
+        parcels = (moved for place, cargo in enumerate(replicas) for moved in _moved(cargo, place * chunk))
+        legs = (Leg((), chunk, len(column) * chunk, tuple(parcels)),)
+    return Traffic(members, row.index(rank), replicas[here], incoming, here, len(column), legs)
+
+
+def _broadcast(replicas: Sequence[Cargo], start: int, stop: int, here: int) -> Leg:
+    """What the places `start` to `stop` of a column have, one after another."""
+    senders, parcels, offset = [], [], 0
+    for place in range(start, stop):
+        if not replicas[place].numel:
+            continue
+        senders.append((place, offset, replicas[place].numel))
+        if place != here:
+            parcels += _moved(replicas[place], offset)
+        offset += replicas[place].numel
+    kept = tuple(replicas[here].parcels) if start <= here < stop else ()
+    return Leg(tuple(senders), 0, offset, tuple(parcels), kept)
+
+
+def _moved(cargo: Cargo, by: int) -> list[Parcel]:
+    return [Parcel(unit, piece, start + by) for unit, piece, start in cargo.parcels]
 
 
 def _cargo(
@@ -101,26 +172,69 @@ def _cargo(
             for piece in pieces_in(units[index], parameters[units[index].parameter], holder):
                 segment.append(Parcel(index, piece, start))
                 start += piece.numel
-        start += 1
         segments.append(tuple(segment))
         lengths.append(start - first)
     return Cargo(tuple(segments), tuple(lengths))
 
 
-def pieces_in(unit: Unit, parameter: Parameter, rank: int) -> tuple[Piece, ...]:
-    """What `rank` holds of a unit of a parameter."""
+def _cargo_of_stream(
+    units: Sequence[Unit], parameters: Sequence[Parameter], bucket: StreamBucket, start: int, stop: int
+) -> Cargo:
+    """A range of a stream, as pieces of the flat parameters that lie in it."""
+    parcels, offset = [], 0
+    for index, part in bucket.stream.parts(start, stop):
+        parcels.append(Parcel(index, flat_piece(units[index], parameters[units[index].parameter], *part), offset))
+        offset += part[1] - part[0]
+    return Cargo((tuple(parcels),), (offset,))
+
+
+def own_pieces(
+    units: Sequence[Unit], parameters: Sequence[Parameter], bucket: Bucket, rank: int
+) -> Iterator[tuple[int, Piece]]:
+    """What of whole parameters a rank computes in a bucket: units' indices, and the pieces."""
+    if isinstance(bucket, StreamBucket):
+        here = _cargo_of_stream(units, parameters, bucket, *bucket.stream.share(bucket.number, rank))
+        yield from ((index, piece) for index, piece, _ in here.parcels)
+        return
+    for index, unit, _ in bucket.members(units, parameters, rank):
+        yield from ((index, piece) for piece in pieces_in(unit, parameters[unit.parameter], rank))
+
+
+def _cargo_of_rows(
+    units: Sequence[Unit], parameters: Sequence[Parameter], members: Sequence[Member], rank: int
+) -> Cargo:
+    """Rows of this rank's shards."""
+    parcels, offset = [], 0
+    for index, unit, boxes in members:
+        for box in boxes:
+            for piece in pieces_in(units[index], parameters[unit.parameter], rank, box):
+                parcels.append(Parcel(index, piece, offset))
+                offset += piece.numel
+    return Cargo((tuple(parcels),), (offset,))
+
+
+def flat_piece(unit: Unit, parameter: Parameter, start: int, stop: int) -> Piece:
+    """A range of the elements of a parameter under AdamW that is whole on every rank."""
+    (piece,) = pieces(unit.reading, Block(0, ((start, stop),), ("identity",)), whole(parameter.shape))
+    return piece
+
+
+def pieces_in(unit: Unit, parameter: Parameter, rank: int, box: Box | None = None) -> tuple[Piece, ...]:
+    """What `rank` holds of a unit of a parameter, or of a box of one under AdamW."""
+    block = unit.block if box is None else Block(0, box, unit.block.sides)
     if parameter.sharding is None:
-        return pieces(unit.reading, unit.block, whole(parameter.shape))
+        return pieces(unit.reading, block, whole(parameter.shape))
     held = parameter.sharding.held(rank)
-    return tuple(piece for box, start in held for piece in pieces(unit.reading, unit.block, box, start))
+    return tuple(piece for box, start in held for piece in pieces(unit.reading, block, box, start))
 
 
 def home_of(unit: Unit, parameter: Parameter) -> int | None:
     """The rank that holds more than half of a unit, if any does; of replicas, in the first."""
-    if parameter.sharding is None or unit.elementwise or len(parameter.sharding.grid[0]) == 1:
+    sharding = parameter.sharding
+    if sharding is None or len(sharding.grid[0]) == 1 or 2 * sharding.largest <= unit.numel:
         return None
-    for rank in parameter.sharding.grid[0]:
-        if 2 * sum(piece.numel for piece in pieces_in(unit, parameter, rank)) > unit.numel:
+    for rank, held in zip(sharding.grid[0], sharding.volumes, strict=True):
+        if 2 * held > unit.numel and 2 * sum(piece.numel for piece in pieces_in(unit, parameter, rank)) > unit.numel:
             return rank
     return None
 
@@ -134,16 +248,15 @@ class RoomBytes(NamedTuple):
 
 
 def room_bytes(traffic: Traffic, dtype: torch.dtype) -> RoomBytes:
-    sharded, replicas = len(traffic.outgoing.segments) > 1, len(traffic.replicas)
-    far = traffic.incoming.numel if sharded else 0
-    spread = replicas * traffic.chunk if replicas > 1 else 0
-    own = traffic.incoming.numel - len(traffic.incoming.segments) if sharded else 0
-    return RoomBytes(*(n * dtype.itemsize for n in (traffic.chunk, max(far, spread), own)))
+    far = traffic.incoming.numel if traffic.sharded else 0
+    near = max(traffic.outgoing.numel, *(leg.chunk for leg in traffic.legs))
+    spread = min(len(traffic.legs), LEGS_AT_A_TIME) * max(leg.numel for leg in traffic.legs)
+    return RoomBytes(*(n * dtype.itemsize for n in (near, max(far, spread if traffic.replicas > 1 else 0), far)))
 
 
 def trip_count(traffic: Traffic) -> int:
     """How often something of a bucket is on its way."""
-    return 2 * (len(traffic.outgoing.segments) > 1) + (len(traffic.replicas) > 1)
+    return 2 * traffic.sharded + (traffic.replicas > 1)
 
 
 def rooms_of(traffics: Sequence[Traffic], dtypes: Sequence[torch.dtype]) -> list[RoomBytes]:
@@ -162,43 +275,35 @@ class Bytes(NamedTuple):
     gradients_received: int
     updates_sent: int
     updates_received: int
-    padding: int  # in what it sends: flags and the ends of chunks
+    padding: int  # in what it sends: the ends of chunks
 
 
-def bytes_by_rank(
-    units: Sequence[Unit], parameters: Sequence[Parameter], buckets: Sequence[Bucket], world_size: int
-) -> tuple[Bytes, ...]:
-    """The bytes of a step's buckets, with all-gathers counted as rings."""
-    totals = [Bytes(0, 0, 0, 0, 0)] * world_size
-    for bucket in buckets:
-        if bucket.grid is None:
-            continue
-        for rank, found in enumerate(_bytes_of(units, parameters, bucket, world_size)):
-            totals[rank] = Bytes(*map(sum, zip(totals[rank], found, strict=True)))
-    return tuple(totals)
+def bytes_of(traffics: Sequence[Traffic], dtypes: Sequence[torch.dtype]) -> Bytes:
+    """A rank's bytes in a step's buckets, with all-gathers and broadcasts counted as rings.
+
+    In a ring a rank hands on to the next what comes to it, and what it has itself; not what is the next one's own.
+    """
+    total = Bytes(0, 0, 0, 0, 0)
+    for traffic, dtype in zip(traffics, dtypes, strict=True):
+        here = traffic.position
+        sent = traffic.outgoing.numel - traffic.outgoing.lengths[here]
+        received = traffic.incoming.numel - traffic.incoming.lengths[here]
+        passed, came, padding = _along_the_column(traffic) if traffic.replicas > 1 else (0, 0, 0)
+        found = (sent, received, received + passed, sent + came, padding)
+        total = Bytes(*(a + dtype.itemsize * b for a, b in zip(total, found, strict=True)))
+    return total
 
 
-def _bytes_of(
-    units: Sequence[Unit], parameters: Sequence[Parameter], bucket: Bucket, world_size: int
-) -> Iterator[Bytes]:
-    size = bucket.dtype.itemsize
-    rows = [bucket.row(rank) for rank in range(world_size)]
-    payload = {
-        (owner, holder): sum(
-            piece.numel
-            for i in bucket.units[owner]
-            for piece in pieces_in(units[i], parameters[units[i].parameter], holder)
-        )
-        for owner in range(world_size)
-        for holder in rows[owner]
-    }
-    for rank, row in enumerate(rows):
-        column = bucket.column(rank)
-        others = [other for other in row if other != rank]
-        sent = sum(payload[owner, rank] + 1 for owner in others)
-        received = sum(payload[rank, holder] + 1 for holder in others)
-        cargo = {one: sum(payload[owner, one] + 1 for owner in rows[one]) for one in column}
-        spread = (len(column) - 1) * aligned(max(cargo.values()), bucket.dtype)
-        useful = sum(payload[owner, one] for one in column if one != rank for owner in rows[one])
-        padding = 2 * len(others) + spread - useful
-        yield Bytes(*(size * n for n in (sent, received, received + spread, sent + spread, padding)))
+def _along_the_column(traffic: Traffic) -> tuple[int, int, int]:
+    """Elements that a rank sends and receives there, and those that are padding."""
+    successor = (traffic.place + 1) % traffic.replicas
+    passed = came = padding = 0
+    for leg in traffic.legs:
+        if leg.senders:
+            passed += sum(numel for place, _, numel in leg.senders if place != successor)
+            came += sum(numel for place, _, numel in leg.senders if place != traffic.place)
+        else:
+            chunks = (traffic.replicas - 1) * leg.chunk
+            useful = sum(parcel.piece.numel for parcel in leg.arrivals) - traffic.outgoing.numel
+            passed, came, padding = passed + chunks, came + chunks, padding + chunks - useful
+    return passed, came, padding

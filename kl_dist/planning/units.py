@@ -1,4 +1,8 @@
-"""The units of work: blocks of matrices with a preconditioner each, and slices of flat parameters under AdamW."""
+"""The units of work: blocks of matrices with a preconditioner each, and parameters under AdamW.
+
+What AdamW serves can be cut anywhere, so it is one unit whole, of which every rank has a part: see
+`kl_dist.planning.slices`.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import torch
 
 from kl_dist.methods import ELEMENTWISE
 from kl_dist.planning import costs
-from kl_dist.planning.boxes import Box, Sharding, volume
-from kl_dist.planning.matrices import Block, Reading, cut, flat_reading, near_equal, plain_reading, read_matrices
+from kl_dist.planning.boxes import Box, Sharding, joined, volume, whole
+from kl_dist.planning.matrices import Block, Reading, cut, flat_reading, plain_reading, read_matrices
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Unit:
-    """One block of a matrix, or one slice of a flat parameter under AdamW."""
+    """One block of a matrix, or a parameter under AdamW, or what one rank has of it."""
 
     name: str
     parameter: int
@@ -83,17 +86,13 @@ def stack_bytes(units: Sequence[Unit]) -> int:
 
 
 def recast(unit: Unit, number: int, parameter: Parameter, group: Mapping[str, Any]) -> Unit:
-    """The unit of a parameter that has another number, dtype or group than before."""
+    """The matrix of a parameter that has another number, dtype or group than before."""
     dtype = parameter.dtype
-    if unit.elementwise:
-        cost, held = costs.adamw_cost(unit.numel, dtype), costs.adamw_state_bytes(unit.numel, dtype)
-        working = costs.adamw_update_bytes(unit.numel, dtype)
-    else:
-        cost = costs.matrix_cost(
-            unit.method, unit.recipe, unit.block, dtype, group["precondition_frequency"], group["polar"]
-        )
-        held = costs.state_bytes(unit.method, unit.recipe, unit.block.shape, unit.block.sides, dtype)
-        working = costs.update_bytes(unit.method, unit.recipe, unit.block, dtype, group["polar"])
+    cost = costs.matrix_cost(
+        unit.method, unit.recipe, unit.block, dtype, group["precondition_frequency"], group["polar"]
+    )
+    held = costs.state_bytes(unit.method, unit.recipe, unit.block.shape, unit.block.sides, dtype)
+    working = costs.update_bytes(unit.method, unit.recipe, unit.block, dtype, group["polar"])
     unit = replace(unit, parameter=number, group=parameter.group, dtype=dtype)
     return replace(unit, cost=cost, state_bytes=held, update_bytes=working)
 
@@ -144,86 +143,42 @@ def matrix_units(
         seen[kind] += 1
 
 
-def adamw_units(
-    indices: Sequence[int], parameters: Sequence[Parameter], world_size: int, bucket_bytes: int
-) -> Iterator[tuple[Unit, int]]:
-    """Flat parameters laid end to end, dtype by dtype, and cut into equal slices: one per rank and bucket.
-
-    Yields:
-        A slice and the rank that owns it; a rank's slices come in the order of the buckets.
-    """
-    for dtype in dict.fromkeys(parameters[i].dtype for i in indices):
-        stream = [i for i in indices if parameters[i].dtype == dtype]
-        lengths = [parameters[i].numel for i in stream]
-        starts = [0, *accumulate(lengths)]
-        buckets = math.ceil(starts[-1] * dtype.itemsize / bucket_bytes)
-        for number, (start, stop) in enumerate(near_equal(starts[-1], buckets * world_size)):
-            for i, offset, length in zip(stream, starts, lengths, strict=False):
-                first, last = max(start - offset, 0), min(stop - offset, length)
-                if first < last:
-                    yield _adamw_slice(i, parameters[i], first, last), number % world_size
-
-
-def sharded_adamw_units(
-    indices: Sequence[int], parameters: Sequence[Parameter], most: float
-) -> Iterator[tuple[Unit, int]]:
-    """Flat parameters that are sharded already: each rank has units of its own for what it holds, which never travel.
-
-    They are rows of a shard, of `most` bytes together if they can be: their updates take as much memory at a time.
-
-    Yields:
-        A unit and the first of the ranks that hold it.
-    """
-    for i in indices:
-        parameter = parameters[i]
-        sharding = parameter.sharding
-        assert sharding is not None
-        reading = plain_reading(parameter.shape)
-        for rank in sharding.grid[0]:
-            boxes = (rows for box, _ in sharding.held(rank) for rows in _rows_of(box, most / parameter.dtype.itemsize))
-            for box in boxes:
-                block = Block(0, box, tuple("identity" for _ in box))
-                if math.prod(block.shape):
-                    yield _adamw_unit(i, parameter, reading, block, block.suffix(reading)), rank
-
-
-def _rows_of(box: Box, most: float) -> Iterator[Box]:
-    """A box cut along its first axis into boxes of `most` elements, or of one row; end to end they are the box."""
-    if not box:
-        yield box
-        return
-    (first, last), *others = box
-    count = min(math.ceil(volume(box) / most), last - first)
-    for start, stop in near_equal(last - first, max(count, 1)):
-        yield ((first + start, first + stop), *others)
-
-
-def keepers_of(unit: Unit, parameter: Parameter, owner: int) -> tuple[int, ...]:
-    """The ranks that hold a unit's state: all that have the shard where AdamW updates it in place, else its owner."""
-    if not unit.elementwise or parameter.sharding is None:
-        return (owner,)
-    return parameter.sharding.column(owner)
-
-
-def _adamw_slice(index: int, parameter: Parameter, start: int, stop: int) -> Unit:
-    suffix = "" if stop - start == parameter.numel else f"[flat {start}:{stop}]"
-    block = Block(0, ((start, stop),), ("identity",))
-    return _adamw_unit(index, parameter, flat_reading(parameter.shape), block, suffix)
-
-
-def _adamw_unit(index: int, parameter: Parameter, reading: Reading, block: Block, suffix: str) -> Unit:
-    numel = math.prod(block.shape)
+def adamw_unit(index: int, parameter: Parameter) -> Unit:
+    """A parameter under AdamW; flat where it is whole on every rank."""
+    reading, ranges = plain_reading(parameter.shape), whole(parameter.shape)
+    if parameter.sharding is None:
+        reading, ranges = flat_reading(parameter.shape), ((0, parameter.numel),)
     return Unit(
-        parameter.name + suffix,
+        parameter.name,
         index,
         parameter.group,
         ELEMENTWISE,
         "",
         reading,
-        block,
+        Block(0, ranges, tuple("identity" for _ in ranges)),
         parameter.dtype,
         0,
-        costs.adamw_cost(numel, parameter.dtype),
-        costs.adamw_state_bytes(numel, parameter.dtype),
-        costs.adamw_update_bytes(numel, parameter.dtype),
+        costs.adamw_cost(parameter.numel, parameter.dtype),
+        costs.adamw_state_bytes(parameter.numel, parameter.dtype),
+        costs.adamw_update_bytes(parameter.numel, parameter.dtype),
+    )
+
+
+def part_of(unit: Unit, parameter: Parameter, boxes: Sequence[Box]) -> Unit:
+    """What a rank has of a unit under AdamW, as one that is flat: boxes of it, end to end."""
+    numel = sum(map(volume, boxes))
+    if numel == unit.numel:
+        return unit
+    if parameter.sharding is None:
+        ((start, stop),) = boxes[0]
+        name = f"{unit.name}[flat {start}:{stop}]"
+    else:
+        name = unit.name + "".join(Block(0, box, unit.block.sides).suffix(unit.reading) for box in joined(boxes))
+    return replace(
+        unit,
+        name=name,
+        block=Block(0, ((0, numel),), ("identity",)),
+        cost=costs.adamw_cost(numel, unit.dtype),
+        state_bytes=costs.adamw_state_bytes(numel, unit.dtype),
+        update_bytes=costs.adamw_update_bytes(numel, unit.dtype),
     )

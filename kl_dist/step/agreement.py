@@ -1,10 +1,10 @@
 """What ranks must know of each other before a step changes anything.
 
 [Note: agreement] A step opens with one small all-reduce (MAX) of a number per unit, written by the unit's owner (where
-its parameter is sharded: by all that hold a piece of it), a fingerprint of the options (and its negative, so that the
-maximum tells whether all are equal), and one number for trouble. It is the only synchronisation with the host, and it
-comes before any state changes: what is wrong on one rank is raised on all, a gradient that is missing or not finite is
-treated alike everywhere, and the owner's view decides when only some ranks lack a gradient.
+its parameter is sharded or under AdamW: by all that have a part of it), a fingerprint of the options (and its negative,
+so that the maximum tells whether all are equal), and one number for trouble. It is the only synchronisation with the
+host, and it comes before any state changes: what is wrong on one rank is raised on all, a gradient that is missing or
+not finite is treated alike everywhere, and the owner's view decides when only some ranks lack a gradient.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from kl_dist import options
 from kl_dist.methods.averages import largest_gradient, smallest_scale
 from kl_dist.methods.state import state_dtype
+from kl_dist.planning.boxes import Piece
 from kl_dist.planning.plan import Plan, structure
 from kl_dist.planning.units import Unit
 
@@ -30,7 +31,8 @@ class Presence(IntEnum):
     ZERO = 1
     PRESENT = 2
     FIRST = 3  # spent on the start of a recipe whose first call makes no update
-    NONFINITE = 4
+    LACKING = 4  # said by a rank that has a part of what is under AdamW, and no gradient of it: then all rest
+    NONFINITE = 5
 
     def steps(self, unit: Unit) -> bool:
         """Whether the unit takes part; an entry of a declared batch (an expert) does not with a zero gradient."""
@@ -39,6 +41,9 @@ class Presence(IntEnum):
     def moves(self, unit: Unit) -> bool:
         """Whether the unit's weights change."""
         return self.steps(unit) and self is not Presence.FIRST
+
+
+BY_VALUE = tuple(Presence)
 
 
 class Trouble(IntEnum):
@@ -101,25 +106,40 @@ class Sight(NamedTuple):
 
     number: int  # into Plan.units
     unit: Unit
-    gradient: Tensor | None
+    piece: Piece
 
 
-def describe_gradients(seen: Sequence[Sight], out: Tensor) -> None:
+def bounds_of(seen: Sequence[Sight], device: torch.device) -> Tensor:
+    """(3, len(seen)) float64: units' numbers, and up to which magnitude a gradient is zero, from which not finite."""
+    dtypes = {dtype: (smallest_scale(dtype), largest_gradient(dtype)) for dtype in (torch.float32, torch.float64)}
+    rows = [(sight.number, *dtypes[state_dtype(sight.unit.dtype)]) for sight in seen]
+    return torch.tensor(rows, dtype=torch.float64).view(-1, 3).T.contiguous().to(device)
+
+
+def describe_gradients(seen: Sequence[Sight], gradients: Sequence[Tensor | None], bounds: Tensor, out: Tensor) -> None:
     """Write a `Presence` for every unit seen into `out`, on its device and without a synchronisation.
 
     By the largest magnitude: up to `smallest_scale` is zero, beyond `largest_gradient` or NaN is not finite.
+
+    Args:
+        seen: what this rank has a view of.
+        gradients: of these, in their order.
+        bounds: `bounds_of` them.
+        out: by unit.
     """
-    gradients: list[Tensor] = []
-    rows: list[list[float]] = []
-    for number, unit, gradient in seen:
-        if gradient is not None:
-            dtype = state_dtype(unit.dtype)
-            gradients.append(gradient)
-            rows.append([number, smallest_scale(dtype), largest_gradient(dtype)])
-    if not rows:
+    there = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    if len(there) < len(seen):
+        missing = (sight for sight, gradient in zip(seen, gradients, strict=True) if gradient is None)
+        lacking = [sight.number for sight in missing if sight.unit.elementwise]
+        if lacking:
+            out.index_fill_(0, torch.tensor(lacking).to(out.device, non_blocking=True), float(Presence.LACKING))
+        if not there:
+            return
+        bounds = bounds.index_select(1, torch.tensor(there).to(bounds.device, non_blocking=True))
+    if not there:
         return
-    numbers, tiny, huge = torch.tensor(rows, dtype=torch.float64).to(out.device, non_blocking=True).unbind(1)
-    largest = _largest_magnitudes(gradients).double().to(out.device)
+    numbers, tiny, huge = bounds
+    largest = _largest_magnitudes([gradient for gradient in gradients if gradient is not None]).double().to(out.device)
     presence = torch.where(largest > tiny, float(Presence.PRESENT), float(Presence.ZERO))
     presence = torch.where(largest < huge, presence, float(Presence.NONFINITE))  # NaN compares false
     out.scatter_reduce_(0, numbers.long(), presence.to(out.dtype), "amax")  # several pieces of one unit may lie here
@@ -137,17 +157,16 @@ def _largest_magnitudes(gradients: Sequence[Tensor]) -> Tensor:
 def agreed(plan: Plan, values: Sequence[float]) -> list[Presence]:
     """The units' gradients from the largest that any rank said: a number a unit, then one for each that may wait.
 
-    A parameter under AdamW steps as a whole: not where the owner of one of its slices misses the gradient.
+    A parameter under AdamW steps as a whole: not where a rank that has a part of it lacks the gradient.
     """
-    presences = [Presence(int(value)) for value in values[: len(plan.units)]]
+    presences = [BY_VALUE[int(value)] for value in values[: len(plan.units)]]
+    for index, unit in enumerate(plan.units):
+        if unit.elementwise and presences[index] is Presence.LACKING:
+            presences[index] = Presence.MISSING
     for index, waits in zip(plan.waiting, values[len(plan.units) :], strict=True):
         rests = presences[index] is Presence.ZERO and plan.units[index].reading.of_batch
         if waits and not rests and presences[index] in (Presence.ZERO, Presence.PRESENT):
             presences[index] = Presence.FIRST
-    missed = {plan.units[index].parameter for index in plan.slices if presences[index] is Presence.MISSING}
-    for index in plan.slices if missed else ():
-        if plan.units[index].parameter in missed and presences[index] is not Presence.NONFINITE:
-            presences[index] = Presence.MISSING
     return presences
 
 

@@ -5,9 +5,8 @@ updates to the other replicas. Where a parameter is whole on every rank there is
 the path is the same. While one bucket travels the others compute.
 
 [Note: failures] An owner that raises between two collectives would leave the others waiting. So what goes wrong after
-the agreement is kept, and all ranks raise together: at the end of the step, told by a flag at the end of each segment;
-or, where reading the flags would cost a synchronisation (CUDA) or the segments have left (a refresh), in the next
-step's agreement.
+the agreement is kept, and all ranks raise together: at the end of the step, told by an all-reduce of one number; or,
+where that would cost a synchronisation (CUDA), in the next step's agreement.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,12 +26,13 @@ from torch.profiler import record_function
 from kl_dist.layouts.local import LocalShards
 from kl_dist.methods import ELEMENTWISE, rule
 from kl_dist.options import describe
-from kl_dist.planning.boxes import Piece
 from kl_dist.planning.plan import Plan
-from kl_dist.ranks import Ranks
-from kl_dist.step.agreement import Presence, Sight, Trouble, agreed, describe_gradients
+from kl_dist.planning.traffic import LEGS_AT_A_TIME
+from kl_dist.planning.units import Unit
+from kl_dist.ranks import Exchange, Ranks
+from kl_dist.step.agreement import Presence, Sight, Trouble, agreed, bounds_of, describe_gradients
 from kl_dist.step.stacks import Gradients, Stack, build_stacks
-from kl_dist.step.trips import Trips, make_rooms
+from kl_dist.step.trips import Room, Trips, make_rooms
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,9 @@ class Engine:
         self.stacks = build_stacks(plan, ranks.rank, self.device)
         self.trips = [Trips(plan, number, ranks) for number in range(len(plan.buckets))]
         self.rooms = make_rooms(self.trips, self.device)
+        self._seen = list(self._sights())
+        self._bounds = bounds_of(self._seen, self.device)
         self.failure: Exception | None = None  # of this rank, not yet raised: see [Note: failures]
-        self.failed = False  # in this step, on some rank
         self.refreshes = 0
         self.refresh_seconds = 0.0
         self.idle_steps = 0  # in a row, without any gradient
@@ -84,7 +85,7 @@ class Engine:
             if problem is None and not moved:
                 try:
                     self.shards.look()
-                    describe_gradients(list(self._sights()), told)
+                    describe_gradients(self._seen, self._gradients(), self._bounds, told)
                     self._say_who_waits(told)
                 except Exception as error:
                     problem = error
@@ -97,7 +98,7 @@ class Engine:
         if trouble_anywhere == Trouble.ERROR:
             self.ranks.raise_together(problem)
         if largest != -smallest:
-            self.ranks.check_same(together, options, "the options of a parameter group")
+            self.ranks.check_same(together, lambda: options, "the options of a parameter group")
         return None if trouble_anywhere == Trouble.REPLAN else agreed(self.plan, values)
 
     def run(self, presences: Sequence[Presence]) -> None:
@@ -106,18 +107,21 @@ class Engine:
         Raises:
             RuntimeError: on all ranks, when one of them failed: see [Note: failures].
         """
-        self.failed = False
         self.update_norms = []
         self._note_idle(presences)
-        under_way: list[Iterator[None]] = []
+        under_way: list[Journey] = []
+        free = list(self.rooms)
         with full_precision(self.device):
             for number in range(len(self.trips)):
+                while not free:
+                    under_way = _moved_on(under_way, free)
+                room = free.pop(0)
                 # the newest first: its trip begins before an older one is waited for
-                under_way = _moved_on([self._journey(number, presences), *under_way])
+                under_way = _moved_on([Journey(self._journey(number, room, presences), room), *under_way], free)
             while under_way:
-                under_way = _moved_on(under_way)
+                under_way = _moved_on(under_way, free)
         self.shards.forget()
-        if self.failed:
+        if self.device.type != "cuda":
             self.ranks.raise_together(self.failure)
 
     def _note_idle(self, presences: Sequence[Presence]) -> None:
@@ -140,10 +144,10 @@ class Engine:
         """|G| over all parameters and ranks (0-D, float64), each element counted once; a collective."""
         self.shards.look()
         mine = [
-            sight.gradient
-            for sight in self._sights()
+            gradient
+            for sight, gradient in zip(self._seen, self._gradients(), strict=True)
             # of what several replicas keep alike (AdamW's shards) only the first counts
-            if sight.gradient is not None and self.ranks.rank not in self.plan.keepers[sight.number][1:]
+            if gradient is not None and self._counts(sight.unit)
         ]
         self.shards.forget()
         square = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -151,36 +155,48 @@ class Engine:
             square += torch.stack([norm.double() for norm in torch._foreach_norm(mine)]).square().sum().to(self.device)
         return self.ranks.total(square).sqrt()
 
-    def _journey(self, number: int, presences: Sequence[Presence]) -> Iterator[None]:
+    def _counts(self, unit: Unit) -> bool:
+        """Whether this rank is the one to count its part: of what replicas keep alike (AdamW's shards) the first is."""
+        sharding = self.plan.parameters[unit.parameter].sharding
+        return not unit.elementwise or sharding is None or self.ranks.rank in sharding.grid[0]
+
+    def _journey(self, number: int, room: Room, presences: Sequence[Presence]) -> Iterator[None]:
         """One bucket from gradients to weights; yields while something of it is on its way."""
-        trips, stacks, room = self.trips[number], self.stacks[number], self.rooms[number % len(self.rooms)]
-        packed = True
+        trips, stacks = self.trips[number], self.stacks[number]
         if trips.sharded:
-            packed = self._attempt(trips.pack_gradients, self.shards, room)
+            self._attempt(trips.pack_gradients, self.shards, room)
             trip = trips.send_gradients(room)
             yield
             trip.wait()
         gradients = partial(trips.read_gradient, shards=self.shards, room=room)
-        computed = self._attempt(self._compute, stacks, presences, gradients, trips.updates(room))
-        self._attempt(trips.pack_updates, room, not (packed and computed))
-        trip = trips.send_updates(room)
+        self._attempt(self._compute, stacks, presences, gradients, trips.updates(room))
+        self._attempt(trips.pack_updates, room)
+        legs: list[Exchange] = []
+        if trips.sharded:
+            trip = trips.send_updates(room)
+        else:
+            legs = [trips.spread_updates(room, leg) for leg in range(min(LEGS_AT_A_TIME, trips.legs))]
         self._attempt(self._refresh, stacks, presences)
         if trips.sharded:
             yield
             trip.wait()
-            trip = trips.spread_updates(room)
-        if trips.replicated:
-            yield
-        buffer = trip.wait()
-        self._attempt(self._apply, trips, buffer, presences)
-        if self.device.type != "cuda":
-            self.failed |= trips.failed(buffer)
+            legs = [trips.spread_updates(room, leg) for leg in range(min(LEGS_AT_A_TIME, trips.legs))]
+        for leg in range(trips.legs):
+            if trips.replicated:
+                yield
+            legs[leg].wait()
+            self._attempt(self._apply, trips, room, leg, presences)
+            if leg + LEGS_AT_A_TIME < trips.legs:
+                legs.append(trips.spread_updates(room, leg + LEGS_AT_A_TIME))
 
     def _sights(self) -> Iterator[Sight]:
         for trips in self.trips:
             for parcel in trips.traffic.outgoing.parcels:
-                unit = self.plan.units[parcel.unit]
-                yield Sight(parcel.unit, unit, self.shards.gradient(unit.parameter, parcel.piece))
+                yield Sight(parcel.unit, self.plan.units[parcel.unit], parcel.piece)
+
+    def _gradients(self) -> list[Tensor | None]:
+        """Of what is seen."""
+        return [self.shards.gradient(sight.unit.parameter, sight.piece) for sight in self._seen]
 
     def _say_who_waits(self, told: Tensor) -> None:
         """After the units' numbers, one for each that may spend its next gradient on its start alone."""
@@ -214,15 +230,12 @@ class Engine:
                 self.refreshes += stack.refresh([presences[i] for i in stack.indices], self._group(stack))
         self.refresh_seconds += time.perf_counter() - began
 
-    def _apply(self, trips: Trips, buffer: Tensor, presences: Sequence[Presence]) -> None:
+    def _apply(self, trips: Trips, room: Room, leg: int, presences: Sequence[Presence]) -> None:
         with record_function("kl_shampoo::apply"):
-            together: dict[tuple[int, str], list[tuple[int, Piece, Tensor]]] = {}
-            for parcel, update in trips.arrived(buffer):
-                unit = self.plan.units[parcel.unit]
-                if presences[parcel.unit].moves(unit):
-                    together.setdefault((unit.group, unit.method), []).append((unit.parameter, parcel.piece, update))
-            for (group, method), updates in together.items():
-                self.shards.apply(updates, *step_size(self.groups[group], method))
+            for (group, method), arrivals in trips.arrived(room, leg).items():
+                moving = [one for one in arrivals if presences[one.number].moves(self.plan.units[one.number])]
+                if moving:
+                    self.shards.apply(moving, *step_size(self.groups[group], method))
 
     def _group(self, stack: Stack) -> Mapping[str, Any]:
         return self.groups[stack.units[0].group]
@@ -242,10 +255,22 @@ class Engine:
             return False
 
 
-def _moved_on(journeys: Sequence[Iterator[None]]) -> list[Iterator[None]]:
-    """Each journey one leg further; without those that have ended."""
-    ended = object()
-    return [journey for journey in journeys if next(journey, ended) is not ended]
+class Journey(NamedTuple):
+    """A bucket under way, and the room it travels through."""
+
+    rest: Iterator[None]
+    room: Room
+
+
+def _moved_on(journeys: Sequence[Journey], free: list[Room]) -> list[Journey]:
+    """Each journey one leg further; without those that have ended, whose rooms are free again."""
+    ended, left = object(), []
+    for journey in journeys:
+        if next(journey.rest, ended) is ended:
+            free.append(journey.room)
+        else:
+            left.append(journey)
+    return left
 
 
 def step_size(group: Mapping[str, Any], method: str) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kl_dist.methods import Hyper, MatrixState, Rule, State, adamw, rule
 from kl_dist.methods.state import AdamWState, span, state_dtype
+from kl_dist.planning.buckets import Member
 from kl_dist.planning.costs import refreshed_at_once
 from kl_dist.planning.plan import Plan
 from kl_dist.planning.units import Unit, stack_key
@@ -30,7 +31,7 @@ class Stack:
     """Units of one kind in one bucket. Rows of the state are the units, in order."""
 
     indices: tuple[int, ...]  # into Plan.units
-    units: tuple[Unit, ...]
+    units: tuple[Unit, ...]  # those, or under AdamW this rank's parts of them
     offset: int  # of its updates in this rank's chunk of the bucket
     state: State
 
@@ -109,10 +110,10 @@ class MatrixStack(Stack):
         if self.rule.refresh is None:
             return 0
         every = group["precondition_frequency"]
-        rows = zip(self.units, presences, self.state.started.tolist(), self.state.step.tolist(), strict=True)
+        of_rows = zip(self.units, presences, self.state.started.tolist(), self.state.step.tolist(), strict=True)
         due = [
             row
-            for row, (unit, presence, started, step) in enumerate(rows)
+            for row, (unit, presence, started, step) in enumerate(of_rows)
             if started and presence.moves(unit) and (step + unit.phase * group["stagger"]) % every == 0
         ]
         at_once = refreshed_at_once(len(self.units))
@@ -153,11 +154,12 @@ def build_stacks(plan: Plan, rank: int, device: torch.device) -> list[list[Stack
     AdamW's is allocated at once for all buckets, so that what a rank has of a parameter lies together.
     """
     pools: dict[torch.dtype, list[int]] = {}
-    for unit in (plan.units[i] for bucket in plan.buckets for i in bucket.units[rank]):
+    by_bucket = plan.members(rank)
+    for unit in (member.unit for members in by_bucket for member in members):
         if unit.elementwise:
             pools.setdefault(state_dtype(unit.dtype), []).append(unit.numel)
     slices = {dtype: _Pool(lengths, dtype, device) for dtype, lengths in pools.items()}
-    return [list(_stacks_of(plan, bucket.units[rank], device, slices)) for bucket in plan.buckets]
+    return [list(_stacks_of(members, device, slices)) for members in by_bucket]
 
 
 class _Pool:
@@ -193,13 +195,10 @@ def matrix_hyper(group: Mapping[str, Any]) -> Hyper:
     )
 
 
-def _stacks_of(
-    plan: Plan, queue: Sequence[int], device: torch.device, slices: Mapping[torch.dtype, _Pool]
-) -> Iterator[Stack]:
+def _stacks_of(members: Sequence[Member], device: torch.device, slices: Mapping[torch.dtype, _Pool]) -> Iterator[Stack]:
     offset = 0
-    for _, members in groupby(queue, key=lambda i: stack_key(plan.units[i])):
-        indices = tuple(members)
-        units = tuple(plan.units[i] for i in indices)
+    for _, together in groupby(members, key=lambda member: stack_key(member.unit)):
+        indices, units, _ = zip(*together, strict=True)
         first = units[0]
         dtype = state_dtype(first.dtype)
         stack: Stack

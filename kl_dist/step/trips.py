@@ -2,22 +2,22 @@
 
 Three buffers: `near` has what belongs to this rank's shards, laid out as its outgoing cargo; `far` what belongs to its
 units, laid out as its incoming cargo, and later what all replicas sent; `own` its units' updates end to end. Where a
-row is this rank alone, near and own are one.
+row is this rank alone, near and own are one; where the incoming cargo is the units end to end, updates leave from own.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from kl_dist.layouts.local import LocalShards
+from kl_dist.layouts.local import LocalShards, Update
 from kl_dist.planning.plan import Plan
-from kl_dist.planning.traffic import Cargo, Parcel, rooms_of, traffic_of
+from kl_dist.planning.traffic import LEGS_AT_A_TIME, Parcel, rooms_of
 from kl_dist.ranks import Exchange, Ranks
 
 
@@ -32,42 +32,46 @@ class Room(NamedTuple):
 class Trips:
     """A bucket's trips from this rank's point of view."""
 
-    def __init__(self, plan: Plan, number: int, ranks: Ranks) -> None:
-        bucket = plan.buckets[number]
+    def __init__(self, plan: Plan, bucket_number: int, ranks: Ranks) -> None:
+        bucket = plan.buckets[bucket_number]
         self.dtype = bucket.dtype
-        self.units = [plan.units[index] for index in bucket.units[ranks.rank]]
-        self.parameter_of = {i: unit.parameter for i, unit in enumerate(plan.units)}
-        self.traffic = traffic_of(plan.units, plan.parameters, bucket, ranks.rank)
+        self.traffic = plan.traffic(bucket_number, ranks.rank)
         self.row = ranks.team(bucket.row(ranks.rank))
         self.column = ranks.team(bucket.column(ranks.rank))
         self.sharded = self.row.size > 1
         self.replicated = self.column.size > 1
-        self.numel = sum(unit.numel for unit in self.units)
-        self._shapes = {index: plan.units[index].block.shape for index in bucket.units[ranks.rank]}
+        self.numel = sum(member.unit.numel for member in self.traffic.members)
+        self._units = {member.number: member.unit for member in self.traffic.members}
         self._parcels: dict[int, list[Parcel]] = defaultdict(list)
         for parcel in self.traffic.incoming.parcels:
             self._parcels[parcel.unit].append(parcel)
-        # on the device: a list of positions would be copied there, and waited for, in every step
-        self._flags = torch.tensor(self._leaving.flags, device=ranks.device)
-
-    @property
-    def _leaving(self) -> Cargo:
-        """The cargo that this rank's updates leave in."""
-        return self.traffic.incoming if self.sharded else self.traffic.outgoing
+        parcels = [parcel for leg in self.traffic.legs for parcel in (*leg.arrivals, *leg.kept)]
+        self._of = {parcel.unit: plan.units[parcel.unit] for parcel in parcels}
+        # of rooms, which stay where they are: making a view costs the host more than it does to use one
+        self._near: dict[int, list[Tensor]] = {}  # by room, what is packed
+        self._arrived: dict[tuple[int, int], dict[tuple[int, str], list[Update]]] = {}  # and, by leg, what comes back
 
     # -- gradients to the owners --------------------------------------------------------------------------------------
 
     def pack_gradients(self, shards: LocalShards, room: Room) -> None:
         """Lay out what this rank has of the bucket's gradients; zero where it has none."""
         with record_function("kl_shampoo::pack"):
-            near = self._view(room.near, self.traffic.outgoing.numel)
-            for parcel in self.traffic.outgoing.parcels:
-                target = near[parcel.start : parcel.stop]
-                gradient = shards.gradient(self.parameter_of[parcel.unit], parcel.piece)
+            parcels = list(self.traffic.outgoing.parcels)
+            places = self._near.get(id(room))
+            if places is None:
+                near = self._view(room.near, self.traffic.outgoing.numel)
+                places = [near[parcel.start : parcel.stop].view(parcel.piece.shape) for parcel in parcels]
+                self._near[id(room)] = places
+            targets, gradients = [], []
+            for parcel, place in zip(parcels, places, strict=True):
+                gradient = shards.gradient(self._of[parcel.unit].parameter, parcel.piece)
                 if gradient is None:
-                    target.zero_()
+                    place.zero_()
                 else:
-                    target.view(gradient.shape).copy_(gradient)
+                    targets.append(place)
+                    gradients.append(gradient)
+            if targets:
+                torch._foreach_copy_(targets, gradients)
 
     def send_gradients(self, room: Room) -> Exchange:
         out, into = self.traffic.outgoing, self.traffic.incoming
@@ -78,10 +82,12 @@ class Trips:
         """Write the gradient of one of this rank's units, once it has arrived, into a tensor shaped as the unit."""
         parcels = self._parcels[index]
         if not self.sharded:
-            (parcel,) = parcels
-            found = shards.gradient(self.parameter_of[index], parcel.piece)
-            assert found is not None, "a unit whose owner has no gradient takes no part"
-            out.copy_(found)
+            parameter, ends = self._units[index].parameter, out.view(-1)
+            for parcel in parcels:
+                found = shards.gradient(parameter, parcel.piece)
+                assert found is not None, "a unit whose owner has no gradient takes no part"
+                into, ends = ends[: found.numel()], ends[found.numel() :]
+                into.view(found.shape).copy_(found)
             return
         far = self._view(room.far, self.traffic.incoming.numel)
         for parcel in parcels:
@@ -92,44 +98,66 @@ class Trips:
 
     def updates(self, room: Room) -> Tensor:
         """Where this rank's updates are written, its units end to end; zero."""
-        return self._view(room.own if self.sharded else room.near, self.numel).zero_()
+        if not self.sharded:
+            return self._view(room.near, self.numel).zero_()
+        return self._view(room.own, self.numel).zero_()
 
-    def pack_updates(self, room: Room, failed: bool) -> None:
-        """Lay out this rank's updates for those who hold the shards, and tell them whether to trust them."""
+    def pack_updates(self, room: Room) -> None:
+        """Lay out this rank's updates for those who hold the shards."""
+        if not self.sharded or self.traffic.is_laid_out:
+            return
         with record_function("kl_shampoo::pack"):
-            if not self.sharded:
-                self._view(room.near, self.traffic.chunk).index_fill_(0, self._flags, float(failed))
-                return
             far, own = self._view(room.far, self.traffic.incoming.numel), self._view(room.own, self.numel)
-            offsets = iter(own.split([unit.numel for unit in self.units]))
-            blocks = {index: next(offsets).view(shape) for index, shape in self._shapes.items()}
+            offsets = iter(own.split([unit.numel for unit in self._units.values()]))
+            blocks = {index: next(offsets).view(unit.block.shape) for index, unit in self._units.items()}
             for parcel in self.traffic.incoming.parcels:
                 piece = parcel.piece.of_block(blocks[parcel.unit])
                 far[parcel.start : parcel.stop].view(piece.shape).copy_(piece)
-            far.index_fill_(0, self._flags, float(failed))
 
     def send_updates(self, room: Room) -> Exchange:
-        """Launch the second trip where there is one, else the third."""
-        if not self.sharded:
-            return self.spread_updates(room)
+        """Launch the second trip, to the shards."""
         out, into = self.traffic.outgoing, self.traffic.incoming
-        near, far = self._view(room.near, out.numel), self._view(room.far, into.numel)
-        return self.row.swap(far, into.lengths, near, out.lengths)
+        leaving = self._view(room.own if self.traffic.is_laid_out else room.far, into.numel)
+        return self.row.swap(leaving, into.lengths, self._view(room.near, out.numel), out.lengths)
 
-    def spread_updates(self, room: Room) -> Exchange:
-        """Launch the third trip, to the other replicas."""
-        return self.column.gather(self._view(room.near, self.traffic.chunk), room.far)
+    @property
+    def legs(self) -> int:
+        """In how many legs the third trip is made."""
+        return len(self.traffic.legs)
 
-    def arrived(self, buffer: Tensor) -> Iterator[tuple[Parcel, Tensor]]:
-        """What has come back for this rank's shards, from the owners of all replicas."""
-        for chunk, cargo in zip(buffer, self.traffic.replicas, strict=True):
-            for parcel in cargo.parcels:
-                yield parcel, chunk[parcel.start : parcel.stop]
+    def spread_updates(self, room: Room, number: int) -> Exchange:
+        """Launch a leg of the third trip, to the other replicas; `LEGS_AT_A_TIME` have room."""
+        leg = self.traffic.legs[number]
+        if not leg.senders:
+            return self.column.gather(self._view(room.near, leg.chunk), room.far)
+        buffer = self._landing(room, number)
+        near = self._view(room.near, self.traffic.outgoing.numel)
+        sent = [
+            (place, near if place == self.traffic.place else buffer[start : start + numel])
+            for place, start, numel in leg.senders
+        ]
+        return self.column.broadcast(sent)
 
-    def failed(self, buffer: Tensor) -> bool:
-        """Whether an owner says so of itself; waits for the device."""
-        pairs = zip(buffer, self.traffic.replicas, strict=True)
-        return any(bool(chunk[cargo.flags].any()) for chunk, cargo in pairs)
+    def arrived(self, room: Room, number: int) -> dict[tuple[int, str], list[Update]]:
+        """What a leg has brought for this rank's shards, by group and method, from the owners of all replicas."""
+        found = self._arrived.get((id(room), number))
+        if found is None:
+            found = self._arrived[id(room), number] = {}
+            leg, near = self.traffic.legs[number], self._view(room.near, self.traffic.outgoing.numel)
+            landing = self._landing(room, number) if self.replicated else near
+            for buffer, parcels in ((landing, leg.arrivals), (near, leg.kept)):
+                for index, piece, start in parcels:
+                    unit = self._of[index]
+                    values = buffer[start : start + piece.numel].view(piece.shape)
+                    update = Update(index, unit.parameter, piece, values)
+                    found.setdefault((unit.group, unit.method), []).append(update)
+        return found
+
+    def _landing(self, room: Room, number: int) -> Tensor:
+        """Where a leg's buffer is."""
+        largest = max(leg.numel for leg in self.traffic.legs)
+        first = number % LEGS_AT_A_TIME * largest
+        return self._view(room.far, first + self.traffic.legs[number].numel)[first:]
 
     def _view(self, room: Tensor, numel: int) -> Tensor:
         return room[: numel * self.dtype.itemsize].view(self.dtype)

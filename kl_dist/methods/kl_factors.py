@@ -59,10 +59,10 @@ def start_bases(state: InEigenbasis, grad: Tensor, refreshes: int) -> None:
     projected = kronecker.project(kronecker.at_unit_scale(grad), state.bases)
     kronecker.learn_grams(state.factors, projected, state.step, kronecker.steady_beta(0.0), normalize=True)
     for _ in range(refreshes):
-        refresh_bases(state, DAMPING)
+        refresh_bases(state, DAMPING, first=True)
 
 
-def refresh_bases(state: InEigenbasis, damping: float, drifted: Tensor | None = None) -> None:
+def refresh_bases(state: InEigenbasis, damping: float, drifted: Tensor | None = None, *, first: bool = False) -> None:
     """One step of orthogonal iteration on every full side; factors and momentum move with the basis.
 
     With O from `linalg.orthogonal_iteration`: Q <- Q O, S~ <- O^T S~ O, M~ <- M~ x_k O_k^T. The eigenvalues keep their
@@ -71,7 +71,7 @@ def refresh_bases(state: InEigenbasis, damping: float, drifted: Tensor | None = 
     for side, (factor, basis) in enumerate(zip(state.factors, state.bases, strict=True)):
         if factor is None or basis is None:
             continue
-        rotation, rotated = linalg.orthogonal_iteration(factor, damping)
+        rotation, rotated = linalg.orthogonal_iteration(factor, damping, first)
         factor.copy_(rotated)
         basis.copy_(without_drift(basis @ rotation, drifted))
         state.exp_avg.copy_(kronecker.multiply_side(state.exp_avg, rotation, side))

@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python -m benchmarks.refresh                 on the CPU, and on a GPU where there is one
     python -m benchmarks.refresh --shapes 12x384 --repeats 5       batches of other sizes
 
-QR by reflections, by Cholesky once in float64, twice and three times in float32, and the rotation by products
-alone that benchmarks/variants.py trains with; the inverse fourth root by eigh and by products. In float32, of factors that are nearly
-diagonal, as between two refreshes, and of rank one in a basis that knows nothing of them, the worst that a start meets.
+QR by reflections, by Cholesky once in float64, twice and three times in float32, and the rotation by products alone
+that benchmarks/variants.py trains with; the inverse fourth root by eigh and by products. In float32, of factors that
+are nearly diagonal, as between two refreshes, and of rank one in a basis that knows nothing of them, the worst that a
+start meets.
 
 `off` is max |O^T O - I| of a rotation, and |R - R'| / |R'| of a root, R' by eigh in float64. Times are process CPU time
 on a CPU, wall time on a GPU; medians of repetitions that take turns.

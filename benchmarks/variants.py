@@ -13,6 +13,7 @@ import sys
 import torch
 from torch import Tensor
 
+from benchmarks.refresh import rotation_by_products
 from kl_dist.methods import Hyper, add_rule, averages, kl_factors, kl_shampoo, kronecker, linalg, rule
 from kl_dist.methods.state import KLShampooState
 from launch import compare
@@ -54,12 +55,30 @@ def eigh_start(state: KLShampooState, grad: Tensor, hyper: Hyper) -> None:
             basis.copy_(basis @ rotation)
 
 
+QR_STEPS = 50  # of a run, before `refresh_by_products`
+
+
+def refresh_by_products(state: KLShampooState, hyper: Hyper) -> None:
+    """After QR_STEPS steps a refresh turns the bases by `rotation_by_products`: products alone, no QR."""
+    if bool((state.step <= QR_STEPS).any()):
+        return kl_factors.refresh(state, hyper)
+    for side, (factor, basis) in enumerate(zip(state.factors, state.bases, strict=True)):
+        if factor is None or basis is None:
+            continue
+        turned = rotation_by_products(factor)
+        moved = turned.mT @ factor @ turned
+        factor.copy_(moved.add(moved.mT).mul_(0.5))
+        basis.copy_(kl_factors.without_drift(basis @ turned, kl_factors.drift_is_due(state, hyper)))
+        state.exp_avg.copy_(kronecker.multiply_side(state.exp_avg, turned, side))
+
+
 FRESH = rule("kl_shampoo", "fresh")
 VARIANTS = {
     "stale_eigenvalues": FRESH._replace(update=stale_eigenvalues),
     "unit_rms": FRESH._replace(update=unit_rms),
     "one_refresh": FRESH._replace(start=one_refresh),
     "eigh_start": FRESH._replace(start=eigh_start),
+    "products": FRESH._replace(refresh=refresh_by_products),
 }
 
 # At import, so that the processes which make the runs know them too.

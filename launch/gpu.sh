@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What only a GPU can tell, on a machine with one: about eight minutes.
 #
-#   launch/gpu.sh [--small] [tests] [step] [huggingface] [study]
+#   launch/gpu.sh [--small] [tests] [step] [refresh] [huggingface] [study]
 #
 # Without parts, all of them in turn. Results go to benchmarks/results, or to $OUT. --small does the same in miniature, on
 # a machine without a GPU too: to see that it runs.
@@ -34,6 +34,15 @@ step() {
     fi
 }
 
+# 20 s: the ways to make a refresh's parts.
+refresh() {
+    if "$small"; then
+        "$python" -m benchmarks.refresh --shapes 2x8 --repeats 1 --out "$out/refresh-gpu.jsonl"
+    else
+        "$python" -m benchmarks.refresh --shapes 2x64 --out "$out/refresh-gpu.jsonl"
+    fi
+}
+
 # 60 s: transformers' Trainer under FSDP2, which accelerate has on GPUs alone; it learns, stops and goes on.
 huggingface() {
     trainer="$python -m torch.distributed.run --standalone --nproc-per-node 1 launch/hf_trainer.py"
@@ -61,6 +70,6 @@ study() {
         --run "--optimizer kl_shampoo --lr 3e-3 --adamw-lr 2e-3"
 }
 
-for part in ${*:-tests step huggingface study}; do
+for part in ${*:-tests step refresh huggingface study}; do
     "$part"
 done

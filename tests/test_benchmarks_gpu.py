@@ -25,6 +25,6 @@ def test_every_part_of_the_gpu_script_runs_in_miniature(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("ddp, 1 processes, 8 steps: validation loss") == 2, "the Trainer has not gone on"
-    for name in ("step-gpu.jsonl", "text-gpu.jsonl"):
+    for name in ("step-gpu.jsonl", "refresh-gpu.jsonl", "text-gpu.jsonl"):
         lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
         assert len(lines) >= 2 and all("error" not in line for line in lines)

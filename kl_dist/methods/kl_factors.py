@@ -60,10 +60,10 @@ def start_bases(state: InEigenbasis, grad: Tensor, refreshes: int) -> None:
     projected, spare = kronecker.project(unit, torch.empty_like(unit), state.bases)
     kronecker.learn_grams(state.factors, projected, spare, keep=0.0)
     for _ in range(refreshes):
-        refresh_bases(state, DAMPING)
+        refresh_bases(state, DAMPING, first=True)
 
 
-def refresh_bases(state: InEigenbasis, damping: float, drifted: Tensor | None = None) -> None:
+def refresh_bases(state: InEigenbasis, damping: float, drifted: Tensor | None = None, *, first: bool = False) -> None:
     """One step of orthogonal iteration on every full side; factors and momentum move with the basis.
 
     With O from `linalg.orthogonal_iteration`: Q <- Q O, S~ <- O^T S~ O, M~ <- M~ x_k O_k^T. The eigenvalues keep their
@@ -71,13 +71,13 @@ def refresh_bases(state: InEigenbasis, damping: float, drifted: Tensor | None = 
     """
     for side, factor in enumerate(state.factors):
         if factor is not None:
-            _refresh_side(state, side, damping, drifted)  # a call each, for what it holds to be gone before the next
+            _refresh_side(state, side, damping, drifted, first)  # a call each: what it holds is gone before the next
 
 
-def _refresh_side(state: InEigenbasis, side: int, damping: float, drifted: Tensor | None) -> None:
+def _refresh_side(state: InEigenbasis, side: int, damping: float, drifted: Tensor | None, first: bool) -> None:
     factor, basis = state.factors[side], state.bases[side]
     assert factor is not None and basis is not None
-    rotation, rotated = linalg.orthogonal_iteration(factor, damping)
+    rotation, rotated = linalg.orthogonal_iteration(factor, damping, first)
     factor.copy_(rotated)
     basis.copy_(without_drift(basis @ rotation, drifted))
     state.exp_avg.copy_(kronecker.multiply_side(state.exp_avg, rotation, side))

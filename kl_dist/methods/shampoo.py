@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kl_dist.methods import averages, kronecker, linalg
+from kl_dist.methods import averages, kronecker, linalg, roots
 from kl_dist.methods.kronecker import Hyper
 from kl_dist.methods.rule import Flops, Method, Rule, as_released
 from kl_dist.methods.soap import learn_squares
@@ -104,7 +104,7 @@ def _renew_roots(state: ShampooState, hyper: Hyper, damping: float, eps: float) 
         # never zero: after long enough without a gradient the factors underflow, and the graft cares not for the size
         shift = (damping * eigenvalues.mean(-1, keepdim=True) + eps).clamp_min(SMALLEST_SHIFT)
         if factor.ndim == 3:
-            root.copy_(linalg.inverse_root(factor, exponent, shift))
+            root.copy_(roots.inverse_root(factor, exponent, shift, damping))
         else:
             root.copy_((factor + shift).pow(-exponent))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kl_dist.methods import linalg
+from kl_dist.methods import fallbacks
 from kl_dist.step.engine import Engine
 from kl_dist.step.stacks import unit_states
 
@@ -27,7 +27,7 @@ def of_rank(engine: Engine) -> dict[str, Any]:
     return {
         "refreshes": engine.refreshes,
         "refresh_seconds": engine.refresh_seconds,
-        "fallbacks": dict(linalg.fallbacks),
+        "fallbacks": fallbacks.read(),
         "condition": float(torch.stack(ratios).amax()) if ratios else None,
         "update_rms": float(torch.stack(norms).norm()) / math.sqrt(elements) if elements else None,
         "update_elements": elements,
@@ -39,9 +39,9 @@ def of_all(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     `refresh_balance` is the largest refresh time over the mean: 1 is perfect.
     """
-    fallbacks: Counter[str] = Counter()
+    computed_otherwise: Counter[str] = Counter()
     for one in ranks:
-        fallbacks.update(one["fallbacks"])
+        computed_otherwise.update(one["fallbacks"])
     seconds = [one["refresh_seconds"] for one in ranks]
     elements = sum(one["update_elements"] for one in ranks)
     square = sum(one["update_rms"] ** 2 * one["update_elements"] for one in ranks if one["update_elements"])
@@ -49,7 +49,7 @@ def of_all(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "refreshes": sum(one["refreshes"] for one in ranks),
         "refresh_seconds": max(seconds),
         "refresh_balance": max(seconds) * len(seconds) / sum(seconds) if sum(seconds) else 1.0,
-        "fallbacks": dict(fallbacks),
+        "fallbacks": dict(computed_otherwise),
         "condition": max((one["condition"] for one in ranks if one["condition"] is not None), default=None),
         "update_rms": math.sqrt(square / elements) if elements else None,
         "update_elements": elements,

@@ -9,6 +9,7 @@ for what the study found to be worse, or no better and dearer, is no option a us
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -54,12 +55,26 @@ def eigh_start(state: KLShampooState, grad: Tensor, hyper: Hyper) -> None:
             basis.copy_(basis @ rotation)
 
 
+def clipped(state: KLShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
+    """No entry of the whitened momentum, in the eigenbasis, is larger than 1."""
+    update = kronecker.project(kl_shampoo.update(state, grad, hyper), state.bases)
+    return kronecker.project_back(update.clamp_(-1, 1), state.bases)
+
+
+def sooner(state: KLShampooState, grad: Tensor, hyper: Hyper) -> Tensor:
+    """What eigenvalues and factors started from is forgotten twice as fast: b(t) = min(beta, 1 - 2/(t+2))."""
+    step = int(state.step[0]) + 1
+    return kl_shampoo.update(state, grad, replace(hyper, shampoo_beta=min(hyper.factor_beta, 1 - 2 / (step + 2))))
+
+
 FRESH = rule("kl_shampoo", "fresh")
 VARIANTS = {
     "stale_eigenvalues": FRESH._replace(update=stale_eigenvalues),
     "unit_rms": FRESH._replace(update=unit_rms),
     "one_refresh": FRESH._replace(start=one_refresh),
     "eigh_start": FRESH._replace(start=eigh_start),
+    "clipped": FRESH._replace(update=clipped),
+    "sooner": FRESH._replace(update=sooner),
 }
 
 # At import, so that the processes which make the runs know them too.

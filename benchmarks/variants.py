@@ -9,6 +9,7 @@ for what the study found to be worse, or no better and dearer, is no option a us
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -72,6 +73,19 @@ def refresh_by_products(state: KLShampooState, hyper: Hyper) -> None:
         state.exp_avg.copy_(kronecker.multiply_side(state.exp_avg, turned, side))
 
 
+def clipped(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
+    """No entry of the whitened momentum, in the eigenbasis, is larger than 1."""
+    update = kl_shampoo.update(state, grad, hyper, spare)
+    inside, free = kronecker.project(update, torch.empty_like(update), state.bases)
+    return kronecker.project_back(inside.clamp_(-1, 1), free, state.bases)
+
+
+def sooner(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
+    """What eigenvalues and factors started from is forgotten twice as fast: b(t) = min(beta, 1 - 2/(t+2))."""
+    beta = min(hyper.factor_beta, 1 - 2 / (int(state.step[0]) + 3))
+    return kl_shampoo.update(state, grad, replace(hyper, shampoo_beta=beta), spare)
+
+
 FRESH = rule("kl_shampoo", "fresh")
 VARIANTS = {
     "stale_eigenvalues": FRESH._replace(update=stale_eigenvalues),
@@ -79,6 +93,8 @@ VARIANTS = {
     "one_refresh": FRESH._replace(start=one_refresh),
     "eigh_start": FRESH._replace(start=eigh_start),
     "products": FRESH._replace(refresh=refresh_by_products),
+    "clipped": FRESH._replace(update=clipped),
+    "sooner": FRESH._replace(update=sooner),
 }
 
 # At import, so that the processes which make the runs know them too.

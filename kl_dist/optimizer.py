@@ -16,6 +16,7 @@ from kl_dist.checkpoint.holdings import Holding, carry_over, holdings
 from kl_dist.layouts import placement
 from kl_dist.layouts.reduction import Reduction
 from kl_dist.layouts.replicas import check_replicas
+from kl_dist.methods.products import check_device
 from kl_dist.planning.plan import Plan, make_plan
 from kl_dist.planning.routes import doubts, routing_table
 from kl_dist.ranks import Ranks
@@ -75,6 +76,9 @@ class KLShampoo(StateDicts):
         shampoo_exponent: p of method "shampoo". None: 1 / (2 K) for K sides.
         adjust_lr_fn: the scale of method "muon", as torch.optim.Muon names it: "original", Keller Jordan's, or
             "match_rms_adamw". None: "match_rms_adamw" ("paper": "original").
+        compute_dtype: what projections, grams and back-projections of float32 state are multiplied in: "float32",
+            "tf32", "bfloat16" or "bf16x3" (kl_dist.methods.products). None: TF32 on CUDA devices that have it, else
+            float32 ("paper": "float32"). Refreshes stay in float32.
         adamw_lr: AdamW's learning rate while `lr` has its constructed value; schedules move both in proportion.
         adamw_betas: None: `betas` where given, else (0.9, 0.95).
         adamw_names: names of parameters that AdamW serves though they have two dimensions or more.
@@ -112,6 +116,7 @@ class KLShampoo(StateDicts):
         matrices: Mapping[str, Any] | None = None,
         shampoo_exponent: float | None = None,
         adjust_lr_fn: str | None = None,
+        compute_dtype: str | None = None,
         adamw_lr: float | None = None,
         adamw_betas: tuple[float, float] | None = None,
         adamw_names: Sequence[str] | None = None,
@@ -200,6 +205,8 @@ class KLShampoo(StateDicts):
 
     def _adopt(self, plan: Plan) -> None:
         """Build the state a plan asks for, with what was there copied into it."""
+        for group in self.param_groups:
+            check_device(group["compute_dtype"], self._ranks.device)
         by_name = groups.by_name(self.param_groups)
         parameters = [by_name[parameter.name] for parameter in plan.parameters]
         old = self._holdings

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from kl_dist.methods import ELEMENTWISE, METHODS
+from kl_dist.methods.products import COMPUTE_DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
         "precondition_frequency": 10,
         "nesterov": False,
         "polar": 0,
+        "compute_dtype": "float32",
         "stagger": False,
         "blocking": "none",
         "long_side": "cut",
@@ -64,6 +66,7 @@ DEFAULTS: dict[str, Any] = {
     "matrices": None,
     "shampoo_exponent": None,
     "adjust_lr_fn": None,
+    "compute_dtype": None,
     "adamw_lr": None,
     "adamw_betas": None,
     "adamw_names": None,
@@ -81,7 +84,7 @@ STRUCTURAL = (
 )
 """What the plan and the shapes of the state follow from, and so what must not change once they are made."""
 
-CAME_LATER = ("polar", "adjust_lr_fn")
+CAME_LATER = ("polar", "adjust_lr_fn", "compute_dtype")
 """What a state saved earlier does not know: there the option stays as it is here."""
 
 _NOT_OURS = {
@@ -205,6 +208,8 @@ def check_numbers(group: Mapping[str, Any]) -> None:
         _check_number("shampoo_exponent", group["shampoo_exponent"], 1e-3, 1.0)
     if group["adjust_lr_fn"] is not None:
         _check_choice(group, "adjust_lr_fn", ADJUSTMENTS)
+    if group["compute_dtype"] is not None:
+        _check_choice(group, "compute_dtype", COMPUTE_DTYPES)
     _check_integer(group, "precondition_frequency")
     _check_flag(group, "nesterov")
     _check_flag(group, "stagger")

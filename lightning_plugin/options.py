@@ -44,6 +44,7 @@ class TakesOptimizerOptions:
             kl_dist.planning.matrices. It goes before what is known of the modules of libraries.
         shampoo_exponent: p of method "shampoo".
         adjust_lr_fn: the scale of method "muon": "original" or "match_rms_adamw".
+        compute_dtype: what most products are computed in: "float32", "tf32", "bfloat16" or "bf16x3".
         adamw_lr: AdamW's learning rate where the matrices have `lr`.
         adamw_betas: AdamW's betas.
         adamw_names: parameters, by name, that AdamW serves beside embeddings, output head and what is no matrix.
@@ -78,6 +79,7 @@ class TakesOptimizerOptions:
         matrices: dict[str, Any] | None = None,
         shampoo_exponent: float | None = None,
         adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
+        compute_dtype: Literal["float32", "tf32", "bfloat16", "bf16x3"] | None = None,
         adamw_lr: float | None = None,
         adamw_betas: Pair | None = None,
         adamw_names: list[str] | None = None,

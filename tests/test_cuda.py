@@ -33,7 +33,7 @@ def train(device, dtype=torch.float64, steps=STEPS, noise=0.0, seed=0, state=Non
     if start is not None:
         model.load_state_dict(start)
     model = model.to(device)
-    optimizer = KLShampoo(groups_of(model), **{"lr": 1e-2, **options})
+    optimizer = KLShampoo(groups_of(model), **{"lr": 1e-2, "compute_dtype": "float32", **options})
     if state is not None:
         optimizer.load_state_dict(state)
     generator = torch.Generator().manual_seed(seed)

@@ -9,10 +9,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.optim.lr_scheduler import OneCycleLR
 
+from benchmarks.memory import PeakMemory
 from kl_dist import KLShampoo, full_state_dict, load_full_state_dict
 from tests.checkpoints import EVERY, FURTHER, LAYOUTS, Run, flat, furthest
 from tests.counting import Counter
-from tests.memory import PeakMemory
 from tests.models import Weights, deviation, same_bits
 from tests.noise import NOISE, float32_limit
 from tests.products import product

@@ -11,12 +11,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
+from benchmarks.memory import PeakMemory
 from kl_dist import KLShampoo, plan
 from kl_dist.layouts import placement
 from kl_dist.planning.traffic import Bytes
 from kl_dist.ranks import Ranks
 from tests.counting import Counter
-from tests.memory import PeakMemory
 from tests.models import METHODS, raising, small_buckets, state_tensors
 from tests.sharded import groups_of, lay_out, layers, loss_of, mesh_of, tokens_of
 

@@ -7,9 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kl_dist
 from benchmarks import polar as fits
+from benchmarks.memory import PeakMemory
 from kl_dist import KLShampoo
 from kl_dist.methods import METHODS, polar
-from tests.memory import PeakMemory
 from tests.models import deviation
 from tests.paths import OPTIONS, UNIT_LR, WHOLE, follow, train, update_sizes, weights
 from tests.products import product

@@ -136,7 +136,7 @@ def learn(state: KLShampooState, projected: Tensor, spare: Tensor, hyper: Hyper)
         if factor is not None:
             others = [None if k == side else root for k, root in enumerate(roots)]
             whitened = kronecker.scale_sides(projected, others, share.mul_(unit_mean).sqrt_(), out=spare)
-            kronecker.add_gram(factor, whitened, side, unit_mean.mul_(keep))
+            kronecker.add_gram(factor, whitened, side, unit_mean.mul_(keep), compute_dtype=hyper.compute_dtype)
     return scale
 
 
@@ -181,7 +181,7 @@ def learn_as_released(state: KLShampooState, projected: Tensor, spare: Tensor, h
         if factor is not None:
             others = [None if k == side or x is None else x.rsqrt() for k, x in enumerate(seen_by_factor)]
             whitened = kronecker.scale_sides(projected, others, share**0.5, out=spare)
-            kronecker.add_gram(factor, whitened, side, beta)
+            kronecker.add_gram(factor, whitened, side, beta, compute_dtype=hyper.compute_dtype)
         inverse = [None if x is None else x.reciprocal() for x in seen_by_eigenvalues]
         eigenvalues.mul_(beta).add_(kronecker.square_sums(projected, inverse, spare)[side], alpha=share)
         eigenvalues.clamp_min_(1 / max(10, min(eigenvalues.shape[-1], 4000)) ** 2)

@@ -60,13 +60,14 @@ def update(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> 
         U, in the memory of one of the two.
     """
     state.step.add_(1)
-    projected, spare = kronecker.project(grad, spare, state.bases)
+    projected, spare = kronecker.project(grad, spare, state.bases, hyper.compute_dtype)
     scale = kl_factors.learn(state, projected, spare, hyper)
     direction = averages.momentum_(state.exp_avg, projected, hyper)
     roots = [None if x is None else x.rsqrt() for x in state.eigenvalues]
     size = scale.reciprocal() * (averages.correction(state.step, hyper, scale) / (1 + hyper.eps))
     whitened = kronecker.scale_sides(direction, roots, size, out=direction)
-    return kronecker.project_back(polar.orthogonalize_(whitened, hyper.polar, spare), spare, state.bases)
+    whitened = polar.orthogonalize_(whitened, hyper.polar, spare, hyper.compute_dtype)
+    return kronecker.project_back(whitened, spare, state.bases, hyper.compute_dtype)
 
 
 def update_as_released(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
@@ -75,13 +76,13 @@ def update_as_released(state: KLShampooState, grad: Tensor, hyper: Hyper, spare:
     No bias correction, no Nesterov momentum; eps is absolute. Arguments as `update`.
     """
     state.step.add_(1)
-    projected, spare = kronecker.project(grad, spare, state.bases)
+    projected, spare = kronecker.project(grad, spare, state.bases, hyper.compute_dtype)
     state.exp_avg.lerp_(projected, 1 - hyper.betas[0])
     roots = [None if x is None else x.sqrt() for x in state.eigenvalues]
     kl_factors.learn_as_released(state, projected, spare, hyper)
     root = kronecker.scale_sides(projected.fill_(1.0), roots, 1.0, out=projected)
     preconditioned = torch.div(state.exp_avg, root.add_(hyper.eps), out=spare)
-    return kronecker.project_back(preconditioned, projected, state.bases)
+    return kronecker.project_back(preconditioned, projected, state.bases, hyper.compute_dtype)
 
 
 FRESH = Rule(

@@ -38,24 +38,25 @@ def start(state: KLSOAPState, grad: Tensor, hyper: Hyper) -> None:
 def update(state: KLSOAPState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """The update of one step, before the learning rate; eps is relative. Arguments as `kl_shampoo.update`."""
     state.step.add_(1)
-    projected, spare = kronecker.project(grad, spare, state.bases)
+    projected, spare = kronecker.project(grad, spare, state.bases, hyper.compute_dtype)
     kl_factors.learn(state, projected, spare, hyper)
     scale = averages.tracked_scale(state.grad_scale, averages.mean_square(projected), state.step, hyper.betas[1])
     adam = scaled_adam(state, projected, spare, scale, hyper)
-    return kronecker.project_back(polar.orthogonalize_(adam, hyper.polar, spare), spare, state.bases)
+    adam = polar.orthogonalize_(adam, hyper.polar, spare, hyper.compute_dtype)
+    return kronecker.project_back(adam, spare, state.bases, hyper.compute_dtype)
 
 
 def update_as_released(state: KLSOAPState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """The released code's update: Adam as above, without bias correction, eps absolute."""
     state.step.add_(1)
-    projected, spare = kronecker.project(grad, spare, state.bases)
+    projected, spare = kronecker.project(grad, spare, state.bases, hyper.compute_dtype)
     beta1, beta2 = hyper.betas
     state.exp_avg.lerp_(projected, 1 - beta1)
     state.exp_avg_sq.mul_(beta2).addcmul_(projected, projected, value=1 - beta2)
     kl_factors.learn_as_released(state, projected, spare, hyper)
     root = torch.sqrt(state.exp_avg_sq, out=projected).add_(hyper.eps)
     adam = torch.div(state.exp_avg, root, out=spare)
-    return kronecker.project_back(adam, projected, state.bases)
+    return kronecker.project_back(adam, projected, state.bases, hyper.compute_dtype)
 
 
 FRESH = Rule(allocate, start, update, kl_factors.refresh, polar=True)

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kl_dist.methods import products
+from kl_dist.methods.products import Operand
+
 SMALLEST_HALF = 48
 """Rows that a symmetric product is halved down to: below, a call costs more than the flops it saves."""
 
@@ -31,6 +34,7 @@ class Hyper:
     polar: int = 0
     shampoo_exponent: float | None = None
     adjust_lr_fn: str | None = None
+    compute_dtype: str | None = "float32"
 
     @property
     def factor_beta(self) -> float:
@@ -38,7 +42,9 @@ class Hyper:
         return self.betas[1] if self.shampoo_beta is None else self.shampoo_beta
 
 
-def project(x: Tensor, spare: Tensor, bases: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+def project(
+    x: Tensor, spare: Tensor, bases: Sequence[Tensor | None], compute_dtype: str | None = "float32"
+) -> tuple[Tensor, Tensor]:
     """x in the eigenbasis: Q_a^T x Q_b for a matrix, x x_k Q_k^T on every side in general.
 
     Returns:
@@ -46,47 +52,61 @@ def project(x: Tensor, spare: Tensor, bases: Sequence[Tensor | None]) -> tuple[T
     """
     for side, basis in enumerate(bases):
         if basis is not None:
-            x, spare = multiply_side(x, basis, side, out=spare), x
+            x, spare = multiply_side(x, basis, side, spare, compute_dtype), x
     return x, spare
 
 
-def project_back(x: Tensor, spare: Tensor, bases: Sequence[Tensor | None]) -> Tensor:
+def project_back(
+    x: Tensor, spare: Tensor, bases: Sequence[Tensor | None], compute_dtype: str | None = "float32"
+) -> Tensor:
     """x in the original coordinates, in one of the two: Q_a x Q_b^T for a matrix; the inverse of `project`."""
-    return project(x, spare, [None if basis is None else basis.mT for basis in bases])[0]
+    return project(x, spare, [None if basis is None else basis.mT for basis in bases], compute_dtype)[0]
 
 
-def multiply_side(x: Tensor, matrix: Tensor, side: int, out: Tensor | None = None) -> Tensor:
+def multiply_side(
+    x: Tensor, matrix: Tensor, side: int, out: Tensor | None = None, compute_dtype: str | None = "float32"
+) -> Tensor:
     """x x_k A^T: contracts side k of x with the rows of A (B, d_k, d_k)."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if side == 0:
-        torch.bmm(matrix.mT, x.flatten(2), out=out.flatten(2))
+        products.product(matrix.mT, x.flatten(2), compute_dtype, out.flatten(2))
     elif side == x.ndim - 2:
-        torch.bmm(x.flatten(1, -2), matrix, out=out.flatten(1, -2))
+        products.product(x.flatten(1, -2), matrix, compute_dtype, out.flatten(1, -2))
     else:
         moved = x.movedim(side + 1, -1)
-        out.copy_((moved.flatten(1, -2) @ matrix).view(moved.shape).movedim(-1, side + 1))
+        rows = moved.flatten(1, -2)
+        found = products.product(rows, matrix, compute_dtype, torch.empty_like(rows))
+        out.copy_(found.view(moved.shape).movedim(-1, side + 1))
     return out
 
 
-def add_gram(total: Tensor, x: Tensor, side: int, keep: float | Tensor, share: float = 1.0) -> None:
+def add_gram(
+    total: Tensor,
+    x: Tensor,
+    side: int,
+    keep: float | Tensor,
+    share: float = 1.0,
+    compute_dtype: str | None = "float32",
+) -> None:
     """total <- keep total + share X_k X_k^T (B, d_k, d_k), in place; keep is a number or one per matrix (B,)."""
     if isinstance(keep, Tensor):
         total.mul_(column(keep, total))
         keep = 1.0
-    add_symmetric(total, unfolded(x, side), keep, share)
+    add_symmetric(total, products.operand(unfolded(x, side), compute_dtype), keep, share)
 
 
-def add_symmetric(total: Tensor, rows: Tensor, keep: float, share: float) -> None:
+def add_symmetric(total: Tensor, rows: Operand, keep: float, share: float) -> None:
     """total <- keep total + share X X^T: what is above the diagonal is copied, down to small blocks beside it."""
-    half = rows.shape[1] // 2
+    d = total.shape[1]
+    half = d // 2
     if half < SMALLEST_HALF:
-        torch.baddbmm(total, rows, rows.mT, beta=keep, alpha=share, out=total)
+        products.add_product(total, rows, rows.mT, keep, share)
         return
-    first, last = rows[:, :half], rows[:, half:]
+    first, last = rows.rows(0, half), rows.rows(half, d)
     add_symmetric(total[:, :half, :half], first, keep, share)
     add_symmetric(total[:, half:, half:], last, keep, share)
     below = total[:, half:, :half]
-    torch.baddbmm(below, last, first.mT, beta=keep, alpha=share, out=below)
+    products.add_product(below, last, first.mT, keep, share)
     total[:, :half, half:].copy_(below.mT)
 
 
@@ -158,6 +178,7 @@ def learn_grams(
     keep: float | Tensor,
     by: float | Tensor = 1.0,
     normalize: bool = True,
+    compute_dtype: str | None = "float32",
 ) -> None:
     """S_k <- b S_k + (1 - b) c_k H_k H_k^T, H = x times `by`, on every side that keeps something.
 
@@ -170,16 +191,17 @@ def learn_grams(
         keep: b, a number or one per matrix (B,).
         by: a number or one per matrix (B,).
         normalize: see above.
+        compute_dtype: of the products.
     """
     for side, factor in enumerate(factors):
         if factor is None:
             continue
         root = ((1 - keep) * (factor.shape[-1] / numel(x) if normalize else 1.0)) ** 0.5 * by
         if factor.ndim == 3 and isinstance(root, float):
-            add_gram(factor, x, side, keep, root**2)
+            add_gram(factor, x, side, keep, root**2, compute_dtype)
             continue
         scaled = torch.mul(x, column(root, x), out=spare)
         if factor.ndim == 3:
-            add_gram(factor, scaled, side, keep)
+            add_gram(factor, scaled, side, keep, compute_dtype=compute_dtype)
         else:
             factor.mul_(column(keep, factor)).add_(square_sums(scaled, [None] * len(factors), spare)[side])

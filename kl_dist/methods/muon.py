@@ -144,8 +144,9 @@ def _direction(state: MatrixState, grad: Tensor, spare: Tensor, hyper: Hyper) ->
     x = direction.div_(kronecker.column(_norm(direction).clamp_min(smallest) * (1 + hyper.eps), grad)).flatten(2)
     spare, room = spare.flatten(2), quintic.room_for(x)
     for _ in range(STEPS):
-        matrix = quintic.polynomial(quintic.gram(x, spare), COEFFICIENTS, out=room)
-        x, spare = quintic.apply(x, matrix, COEFFICIENTS[0], out=spare), x
+        gram = quintic.gram(x, spare, hyper.compute_dtype)
+        matrix = quintic.polynomial(gram, COEFFICIENTS, hyper.compute_dtype, out=room)
+        x, spare = quintic.apply(x, matrix, COEFFICIENTS[0], hyper.compute_dtype, out=spare), x
     return x, spare
 
 

@@ -60,16 +60,19 @@ def coefficients(steps: int) -> tuple[tuple[float, float, float], ...]:
     return fitted + (LAST,) * (steps - len(fitted))
 
 
-def orthogonalize_(direction: Tensor, steps: int, spare: Tensor | None = None) -> Tensor:
+def orthogonalize_(
+    direction: Tensor, steps: int, spare: Tensor | None = None, compute_dtype: str | None = "float32"
+) -> Tensor:
     """P', the whitened momentum near its polar factor, with the Frobenius norm that it had.
 
     Args:
         direction: P (B, m, n), overwritten by P'; of any other number of sides it is left as it is.
         steps: K; 0 leaves P itself.
         spare: like P, overwritten; made here where there is none.
+        compute_dtype: of the products.
 
     Returns:
-        P' (B, m, n), in P's dtype: the products run in it. Zero where P is.
+        P' (B, m, n). Zero where P is.
     """
     if not steps or direction.ndim != 3:
         return direction
@@ -78,15 +81,15 @@ def orthogonalize_(direction: Tensor, steps: int, spare: Tensor | None = None) -
     norm = _norm(direction)
     x, room = direction.div_(norm.clamp_min(smallest)), quintic.room_for(direction)
     for number, (a, b, c) in enumerate(coefficients(steps)):
-        gram = quintic.gram(x, spare)
+        gram = quintic.gram(x, spare, compute_dtype)
         if number == 0:
-            square = quintic.polynomial(gram, (0.0, 0.0, 1.0), out=room)
+            square = quintic.polynomial(gram, (0.0, 0.0, 1.0), compute_dtype, out=room)
             bound = _norm(square).pow(1 / 4).clamp_min(SMALLEST_BOUND)
             x.div_(bound)
             matrix = square.mul_(c / bound.pow(4)).addcmul_(gram, b / bound.square())
         else:
-            matrix = quintic.polynomial(gram, (a, b, c), out=room)
-        x, spare = quintic.apply(x, matrix, a, out=spare), x
+            matrix = quintic.polynomial(gram, (a, b, c), compute_dtype, out=room)
+        x, spare = quintic.apply(x, matrix, a, compute_dtype, out=spare), x
     return torch.mul(x, norm / _norm(x).clamp_min(smallest), out=direction)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kl_dist.methods import kronecker
+from kl_dist.methods.products import add_product, operand
 
 Coefficients = tuple[float, float, float]
 
@@ -22,22 +23,24 @@ def room_for(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], short, short)
 
 
-def gram(x: Tensor, spare: Tensor) -> Tensor:
+def gram(x: Tensor, spare: Tensor, compute_dtype: str | None) -> Tensor:
     """A (B, s, s), in the memory of `spare`, which is like x (B, m, n)."""
     short = min(x.shape[1:])
     found = spare.view(-1)[: x.shape[0] * short**2].view(-1, short, short)
-    kronecker.add_symmetric(found, x.mT if x.shape[1] > x.shape[2] else x, 0.0, 1.0)
+    rows = x.mT if x.shape[1] > x.shape[2] else x
+    kronecker.add_symmetric(found, operand(rows, compute_dtype), 0.0, 1.0)
     return found
 
 
-def polynomial(gram: Tensor, coefficients: Coefficients, out: Tensor) -> Tensor:
+def polynomial(gram: Tensor, coefficients: Coefficients, compute_dtype: str | None, out: Tensor) -> Tensor:
     """b A + c A^2 (B, s, s)."""
     _, b, c = coefficients
-    kronecker.add_symmetric(torch.mul(gram, b, out=out), gram, 1.0, c)
+    kronecker.add_symmetric(torch.mul(gram, b, out=out), operand(gram, compute_dtype), 1.0, c)
     return out
 
 
-def apply(x: Tensor, matrix: Tensor, a: float, out: Tensor) -> Tensor:
+def apply(x: Tensor, matrix: Tensor, a: float, compute_dtype: str | None, out: Tensor) -> Tensor:
     """a X + P X (of a tall X: a X + X P) with a symmetric P (B, s, s)."""
     left, right = (x, matrix) if x.shape[1] > x.shape[2] else (matrix, x)
-    return torch.baddbmm(x, left, right, beta=a, out=out)
+    add_product(torch.mul(x, a, out=out), operand(left, compute_dtype), operand(right, compute_dtype), 1.0, 1.0)
+    return out

@@ -50,12 +50,12 @@ def update(state: ShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Te
     state.step.add_(1)
     scale = averages.tracked_scale(state.grad_scale, averages.mean_square(grad), state.step, hyper.betas[1])
     keep = averages.of_step(averages.warm_beta(hyper.factor_beta), state.step, scale)
-    kronecker.learn_grams(state.factors, grad, spare, keep, by=scale.reciprocal())
+    kronecker.learn_grams(state.factors, grad, spare, keep, by=scale.reciprocal(), compute_dtype=hyper.compute_dtype)
     learn_squares(state.exp_avg_sq, grad, spare, scale, state.step, hyper)
     size = scale.reciprocal() * averages.correction(state.step, hyper, scale)
     direction = averages.momentum_(state.exp_avg, grad, hyper).mul_(kronecker.column(size, grad))
     adam = torch.div(direction, torch.sqrt(state.exp_avg_sq, out=spare).add_(hyper.eps), out=spare)
-    return _grafted(direction, spare, state.inverse_roots, _norm(adam))
+    return _grafted(direction, spare, state.inverse_roots, _norm(adam), hyper.compute_dtype)
 
 
 def refresh(state: ShampooState, hyper: Hyper) -> None:
@@ -81,12 +81,14 @@ def update_as_released(state: ShampooState, grad: Tensor, hyper: Hyper, spare: T
     beta1, beta2 = hyper.betas
     state.exp_avg.lerp_(grad, 1 - beta1)
     state.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    kronecker.learn_grams(state.factors, grad, spare, hyper.factor_beta, normalize=False)
+    kronecker.learn_grams(
+        state.factors, grad, spare, hyper.factor_beta, normalize=False, compute_dtype=hyper.compute_dtype
+    )
     first = averages.of_step(lambda t: 1 / (1 - beta1**t), state.step, grad)
     second = averages.of_step(lambda t: 1 / (1 - beta2**t), state.step, grad)
     root = torch.mul(state.exp_avg_sq, kronecker.column(second, grad), out=spare).sqrt_().add_(hyper.eps)
     adamw = torch.div(state.exp_avg, root, out=spare).mul_(kronecker.column(first, grad))
-    return _grafted(grad.copy_(state.exp_avg), spare, state.inverse_roots, _norm(adamw))
+    return _grafted(grad.copy_(state.exp_avg), spare, state.inverse_roots, _norm(adamw), hyper.compute_dtype)
 
 
 def refresh_as_released(state: ShampooState, hyper: Hyper) -> None:
@@ -109,13 +111,19 @@ def _renew_roots(state: ShampooState, hyper: Hyper, damping: float, eps: float) 
             root.copy_((factor + shift).pow(-exponent))
 
 
-def _grafted(direction: Tensor, spare: Tensor, inverse_roots: Sequence[Tensor | None], length: Tensor) -> Tensor:
+def _grafted(
+    direction: Tensor,
+    spare: Tensor,
+    inverse_roots: Sequence[Tensor | None],
+    length: Tensor,
+    compute_dtype: str | None,
+) -> Tensor:
     """direction x_1 S_1^-p .. x_K S_K^-p with the Frobenius norm `length` (B,), in one of the two buffers."""
     for side, root in enumerate(inverse_roots):
         if root is None:
             continue
         if root.ndim == 3:
-            direction, spare = kronecker.multiply_side(direction, root, side, out=spare), direction
+            direction, spare = kronecker.multiply_side(direction, root, side, spare, compute_dtype), direction
         else:
             direction.mul_(kronecker.along(root, side, direction))
     smallest = averages.smallest_scale(direction.dtype)

@@ -38,12 +38,15 @@ def start(state: SOAPState, grad: Tensor, hyper: Hyper) -> None:
 def update(state: SOAPState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """The update of one step, before the learning rate; eps is relative. Arguments as `kl_shampoo.update`."""
     state.step.add_(1)
-    projected, spare = kronecker.project(grad, spare, state.bases)
+    projected, spare = kronecker.project(grad, spare, state.bases, hyper.compute_dtype)
     scale = averages.tracked_scale(state.grad_scale, averages.mean_square(projected), state.step, hyper.betas[1])
     keep = averages.of_step(averages.warm_beta(hyper.factor_beta), state.step, scale)
-    kronecker.learn_grams(state.factors, projected, spare, keep, by=scale.reciprocal())
+    kronecker.learn_grams(
+        state.factors, projected, spare, keep, by=scale.reciprocal(), compute_dtype=hyper.compute_dtype
+    )
     adam = scaled_adam(state, projected, spare, scale, hyper)
-    return kronecker.project_back(polar.orthogonalize_(adam, hyper.polar, spare), spare, state.bases)
+    adam = polar.orthogonalize_(adam, hyper.polar, spare, hyper.compute_dtype)
+    return kronecker.project_back(adam, spare, state.bases, hyper.compute_dtype)
 
 
 def scaled_adam(state: SOAPState | KLSOAPState, grad: Tensor, spare: Tensor, scale: Tensor, hyper: Hyper) -> Tensor:
@@ -86,14 +89,16 @@ def update_as_released(state: SOAPState, grad: Tensor, hyper: Hyper, spare: Tens
     """
     state.step.add_(1)
     beta1, beta2 = hyper.betas
-    projected, spare = kronecker.project(grad, spare, state.bases)
+    projected, spare = kronecker.project(grad, spare, state.bases, hyper.compute_dtype)
     state.exp_avg.lerp_(projected, 1 - beta1)
     state.exp_avg_sq.mul_(beta2).addcmul_(projected, projected, value=1 - beta2)
-    kronecker.learn_grams(state.factors, projected, spare, hyper.factor_beta, normalize=False)
+    kronecker.learn_grams(
+        state.factors, projected, spare, hyper.factor_beta, normalize=False, compute_dtype=hyper.compute_dtype
+    )
     root = torch.sqrt(state.exp_avg_sq, out=projected).add_(hyper.eps)
     size = averages.of_step(lambda t: math.sqrt(1 - beta2**t) / (1 - beta1**t), state.step, root)
     adam = torch.div(state.exp_avg, root, out=spare).mul_(kronecker.column(size, root))
-    return kronecker.project_back(adam, projected, state.bases)
+    return kronecker.project_back(adam, projected, state.bases, hyper.compute_dtype)
 
 
 def refresh_as_released(state: SOAPState, hyper: Hyper) -> None:

@@ -117,10 +117,10 @@ class MatrixStack(Stack):
             if started and presence.moves(unit) and (step + unit.phase * group["stagger"]) % every == 0
         ]
         at_once = refreshed_at_once(len(self.units))
-        for rows in (due[first : first + at_once] for first in range(0, len(due), at_once)):
-            part = self.state.rows(rows)
+        for some in (due[first : first + at_once] for first in range(0, len(due), at_once)):
+            part = self.state.rows(some)
             self.rule.refresh(part, matrix_hyper(group))
-            self.state.put(rows, part)
+            self.state.put(some, part)
         return len(due)
 
 
@@ -192,6 +192,7 @@ def matrix_hyper(group: Mapping[str, Any]) -> Hyper:
         polar=group["polar"],
         shampoo_exponent=group["shampoo_exponent"],
         adjust_lr_fn=group["adjust_lr_fn"],
+        compute_dtype=group["compute_dtype"],
     )
 
 

@@ -1,0 +1,125 @@
+"""Option `compute_dtype`: what each costs in precision, here by rounding operands, as a CPU does."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kl_dist import KLShampoo
+from kl_dist.methods import Hyper, products, rule
+from tests.models import METHODS
+
+DIMENSION = 24
+# relative to an element: half of the last bit that is kept; and of one update against float64
+ROUNDING = {"float32": 0.0, "tf32": 2**-11, "bfloat16": 2**-8, "bf16x3": 2**-17}
+OF_AN_UPDATE = {"float32": (1e-8, 2e-5), "bf16x3": (1e-6, 2e-4), "tf32": (1e-4, 8e-3), "bfloat16": (1e-3, 6e-2)}
+
+
+def gradients(count: int, d: int = DIMENSION) -> Tensor:
+    """(count, 1, d, d), of three decades of scales."""
+    noise = torch.randn(count, 1, d, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.logspace(0, -3, d, dtype=torch.float64)[:, None] * noise
+
+
+def run(method: str, dtype: torch.dtype, compute_dtype: str | None, grads: Tensor, refreshes: int):
+    """The state after so many steps with a refresh each, and the update of the one that follows."""
+    rules, d = rule(method, "fresh"), grads.shape[-1]
+    hyper = Hyper(betas=(0.9, 0.95), eps=1e-8, nesterov=True, compute_dtype=compute_dtype)
+    state = rules.allocate((d, d), ("full", "full"), 1, torch.empty((), dtype=dtype))
+    rules.start(state, grads[0].to(dtype), hyper)
+    for step in range(refreshes + 1):
+        grad = grads[step % len(grads)].to(dtype)
+        update = rules.update(state, grad.clone(), hyper, torch.empty_like(grad))
+        if rules.refresh is not None and step < refreshes:
+            rules.refresh(state, hyper)
+    return state, update
+
+
+@pytest.mark.parametrize("compute_dtype", products.COMPUTE_DTYPES)
+def test_an_operand_keeps_the_bits_it_is_said_to(compute_dtype):
+    x = torch.randn(2, 40, 30, generator=torch.Generator().manual_seed(0))
+    parts = products.operand(x, compute_dtype).parts
+    error = ((sum(part.double() for part in parts) - x) / x).abs().max().item()
+    assert ROUNDING[compute_dtype] / 2 <= error <= ROUNDING[compute_dtype]
+    for part in parts:  # what is rounded is rounded once
+        assert torch.equal(products.operand(part, compute_dtype).parts[0], part)
+
+
+@pytest.mark.parametrize("compute_dtype", products.COMPUTE_DTYPES)
+def test_a_product_is_as_near_as_its_operands(compute_dtype):
+    x, y = torch.randn(2, 3, 50, 50, generator=torch.Generator().manual_seed(0))
+    found = products.product(x, y, compute_dtype, torch.empty_like(x))
+    error = (found.double() - x.double() @ y.double()).norm() / (x.double() @ y.double()).norm()
+    assert ROUNDING[compute_dtype] / 8 <= error <= max(2 * ROUNDING[compute_dtype], 1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_update_is_as_near_to_float64_as_is_said(method):
+    """Of the same state: of any basis and second moment that a float32 run may have."""
+    grads = gradients(8)
+    rules = rule(method, "fresh")
+    exact, _ = run(method, torch.float64, None, grads, 6)
+    updates = {}
+    for compute_dtype in (None, *products.COMPUTE_DTYPES):
+        dtype = torch.float64 if compute_dtype is None else torch.float32
+        state = exact.map(lambda x, dtype=dtype: x.to(dtype, copy=True) if x.is_floating_point() else x.clone())
+        grad = grads[7].to(dtype, copy=True)
+        hyper = Hyper(betas=(0.9, 0.95), eps=1e-8, nesterov=True, compute_dtype=compute_dtype)
+        updates[compute_dtype] = rules.update(state, grad, hyper, torch.empty_like(grad)).double()
+    for compute_dtype, (least, most) in OF_AN_UPDATE.items():
+        error = (updates[compute_dtype] - updates[None]).norm() / updates[None].norm()
+        assert least < error < most, compute_dtype
+
+
+@pytest.mark.parametrize("compute_dtype", products.COMPUTE_DTYPES)
+def test_bases_stay_orthogonal_through_2000_refreshes(compute_dtype):
+    """And what the factors say of the gradients stays right: the spectrum is that of a run in float64."""
+    grads = gradients(16, 16)
+    state, update = run("kl_shampoo", torch.float32, compute_dtype, grads, 2000)
+    exact, _ = run("kl_shampoo", torch.float64, None, grads, 2000)
+    assert update.isfinite().all()
+    for Q in state.bases:
+        assert (Q.mT @ Q - torch.eye(16)).abs().max() < 1e-4
+    for factor, expected in zip(state.factors, exact.factors, strict=True):
+        found, said = torch.linalg.eigvalsh(factor.double()), torch.linalg.eigvalsh(expected)
+        assert ((found - said).abs() / said).max() < 0.05
+
+
+def trained(dtype: torch.dtype, **options) -> Tensor:
+    W = nn.Parameter(torch.linspace(-1, 1, 12 * 8, dtype=dtype).reshape(12, 8))
+    opt = KLShampoo([W], lr=1e-2, **options)
+    for grad in gradients(6, 12):
+        W.grad = grad[0, :, :8].to(dtype)
+        opt.step()
+    return W.detach()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_a_gpu_float32_is_the_default_and_float64_is_never_rounded(method):
+    said = trained(torch.float32, method=method, compute_dtype="float32")
+    assert torch.equal(trained(torch.float32, method=method), said)
+    exact = trained(torch.float64, method=method)
+    assert torch.equal(exact, trained(torch.float64, method=method, compute_dtype="bfloat16"))
+    for compute_dtype in ("tf32", "bfloat16"):
+        rounded = trained(torch.float32, method=method, compute_dtype=compute_dtype)
+        assert 1e-7 < (rounded - exact).abs().max() < 1e-2
+
+
+def test_groups_have_their_own_and_may_change_it_between_steps():
+    W = [nn.Parameter(torch.ones(6, 6)) for _ in range(2)]
+    opt = KLShampoo([{"params": W[:1]}, {"params": W[1:], "compute_dtype": "bfloat16"}], lr=1e-2)
+    for step in range(4):
+        for parameter, grad in zip(W, [gradients(4, 6)[step][0].float()] * 2, strict=True):
+            parameter.grad = grad.clone()
+        if step == 3:
+            opt.param_groups[1]["compute_dtype"] = "tf32"
+        opt.step()
+    assert 1e-7 < (W[0] - W[1]).abs().max() < 1e-2
+
+
+def test_another_word_is_refused():
+    with pytest.raises(ValueError, match="unknown compute_dtype 'bf16'; did you mean 'bf16x3'"):
+        KLShampoo([nn.Parameter(torch.ones(3, 3))], compute_dtype="bf16")
+
+
+def test_the_released_codes_recipe_is_float32_everywhere():
+    assert KLShampoo([nn.Parameter(torch.ones(3, 3))], recipe="paper").param_groups[0]["compute_dtype"] == "float32"

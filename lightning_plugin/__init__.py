@@ -8,7 +8,7 @@ Where to look:
     trainer.py        what makes a Trainer's strategy train with it; ddp.py, fsdp2.py and deepspeed.py what each adds
     fabric.py         the same for Fabric
     restoring.py      optimizer state out of checkpoints
-    sharding.py       what FSDP2 shards where a module does not say
+    sharding.py       what FSDP2 shards where a module does not say; together.py who may call it, and when
     meeting.py        whether all ranks come to the same place; requeue.py Slurm's signal, answered by all together;
                       restarts.py a start after the first by torchrun --max-restarts
     callbacks.py      a monitor and a summary; unwrapping.py finds the optimizer for them
@@ -17,21 +17,11 @@ Where to look:
 docs/lightning.md is for users.
 """
 
-from lightning_plugin.registration import installed, register
+from typing import Any
+
+from lightning_plugin.registration import classes, register
 
 register()
-
-_FIRST = next((classes for classes, _, _ in installed()), None)
-if _FIRST is None:
-    raise ImportError("lightning_plugin needs Lightning: pip install 'kl-shampoo[lightning]'")
-
-KLShampooDeepSpeedStrategy = _FIRST.KLShampooDeepSpeedStrategy
-KLShampooFSDP2Strategy = _FIRST.KLShampooFSDP2Strategy
-KLShampooFabricFSDP2Strategy = _FIRST.KLShampooFabricFSDP2Strategy
-KLShampooFabricStrategy = _FIRST.KLShampooFabricStrategy
-KLShampooMonitor = _FIRST.KLShampooMonitor
-KLShampooStrategy = _FIRST.KLShampooStrategy
-PartitionSummary = _FIRST.PartitionSummary
 
 __all__ = [
     "KLShampooDeepSpeedStrategy",
@@ -42,3 +32,14 @@ __all__ = [
     "KLShampooStrategy",
     "PartitionSummary",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The classes above, for the Lightning that is imported."""
+    if name in __all__:
+        return getattr(classes(), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -49,11 +49,17 @@ def convert(
         schedulers: those of `optimizer` drive KLShampoo afterwards.
         kind: of optimizer to make: KLShampoo, or one that takes its options and groups.
 
+    One that an earlier fit converted, for a module that keeps its optimizer, gives the same KLShampoo, state and all.
+
     Raises:
         TypeError: an optimizer that cannot be converted.
         ValueError: options that cannot be, or that are given twice; a missing `lr` or `weight_decay`.
     """
     _check_parameters(optimizer, module)
+    if (before := vars(optimizer).get(_CONVERTED)) is not None and isinstance(before.to, kind) and kind is KLShampoo:
+        _check_given_again(optimizer, before.given, given)
+        hand_over(schedulers, optimizer, before.to, 1.0)
+        return before.to
     if isinstance(optimizer, kind):
         _check_not_given_twice(optimizer, given)
         return optimizer
@@ -67,7 +73,7 @@ def convert(
     converted._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
     hand_over(schedulers, optimizer, converted, conversion.factor)
     _convert_later_groups(converted, conversion)
-    _retire(optimizer, converted)
+    _retire(optimizer, _Converted(converted, dict(given)))
     return converted
 
 
@@ -83,6 +89,17 @@ def announcement(before: Optimizer | None, after: Any) -> str:
                 f"betas={group['betas']} of group {number} were set, and so are kept; {usual} are KLShampoo's own"
             )
     return "\n".join(said)
+
+
+_CONVERTED = "_converted_to_kl_shampoo"
+"""Where a converted optimizer has its successor."""
+
+
+class _Converted(NamedTuple):
+    """What became of an optimizer, by which options."""
+
+    to: Any
+    given: dict[str, Any]
 
 
 class _Group(NamedTuple):
@@ -250,7 +267,16 @@ def _convert_later_groups(converted: Optimizer, conversion: _Conversion) -> None
     converted.add_param_group = add_param_group  # type: ignore[method-assign]
 
 
-def _retire(optimizer: Optimizer, converted: Optimizer) -> None:
+def _check_given_again(optimizer: Optimizer, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if changed:
+        raise ValueError(
+            f"this {type(optimizer).__name__} was converted to KLShampoo by a strategy with other options"
+            f" ({', '.join(changed)}): return a new one from configure_optimizers"
+        )
+
+
+def _retire(optimizer: Optimizer, converted: _Converted) -> None:
     """Have the converted optimizer say so to those who still step it: it must not train beside its successor.
 
     Its groups are those of its successor, for schedulers that nobody handed over and rates that are set by hand.
@@ -264,4 +290,5 @@ def _retire(optimizer: Optimizer, converted: Optimizer) -> None:
 
     optimizer.step = step  # type: ignore[method-assign,assignment]
     optimizer.state.clear()
-    optimizer.param_groups = converted.param_groups
+    optimizer.param_groups = converted.to.param_groups
+    vars(optimizer)[_CONVERTED] = converted

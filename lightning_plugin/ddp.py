@@ -37,6 +37,7 @@ class UnderDDP:
 
     def setup_optimizers(self: Any, trainer: Any) -> None:
         super().setup_optimizers(trainer)  # type: ignore[misc]
+        self._warn_of_finetuning(trainer)
         if not self.reduce_to_owners:
             return
         if getattr(self.precision_plugin, "scaler", None) is not None:
@@ -48,6 +49,19 @@ class UnderDDP:
             raise ValueError("reduce_to_owners is for one optimizer that has all of the module's parameters")
         if isinstance(unwrapped(self.optimizers[0]), KLShampoo):
             unwrapped(self.optimizers[0]).reduce_to_owners(self.model)
+
+    def _warn_of_finetuning(self: Any, trainer: Any) -> None:
+        """DDP is built by now: what its reducer does not know now it never averages."""
+        finetunes = [one for one in trainer.callbacks if any(k.__name__ == "BaseFinetuning" for k in type(one).__mro__)]
+        frozen = [name for name, p in self.lightning_module.named_parameters() if not p.requires_grad]
+        if finetunes and frozen and self.world_size > 1 and self.is_global_zero:
+            warnings.warn(
+                f"{type(finetunes[0]).__name__} under DDP: {len(frozen)} parameters are frozen now ({frozen[0]!r}, ..);"
+                " what of them is unfrozen later trains on the samples of one rank alone, since DDP averages only what"
+                " it was built for. Train on one device, or give the backbone a learning rate of 0 for those epochs"
+                " instead (Lightning's issue 20340)",
+                stacklevel=2,
+            )
 
     def optimizer_state(self: Any, optimizer: Any) -> dict[str, Any]:
         if not isinstance(unwrapped(optimizer), KLShampoo):

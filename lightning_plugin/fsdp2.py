@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from kl_dist import KLShampoo
 from kl_dist.checkpoint.load import causes_of
 from lightning_plugin.restoring import REMEDY, restore, with_word_to_adamw
 from lightning_plugin.sharding import shard
+from lightning_plugin.together import CalledTogether
 from lightning_plugin.unwrapping import unwrapped
 
 
@@ -53,6 +54,7 @@ class UnderFSDP2:
 
     optimizer_checkpoint: str
     _shards_for_module = False
+    _calls: CalledTogether | None = None
 
     def setup(self: Any, trainer: Any) -> None:
         module = self.lightning_module
@@ -68,9 +70,25 @@ class UnderFSDP2:
             super().setup(trainer)  # type: ignore[misc]
 
     def setup_optimizers(self: Any, trainer: Any) -> None:
+        self._calls = CalledTogether(self.lightning_module)
+        self.lightning_module.toggle_optimizer = _refuse_to_toggle
         if self.device_mesh["data_parallel"].size() > 1:
             _check_sharded(self.lightning_module)
         super().setup_optimizers(trainer)  # type: ignore[misc]
+
+    def teardown(self: Any) -> None:
+        if self._calls is not None:
+            self._calls.end()
+            self._calls = None
+            vars(self.lightning_module).pop("toggle_optimizer", None)
+        super().teardown()  # type: ignore[misc]
+
+    def backward(self: Any, *arguments: Any, **options: Any) -> Any:
+        with self._in_step():  # checkpointed activations are computed again, by forward
+            return super().backward(*arguments, **options)  # type: ignore[misc]
+
+    def _in_step(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._calls is None else self._calls.step()
 
     # The sharded parameters are gathered by hooks on forward, which a Trainer's steps do not call by themselves.
 
@@ -92,9 +110,10 @@ class UnderFSDP2:
 
     def _through_forward(self: Any, step: str, *arguments: Any, **options: Any) -> Any:
         module = self.lightning_module
-        if not self._shards_for_module or not module.automatic_optimization:
-            return getattr(module, step)(*arguments, **options)
-        return self._forward_redirection(module, module, step, *arguments, **options)
+        with self._in_step():
+            if not self._shards_for_module or not module.automatic_optimization:
+                return getattr(module, step)(*arguments, **options)
+            return self._forward_redirection(module, module, step, *arguments, **options)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -124,6 +143,13 @@ class UnderFSDP2:
                 raise KeyError(f"{checkpoint_path} has the weights alone. {REMEDY}")
             restore(optimizers, loaded["optimizer_states"], how)
         return loaded
+
+
+def _refuse_to_toggle(optimizer: Any) -> None:
+    raise RuntimeError(
+        "toggle_optimizer freezes the other optimizers' parameters, of which FSDP2 hears too late: leave it and"
+        " untoggle_optimizer out, and zero the others' gradients after each backward (optimizer.zero_grad())"
+    )
 
 
 def _check_sharded(module: nn.Module) -> None:

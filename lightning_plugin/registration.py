@@ -1,9 +1,13 @@
-"""The strategies' names, made known to every Lightning that is installed."""
+"""The strategies' names, made known to every Lightning that is imported, before this or after."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -30,27 +34,104 @@ DEEPSPEED: dict[str, dict[str, Any]] = {
 """The endings that Lightning's own DeepSpeed strategy has, apart from that for NVMe, and what they mean."""
 
 
-def installed() -> Iterator[tuple[ModuleType, str, str]]:
-    """For every Lightning that is there: our classes, and its packages for the Trainer and for Fabric."""
-    for module, (trainer, fabric) in NAMESPACES.items():
-        if find_spec(trainer.partition(".")[0]) is not None:
-            yield import_module(f"lightning_plugin.namespaces.{module}"), trainer, fabric
+_known: dict[str, ModuleType] = {}
+"""The modules of NAMESPACES that are imported."""
 
 
 def register() -> None:
-    """Register the strategies of every method, those that are added later too, with every Lightning that is there."""
+    """Register the strategies of every method, those that are added later too, with every Lightning that is imported.
+
+    One that is imported later is told as soon as it is. The other is left alone: importing it would cost seconds, and
+    put back what the script has set of its loggers.
+    """
+    if _WATCH not in sys.meta_path:
+        sys.meta_path.insert(0, _WATCH)
+    _import_classes()
     for_each_method(register_method)
 
 
 def register_method(method: str) -> None:
-    """Register all of a method's names with all of them; again is no matter."""
-    for classes, trainer, fabric in installed():
-        of_trainer = import_module(f"{trainer}.strategies").StrategyRegistry
-        of_fabric = import_module(f"{fabric}.strategies").STRATEGY_REGISTRY
-        _register(method, of_trainer, _variants(classes.KLShampooStrategy, classes.KLShampooFSDP2Strategy))
-        _register(method, of_fabric, _variants(classes.KLShampooFabricStrategy, classes.KLShampooFabricFSDP2Strategy))
-        deepspeed = {end: (classes.KLShampooDeepSpeedStrategy, given) for end, given in DEEPSPEED.items()}
-        _register(method, of_trainer, deepspeed)
+    """Register all of a method's names with the Lightnings that are imported; again is no matter."""
+    for namespace in _known:
+        _register_with(namespace, method)
+
+
+def add(namespace: str) -> None:
+    """What a module of NAMESPACES calls at the end of its import: its classes are there."""
+    _known[namespace] = sys.modules[f"lightning_plugin.namespaces.{namespace}"]
+    for method in METHODS:
+        _register_with(namespace, method)
+
+
+def classes() -> ModuleType:
+    """Our classes for the Lightning that is imported; for `lightning` where both are, or none.
+
+    Raises:
+        ImportError: none is installed.
+    """
+    for namespace in (*filter(_is_imported, NAMESPACES), *filter(_is_installed, NAMESPACES)):
+        return import_module(f"lightning_plugin.namespaces.{namespace}")
+    raise ImportError("lightning_plugin needs Lightning: pip install 'kl-shampoo[lightning]'")
+
+
+def _import_classes() -> None:
+    for namespace in filter(_is_imported, NAMESPACES):
+        import_module(f"lightning_plugin.namespaces.{namespace}")
+
+
+def _packages(namespace: str) -> set[str]:
+    return {name.partition(".")[0] for name in NAMESPACES[namespace]}
+
+
+def _is_installed(namespace: str) -> bool:
+    return all(find_spec(name) is not None for name in _packages(namespace))
+
+
+def _is_imported(namespace: str) -> bool:
+    """Whether one of its packages is, and none is in the middle of it: one imports the other."""
+    packages = _packages(namespace)
+    return not packages.isdisjoint(sys.modules) and packages.isdisjoint(_WATCH.under_way) and _is_installed(namespace)
+
+
+class _Watch(MetaPathFinder):
+    """Has our classes imported when a Lightning's import is done; finds nothing that others do not."""
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()  # of the other finders, at the moment
+        self.under_way: set[str] = set()  # packages of Lightning's that are being imported
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name in self.asked or not any(name in _packages(namespace) for namespace in NAMESPACES):
+            return None
+        self.asked.add(name)
+        try:
+            spec = find_spec(name)
+        finally:
+            self.asked.discard(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = partial(self._import, name, spec.loader.exec_module)  # type: ignore[method-assign]
+        return spec
+
+    def _import(self, name: str, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+        self.under_way.add(name)
+        try:
+            execute(module)
+        finally:
+            self.under_way.discard(name)
+        _import_classes()
+
+
+_WATCH = _Watch()
+
+
+def _register_with(namespace: str, method: str) -> None:
+    ours = _known[namespace]
+    of_trainer, of_fabric = (import_module(f"{package}.strategies") for package in NAMESPACES[namespace])
+    trainer, fabric = of_trainer.StrategyRegistry, of_fabric.STRATEGY_REGISTRY
+    _register(method, trainer, _variants(ours.KLShampooStrategy, ours.KLShampooFSDP2Strategy))
+    _register(method, fabric, _variants(ours.KLShampooFabricStrategy, ours.KLShampooFabricFSDP2Strategy))
+    deepspeed = {end: (ours.KLShampooDeepSpeedStrategy, given) for end, given in DEEPSPEED.items()}
+    _register(method, trainer, deepspeed)
 
 
 def _variants(ddp: type, fsdp2: type) -> dict[str, Variant]:

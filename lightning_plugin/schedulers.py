@@ -35,6 +35,13 @@ def hand_over(schedulers: Iterable[Any], old: Optimizer, new: Optimizer, factor:
         _track_steps(new)
 
 
+def hand_back(schedulers: Iterable[Any], new: Optimizer, old: Optimizer) -> None:
+    """Have schedulers that were handed over name `old` again, beside which they are returned; it has `new`'s groups."""
+    for scheduler in (part for whole in schedulers for part in _parts(whole)):
+        if getattr(scheduler, "optimizer", None) is new:
+            scheduler.optimizer = old
+
+
 def _parts(scheduler: Any) -> Iterator[Any]:
     """A scheduler and those inside it (SequentialLR, ChainedScheduler, wrappers), each once."""
     seen: set[int] = set()

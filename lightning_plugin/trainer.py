@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from kl_dist import KLShampoo, clip_grad_norm_, clip_grad_value_
 from lightning_plugin.conversion import announcement, convert
+from lightning_plugin.schedulers import hand_back
 from lightning_plugin.unwrapping import is_missing, unwrapped
 
 SECONDS_OF_GRACE = 5.0
@@ -29,6 +30,7 @@ class TrainsWithKLShampoo:
 
     optimizer_options: dict[str, Any]
     optimizer_checkpoint: str
+    _conversions: Sequence[tuple[Any, Any]] = ()
 
     def setup_optimizers(self: Any, trainer: Any) -> None:
         super().setup_optimizers(trainer)  # type: ignore[misc]
@@ -49,7 +51,16 @@ class TrainsWithKLShampoo:
             return optimizer
         converted = convert(optimizer, self.lightning_module, self.optimizer_options, schedulers)
         type(self)._say(announcement(optimizer, converted))
+        self._conversions = [*self._conversions, (optimizer, converted)]
         return converted
+
+    def teardown(self: Any) -> None:
+        """A module that keeps its optimizer and schedule has them as it made them, and may be fitted again."""
+        schedulers = [config.scheduler for config in self.lr_scheduler_configs]
+        for old, new in self._conversions:
+            hand_back(schedulers, new, old)
+        self._conversions = []
+        super().teardown()  # type: ignore[misc]
 
     def on_exception(self: Any, exception: BaseException) -> None:
         super().on_exception(exception)  # type: ignore[misc]

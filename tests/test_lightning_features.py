@@ -1,14 +1,32 @@
 """What a Trainer offers works under our strategies: schedules, callbacks, tuning, other stages."""
 
 import time
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 
-from tests.lightning_runs import STEPS, adamw, alone, fit, launched, module, plain, pytorch, rows, train, trainer
+from lightning_plugin import together
+from tests.lightning_runs import (
+    LR,
+    STEPS,
+    adamw,
+    alone,
+    fit,
+    launched,
+    made_strategy,
+    module,
+    on_ranks,
+    plain,
+    pytorch,
+    rows,
+    train,
+    trainer,
+)
 from tests.models import Weights, deviation, same_bits
 from tests.sharded import layers, loss_of, tokens_of, weights_of
 
@@ -116,6 +134,52 @@ def test_early_stopping_checkpoints_and_the_learning_rate_monitor(worlds, tmp_pa
         assert torch.load(last, weights_only=True)["optimizer_states"][0]["param_groups"][0]["method"] == "kl_shampoo"
 
 
+def named_as_adamw(made: Any) -> Any:
+    optimizer = adamw(made)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup(optimizer), "name": "lr-AdamW"}}
+
+
+def rates_logged(group, folder: str) -> str:
+    pl = pytorch()
+    with launched(group):
+        logger, monitor = pl.loggers.CSVLogger(folder, name="log", version=0), pl.callbacks.LearningRateMonitor("step")
+        ran = trainer(pl, logger=logger, log_every_n_steps=2, callbacks=[monitor])
+        ran.fit(module(pl, named_as_adamw), rows(1, 0))
+        return (Path(folder) / "log" / "version_0" / "metrics.csv").read_text()
+
+
+def test_a_schedule_that_is_named_keeps_the_learning_rate_monitors_key_of_adamw(worlds, tmp_path):
+    (header, *_) = on_ranks(worlds, 1, rates_logged, str(tmp_path))[0].splitlines()
+    assert "lr-AdamW" in header.split(",") and "KLShampoo" not in header
+
+
+def called_in_a_callback(group, by: int) -> list[float]:
+    """What the first `by` ranks make of a module that a callback calls at the end of an epoch."""
+    pl, found = pytorch(), []
+
+    class Samples(pl.callbacks.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            if group.rank() < by:
+                found.append(float(module(tokens_of(0)).detach()))
+            elif by:
+                time.sleep(5)  # busy with what the other has not come to, which would wait for it
+                raise ArithmeticError("the other rank has ended")
+
+    with launched(group), mock.patch.object(together, "SECONDS", 1.0):
+        made = module(pl)
+        made.forward = lambda tokens: loss_of(made.net, tokens)
+        trainer(pl, "kl_shampoo_fsdp2", callbacks=[Samples()]).fit(made, rows(2, group.rank()))
+        return found
+
+
+def test_a_sharded_module_is_called_outside_of_steps_by_all_ranks_or_refused(worlds):
+    (first,), (second,) = worlds[2].run(called_in_a_callback, 2, 2)
+    assert first == second > 0
+    error, other = worlds[2].run_expecting_errors(called_in_a_callback, 2, 1)
+    assert "rank 0 called it outside of a step" in str(error) and "Have all ranks call it" in str(error)
+    assert "the other rank has ended" in str(other)
+
+
 def averaged(group):
     """Weights and learning rates under StochasticWeightAveraging, which changes the optimizer's schedule half-way.
 
@@ -217,6 +281,54 @@ def test_fit_twice_starts_a_new_optimizer_each_time(worlds, strategy):
     first, second, optimizers = worlds[2].run(fitted_twice, 2, strategy)[0]
     assert deviation(first, alone()) <= DOUBLE and optimizers == 1
     assert deviation(second, alone(start=after_a_fit)) <= DOUBLE
+
+
+def keeping_configured(made: Any) -> Any:
+    """As modules do that make optimizer and schedule once and return them to every fit."""
+    if not hasattr(made, "kept"):
+        optimizer = adamw(made)
+        made.kept = [optimizer], [schedules.StepLR(optimizer, 1, 0.5)]
+    return made.kept
+
+
+def fitted_twice_with_the_same_optimizer(group, strategy: str, options: dict[str, Any]):
+    """Weights and learning rates; and what a strategy of other options says to the module then."""
+    pl = pytorch()
+    with launched(group):
+        made, data = module(pl, keeping_configured), rows(2, group.rank())
+        for _ in range(2):
+            chosen = made_strategy((CLASSES[strategy], options), pl)
+            trainer(pl, chosen).fit(made, data)
+        (optimizer,), (schedule,) = made.kept
+        rates = (
+            schedule.get_last_lr(),
+            [group["lr"] for group in optimizer.param_groups],
+            schedule.optimizer is optimizer,
+        )
+        weights = weights_of(made.net)
+        with pytest.raises(ValueError) as refused:
+            trainer(pl, made_strategy((CLASSES[strategy], {"method": "soap"}), pl)).fit(made, data)
+        return weights, rates, str(refused.value)
+
+
+CLASSES = {"kl_shampoo": "KLShampooStrategy", "kl_shampoo_fsdp2": "KLShampooFSDP2Strategy"}
+
+
+@pytest.mark.parametrize("options", [{}, {"lr": 5 * LR}], ids=str)
+@both
+def test_a_second_fit_of_a_module_that_keeps_optimizer_and_schedule_goes_on(worlds, strategy, options):
+    weights, rates, said = worlds[2].run(fitted_twice_with_the_same_optimizer, 2, strategy, options, timeout=120)[0]
+    lr = options.get("lr", LR)
+    halved = lr / 4  # once an epoch, of which each fit has one
+    assert rates == ([halved], [halved], True)
+    assert deviation(weights, alone(steps=2 * STEPS, lr=lr, change=halve_after_a_fit)) <= DOUBLE
+    assert "converted to KLShampoo by a strategy with other options" in said
+
+
+def halve_after_a_fit(optimizer: Any, step: int) -> None:
+    if step == STEPS:
+        for group in optimizer.param_groups:
+            group["lr"] /= 2
 
 
 def quick_runs(group, strategy: str):

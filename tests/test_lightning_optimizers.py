@@ -89,6 +89,20 @@ def test_manual_optimization_of_two_optimizers(worlds, strategy):
     assert deviation(weights, adversaries_alone()) <= DOUBLE
 
 
+def adversaries_that_toggle(group) -> tuple[str, bool]:
+    pl = pytorch()
+    with launched(group):
+        made = type("Made", (Adversaries, pl.LightningModule), {})(True)
+        with pytest.raises(RuntimeError) as refused:
+            trainer(pl, "kl_shampoo_fsdp2", max_steps=-1).fit(made, rows(2, group.rank()))
+        return str(refused.value), "toggle_optimizer" in vars(made)
+
+
+def test_toggling_optimizers_under_fsdp2_is_refused_in_words(worlds):
+    for said, still in worlds[2].run(adversaries_that_toggle, 2):
+        assert "toggle_optimizer freezes" in said and "zero the others' gradients" in said and not still
+
+
 class Finetuned:
     """A module whose body joins in the second of three epochs."""
 
@@ -171,6 +185,24 @@ def test_a_backbone_that_joins_later_stays_the_same_on_all_ranks(worlds, tmp_pat
     assert same_bits(resumed, others) and again == rates[2 * EPOCH :]
     head = ("top.weight", "top.bias")  # 2e-6 off, for the backbone that is frozen
     assert deviation({name: resumed[name] for name in head}, {name: weights[name] for name in head}) <= 1e-5
+
+
+def warned_of_finetuning(group, unfreezes: bool) -> list[str]:
+    pl = pytorch()
+    with launched(group), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = type("Made", (Finetuned, pl.LightningModule), {})()
+        callback = [pl.callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=1)] if unfreezes else []
+        trainer(pl, max_epochs=1, max_steps=-1, callbacks=callback).fit(made, rows(group.size(), group.rank(), 1))
+        return [str(one.message) for one in caught if "BackboneFinetuning" in str(one.message)]
+
+
+def test_finetuning_callbacks_under_ddp_are_warned_of_once(worlds):
+    first, others = worlds[2].run(warned_of_finetuning, 2, True)
+    assert len(first) == 1 and not others
+    assert "3 parameters are frozen now ('backbone.0.weight', ..)" in first[0]
+    assert worlds[2].run(warned_of_finetuning, 2, False) == [[], []]
+    assert on_ranks(worlds, 1, warned_of_finetuning, True) == [[]], "one device trains it right"
 
 
 def without_optimizer(group, strategy: str):

@@ -14,13 +14,14 @@ from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostL
 from torch.nn.parallel import DistributedDataParallel
 
 import lightning_plugin
-from lightning_plugin.registration import DEEPSPEED, installed, register
+from lightning_plugin.registration import DEEPSPEED, NAMESPACES, register
 from lightning_plugin.sharding import repeated_blocks
 from tests.lightning_runs import STEPS, adamw, alone, launched, module, pytorch, rows, trainer
 from tests.models import METHODS, deviation, same_bits
 from tests.sharded import layers, weights_of
 
 VARIANTS = ("", "_find_unused_parameters_true", "_spawn", "_fsdp2")
+BOTH = [(import_module(f"lightning_plugin.namespaces.{name}"), *packages) for name, packages in NAMESPACES.items()]
 NAMES = [method + variant for method in METHODS for variant in VARIANTS]
 
 
@@ -30,7 +31,7 @@ NAMES = [method + variant for method in METHODS for variant in VARIANTS]
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_is_known_to_both_lightnings_and_their_fabrics(name):
     register()  # again is no matter
-    for classes, of_trainer, of_fabric in installed():
+    for classes, of_trainer, of_fabric in BOTH:
         for package, registry, kind in (
             (of_trainer, "StrategyRegistry", "KLShampooStrategy"),
             (of_fabric, "STRATEGY_REGISTRY", "KLShampooFabricStrategy"),
@@ -45,7 +46,7 @@ def test_every_name_is_known_to_both_lightnings_and_their_fabrics(name):
 
 @pytest.mark.parametrize("name", [method + ending for method in METHODS for ending in DEEPSPEED])
 def test_the_names_with_deepspeed_are_as_lightnings_own(name):
-    for classes, of_trainer, _ in installed():
+    for classes, of_trainer, _ in BOTH:
         registry = import_module(f"{of_trainer}.strategies").StrategyRegistry
         method, _, theirs = name.partition("_deepspeed")
         made, own = registry.get(name), registry.get(f"deepspeed{theirs}")
@@ -54,7 +55,7 @@ def test_the_names_with_deepspeed_are_as_lightnings_own(name):
         assert made.optimizer_options == ({} if method == "kl_shampoo" else {"method": method})
 
 
-@pytest.mark.parametrize("classes", [classes for classes, _, _ in installed()], ids=lambda classes: classes.__name__)
+@pytest.mark.parametrize("classes", [classes for classes, _, _ in BOTH], ids=lambda classes: classes.__name__)
 def test_strategies_and_callbacks_can_be_pickled_for_spawn(classes):
     made = [getattr(classes, name)() for name in lightning_plugin.__all__]
     assert [type(one) for one in pickle.loads(pickle.dumps(made))] == [type(one) for one in made]

@@ -13,6 +13,7 @@ from lightning_plugin.deepspeed import UnderDeepSpeed
 from lightning_plugin.fabric import FabricShards, FabricTrainsWithKLShampoo
 from lightning_plugin.fsdp2 import SpreadsOverAllRanks, UnderFSDP2
 from lightning_plugin.options import TakesOptimizerOptions
+from lightning_plugin.registration import add
 from lightning_plugin.requeue import RequeuesBetweenBatches
 from lightning_plugin.restarts import BeginsAnew
 from lightning_plugin.trainer import TrainsWithKLShampoo
@@ -86,3 +87,6 @@ class PartitionSummary(SummarizesPartition, Callback):
     """Prints who owns what."""
 
     _say = staticmethod(rank_zero_info)
+
+
+add("of_lightning")

@@ -53,10 +53,10 @@ def set_in_groups(optimizer: torch.optim.Optimizer, every: int) -> None:
         group["precondition_frequency"] = every
 
 
-def ours(methods: Sequence[str], polar: Sequence[int] = ()) -> list[Contender]:
+def ours(methods: Sequence[str], polar: Sequence[int] = (), recipes: Sequence[str] = ()) -> list[Contender]:
     """The project's methods at their defaults; only the staggering is off, so that a refresh is all in one step.
 
-    And KL-Shampoo with each number of Newton-Schulz steps in `polar`.
+    And KL-Shampoo with each number of Newton-Schulz steps in `polar`, and under each of `recipes`.
     """
 
     def maker(method: str, **options: Any) -> Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]:
@@ -64,7 +64,8 @@ def ours(methods: Sequence[str], polar: Sequence[int] = ()) -> list[Contender]:
         return lambda params: KLShampoo(list(params), method=method, **options)
 
     found = [Contender(method, maker(method), set_in_groups) for method in methods]
-    return found + [Contender(f"kl_shampoo polar={k}", maker("kl_shampoo", polar=k), set_in_groups) for k in polar]
+    found += [Contender(f"kl_shampoo polar={k}", maker("kl_shampoo", polar=k), set_in_groups) for k in polar]
+    return found + [Contender(f"kl_shampoo {one}", maker("kl_shampoo", recipe=one), set_in_groups) for one in recipes]
 
 
 def torchs() -> list[Contender]:

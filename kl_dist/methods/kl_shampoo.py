@@ -16,6 +16,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from kl_dist.methods import kl_factors, kronecker, polar
+from kl_dist.methods.compact import compact
 from kl_dist.methods.kronecker import Hyper
 from kl_dist.methods.rule import Method, Rule, as_released
 from kl_dist.methods.state import KLShampooState, Side, unstarted
@@ -92,4 +93,4 @@ FRESH = Rule(
 PAPER = as_released(
     allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released, working_copies=6
 )
-METHOD = Method("KL-Shampoo", {"fresh": FRESH, "paper": PAPER})
+METHOD = Method("KL-Shampoo", {"fresh": FRESH, "paper": PAPER, "compact": compact(FRESH, "fresh")})

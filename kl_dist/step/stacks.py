@@ -69,7 +69,7 @@ class MatrixStack(Stack):
         if not active:
             return
         hyper = matrix_hyper(group)
-        grads = _read(gradients, [self.indices[row] for row in active], torch.stack, self.state.exp_avg.dtype)
+        grads = _read(gradients, [self.indices[row] for row in active], torch.stack, state_dtype(self.units[0].dtype))
         starting = [row for row in active if not self.state.started[row] and presences[row] is not Presence.ZERO]
         if starting:
             part = self.state.rows(starting)
@@ -87,7 +87,8 @@ class MatrixStack(Stack):
     def _forget(self, state: MatrixState) -> None:
         """As allocated: a start may also follow on a run whose state somebody has zeroed in place."""
         block = self.units[0].block
-        pristine = self.rule.allocate(block.shape, block.sides, 1, state.exp_avg.new_empty(())).tensors()
+        like = state.exp_avg.new_empty((), dtype=state_dtype(self.units[0].dtype))
+        pristine = self.rule.allocate(block.shape, block.sides, 1, like).tensors()
         for name, tensor in state.tensors().items():
             tensor.copy_(pristine[name])
 

@@ -54,12 +54,16 @@ def set_in_groups(optimizer: torch.optim.Optimizer, every: int) -> None:
 
 
 def ours(
-    methods: Sequence[str], polar: Sequence[int] = (), package: Any = kl_dist, suffix: str = ""
+    methods: Sequence[str],
+    polar: Sequence[int] = (),
+    recipes: Sequence[str] = (),
+    package: Any = kl_dist,
+    suffix: str = "",
 ) -> list[Contender]:
     """The project's methods at their defaults; only the staggering is off, so that a refresh is all in one step.
 
-    And KL-Shampoo with each number of Newton-Schulz steps in `polar`. `package` may be kl_dist of another checkout, of
-    which those methods are taken that it has; `suffix` tells them apart.
+    And KL-Shampoo with each number of Newton-Schulz steps in `polar`, and under each of `recipes`. `package` may be
+    kl_dist of another checkout, of which those methods are taken that it has; `suffix` tells them apart.
     """
 
     def maker(method: str, **options: Any) -> Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]:
@@ -68,9 +72,11 @@ def ours(
 
     known = [method for method in methods if method in package.METHODS]
     found = [Contender(method + suffix, maker(method), set_in_groups) for method in known]
-    return found + [
-        Contender(f"kl_shampoo polar={k}{suffix}", maker("kl_shampoo", polar=k), set_in_groups) for k in polar
-    ]
+    more: list[dict[str, Any]] = [*({"polar": k} for k in polar), *({"recipe": one} for one in recipes)]
+    for options in more:
+        said = ", ".join(f"{name}={value}" for name, value in options.items())
+        found.append(Contender(f"kl_shampoo {said}{suffix}", maker("kl_shampoo", **options), set_in_groups))
+    return found
 
 
 def torchs() -> list[Contender]:

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shapes = HUNDRED if args.hundred else gpt_shapes(args.width, 1)
     contenders = ours(args.methods) + torchs()
     for folder in args.beside:
-        contenders += ours(args.methods, (), package_of(folder), f" ({folder.resolve().name})")
+        contenders += ours(args.methods, package=package_of(folder), suffix=f" ({folder.resolve().name})")
     columns = ["flops", "passes", "calls", "views", "temporaries"]
     print("| contender | step |", " | ".join(columns), "|")
     print("| --- " * (len(columns) + 2) + "|")

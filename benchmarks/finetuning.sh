@@ -20,4 +20,5 @@ compare 64 --run "$kl --long-side identity" --grid lr=5e-3,1e-2
 compare 8 --seeds 1 --run "--optimizer adamw" --run "$kl --long-side diagonal" --run "$kl --long-side blocks" --grid lr=1e-2
 compare 64 --seeds 1 --run "--optimizer adamw" --run "$kl --long-side diagonal" --run "$kl --long-side blocks" --grid lr=5e-3
 compare 8 --b-ratio 4 --run "--optimizer adamw" --run "$kl --long-side diagonal" --grid lr=5e-3
-compare 8 --run "$kl --long-side blocks --set max_preconditioner_dim=8 --lr 1e-2"
+compare 8 --seeds 0 1 --run "$kl --long-side blocks --lr 1e-2" --grid max_preconditioner_dim=8,12
+compare 8 --seeds 0 1 --run "$kl --long-side blocks --recipe compact --lr 1e-2" --grid max_preconditioner_dim=32,8192

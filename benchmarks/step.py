@@ -34,9 +34,9 @@ RESULTS = Path(__file__).parent / "results"
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the tables, write the lines and the picture."""
     args = _arguments(argv)
-    contenders, missing = ours(args.methods, args.polar) + torchs(), dict[str, str]()
+    contenders, missing = ours(args.methods, args.polar, args.recipes) + torchs(), dict[str, str]()
     for folder in args.beside:
-        contenders += ours(args.methods, args.polar, package_of(folder), f" ({folder.resolve().name})")
+        contenders += ours(args.methods, args.polar, package=package_of(folder), suffix=f" ({folder.resolve().name})")
     if args.peers:
         peers, missing = find_peers()
         contenders += peers
@@ -98,6 +98,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", type=_shape, default=gpt_shapes(384, 1), metavar="MxN")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--polar", nargs="+", type=int, default=[], metavar="K", help="KL-Shampoo also with polar=K")
+    parser.add_argument("--recipes", nargs="+", default=[], metavar="NAME", help="KL-Shampoo also under these")
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
     parser.add_argument("--warmup", type=int, default=3, help="rounds before those")

@@ -59,7 +59,8 @@ class KLShampoo(StateDicts):
         weight_decay: decoupled.
         method: "kl_shampoo", "kl_soap", "soap", "shampoo", "muon", or "adamw".
         recipe: "fresh", the project's form, "paper", the released codes' to the letter (torch.optim.Muon's for method
-            "muon"), or "normuon", method "muon" with its neurons normalised.
+            "muon"), "compact", method "kl_shampoo" with its state in half the bytes, or "normuon", method "muon" with
+            its neurons normalised.
         precondition_frequency: T; the eigenbases are refreshed every T steps. None: 2 ("paper": 10).
         shampoo_beta: weight of the old factors. None: betas[1].
         blocking: "square" cuts a matrix along its long side into near-square blocks; "none". None: the recipe's.

@@ -79,7 +79,9 @@ class Options:
     lr: float | None = option(None, "peak learning rate; by default one that suits the optimizer and the demo")
     adamw_lr: float | None = option(None, "the same for embeddings, head and 1-D parameters beside a matrix optimizer")
     weight_decay: float = option(0.01, "decoupled weight decay of everything but norms")
-    recipe: str | None = option(None, "form of one of our methods: fresh, the default, paper, or normuon of kl_muon")
+    recipe: str | None = option(
+        None, "form of one of our methods: fresh, the default, paper, compact of kl_shampoo, normuon of kl_muon"
+    )
     precondition_frequency: int | None = option(None, "steps between refreshes of a Kronecker method's eigenbases")
     set: tuple[str, ...] = option(
         (), "any other option of the optimizer, as key=value: --set nesterov=False momentum=0.9"

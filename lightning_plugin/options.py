@@ -30,7 +30,8 @@ class TakesOptimizerOptions:
         weight_decay: decoupled; in place of the module's, but for groups it has set to 0 beside others.
         method: "kl_shampoo", "kl_soap", "soap", "shampoo", "muon", or one that was added.
         recipe: "fresh", the project's form, "paper", the released codes' to the letter (torch.optim.Muon's for method
-            "muon"), or "normuon", method "muon" with its neurons normalised.
+            "muon"), "compact", method "kl_shampoo" with its state in half the bytes, or "normuon", method "muon" with
+            its neurons normalised.
         precondition_frequency: T; the eigenbases are refreshed every T steps.
         shampoo_beta: weight of the old Kronecker factors; betas[1] unless given.
         blocking: "square" cuts a matrix along its long side into near-square blocks; "none".

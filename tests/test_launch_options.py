@@ -30,7 +30,7 @@ def test_a_learning_rate_that_is_given_replaces_the_optimizers_own(optimizer: st
     [
         ("--optimizer kl_shampo", "--optimizer kl_shampo is unknown; did you mean kl_shampoo?"),
         ("--optimzer adamw", "--optimzer is no option; did you mean --optimizer?; --help lists them"),
-        ("--recipe frsh", "--recipe takes fresh or paper, not frsh"),
+        ("--recipe frsh", "--recipe takes fresh or paper or compact, not frsh"),
         ("--steps many", "--steps takes a whole number, not many"),
         ("--steps 0", "--steps 0 is too small; the least is 1"),
         ("--precondition-frequency 0", "--precondition-frequency 0 is too small; the least is 1"),

@@ -143,7 +143,7 @@ def _scattered(holding: Holding, full: Tensor | None, ranks: Ranks) -> None:
         for keeper in keepers:
             if ranks.rank == 0:
                 assert full is not None
-                part = narrowed(full, box)
+                part = narrowed(full, box).to(dtype)
                 if keeper != 0:
                     ranks.hand_over(part.to(ranks.device).contiguous(), 0, keeper)
             elif ranks.rank == keeper:

@@ -6,9 +6,9 @@ AdamW has `step`, and `exp_avg` and `exp_avg_sq` in its own shape. So what any n
 the same set of tensors, differently held, and loads everywhere. Scalars are stored as one element, (1,).
 
 [Note: form] Every parameter also has a key that says what its state means: the version of all this, the method, the
-recipe, the shape, and a digest of how the shape is read and cut ("form1.kl_shampoo.fresh.128x64.0b7a3c5e"). A stranger
-lacks the key, and so is recognised before anything of it is read, by torch.distributed.checkpoint too. It is no state:
-only what is saved has it.
+recipe (of a recipe that differs in dtypes alone, that which it goes by: `Rule.form`), the shape, and a digest of how
+the shape is read and cut ("form1.kl_shampoo.fresh.128x64.0b7a3c5e"). A stranger lacks the key, and so is recognised
+before anything of it is read, by torch.distributed.checkpoint too. It is no state: only what is saved has it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from functools import lru_cache
 
 import torch
 
-from kl_dist.methods import ELEMENTWISE, rule
+from kl_dist.methods import ELEMENTWISE, exchangeable, rule
+from kl_dist.methods import form as form_of
 from kl_dist.methods.state import Side, state_dtype
 from kl_dist.planning.boxes import Box, whole
 from kl_dist.planning.plan import Plan
@@ -43,6 +44,7 @@ class Entry:
     unit: int | None  # into Plan.units; None where nobody holds anything
     plan: Plan = declared(repr=False, compare=False)
     constant: int | None = None  # the value of what nobody holds and nothing changes
+    dtypes: tuple[tuple[str, torch.dtype], ...] = ()  # (recipe, dtype) that it may be saved in
 
     @property
     def is_form(self) -> bool:
@@ -89,7 +91,8 @@ def _entries(plan: Plan, number: int, indices: Sequence[int]) -> Iterator[Entry]
     shape = "x".join(map(str, plan.parameters[number].shape))
     cut = "" if method == ELEMENTWISE else repr([(plan.units[i].reading, plan.units[i].block) for i in indices])
     digest = hashlib.sha256(cut.encode()).hexdigest()[:8] if cut else ""
-    form = ".".join(word for word in (f"{FORM}{VERSION}", method, recipe, shape, digest) if word)
+    means = form_of(method, recipe)
+    form = ".".join(word for word in (f"{FORM}{VERSION}", method, means, shape, digest) if word)
     yield Entry(number, form, form, (1,), torch.int64, None, plan, 1)
     yield from (_of_adamw if method == ELEMENTWISE else _of_matrix)(plan, number, indices)
 
@@ -98,8 +101,14 @@ def _of_matrix(plan: Plan, number: int, indices: Sequence[int]) -> Iterator[Entr
     for i in indices:
         unit = plan.units[i]
         suffix = unit.name.removeprefix(plan.parameters[number].name)
-        for name, shape, dtype in _fields(unit.method, unit.recipe, unit.block.shape, unit.block.sides, unit.dtype):
-            yield Entry(number, f"{suffix}.{name}" if suffix else name, name, shape, dtype, i, plan)
+        fields_under = {
+            recipe: _fields(unit.method, recipe, unit.block.shape, unit.block.sides, unit.dtype)
+            for recipe in exchangeable(unit.method, unit.recipe)
+        }
+        for place, (field, shape, dtype) in enumerate(fields_under[unit.recipe]):
+            key = f"{suffix}.{field}" if suffix else field
+            dtypes = tuple((recipe, found[place][2]) for recipe, found in fields_under.items())
+            yield Entry(number, key, field, shape, dtype, i, plan, dtypes=dtypes)
 
 
 def _of_adamw(plan: Plan, number: int, indices: Sequence[int]) -> Iterator[Entry]:

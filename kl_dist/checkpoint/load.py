@@ -21,6 +21,7 @@ from kl_dist.checkpoint.holdings import Holding
 from kl_dist.checkpoint.inventory import FORM
 from kl_dist.checkpoint.local import ORIGIN, origin_of
 from kl_dist.layouts.dtensor import is_dtensor
+from kl_dist.methods import form
 from kl_dist.ranks import Ranks
 
 REMEDY = "of a full state, kl_dist.load_full_state_dict(optimizer, state, strict=False) loads what fits"
@@ -43,6 +44,7 @@ class Saved:
     tensors: Mapping[tuple[str, str], Tensor]  # by name of the parameter and key
     local: bool  # what one rank holds, in plain tensors
     own: Mapping[Any, Any]  # the user's, under keys that are no parameters; in the local form alone
+    recipes: Mapping[str, str]  # by name of the parameter
 
 
 def read(state: Any, groups: Sequence[Mapping[str, Any]]) -> Saved:
@@ -69,7 +71,11 @@ def read(state: Any, groups: Sequence[Mapping[str, Any]]) -> Saved:
     local = ORIGIN in state
     mine = {key: value for key, value in state["state"].items() if local and not isinstance(key, int)}
     theirs = {key: value for key, value in state["state"].items() if key not in mine}
-    return Saved(saved, dict(_tensors(theirs, _names(saved, groups))), local, mine)
+    names = _names(saved, groups)
+    recipes = {
+        names[key]: group["recipe"] for group in saved for key in group["params"] if _is_key(key) and key in names
+    }
+    return Saved(saved, dict(_tensors(theirs, names)), local, mine, recipes)
 
 
 def check_origin(saved: Any, here: Mapping[str, Any]) -> None:
@@ -170,7 +176,7 @@ def check_groups(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[st
         for key in (*options.DEFAULTS, "base_lr"):
             if key not in other and key not in options.CAME_LATER:
                 raise ValueError(f"the saved parameter group {index} lacks the option {key!r}")
-            if key in options.STRUCTURAL and _lists(other[key]) != _lists(group[key]):
+            if key in options.STRUCTURAL and _structure(other, key) != _structure(group, key):
                 raise ValueError(
                     f"parameter group {index} was saved with {key}={other[key]!r}, here it is {group[key]!r}: construct"
                     " KLShampoo with what was saved, or start its state anew"
@@ -194,7 +200,7 @@ def misfit(holding: Holding, saved: Saved) -> str | None:
     wanted: tuple[int, ...] = tuple(holding.value.shape) if saved.local and not _divided(tensor) else entry.shape
     if tuple(tensor.shape) != wanted:
         return f"{what} has shape {tuple(tensor.shape)} in the saved state, here it is {wanted}"
-    if tensor.dtype != entry.dtype:
+    if tensor.dtype not in (entry.dtype, dict(entry.dtypes).get(saved.recipes.get(holding.name, ""))):
         return f"{what} has dtype {tensor.dtype} in the saved state, here it is {entry.dtype}"
     if _divided(tensor) and tensor.boxes != holding.boxes:  # type: ignore[attr-defined]
         return f"{what} is divided over the ranks in another way in the saved state"
@@ -294,6 +300,13 @@ def _taken(saved: Mapping[str, Any]) -> dict[str, Any]:
     taken = {key: value for key, value in saved.items() if key not in kept}
     taken = copy.deepcopy(taken)  # a schedule writes into a learning rate that is a tensor
     return {key: tuple(value) if isinstance(value, list) else value for key, value in taken.items()}
+
+
+def _structure(group: Mapping[str, Any], key: str) -> Any:
+    """An option that shapes the state, as far as what is saved depends on it."""
+    if key == "recipe":
+        return form(group["method"], group["recipe"])
+    return _lists(group[key])
 
 
 def _lists(value: Any) -> Any:

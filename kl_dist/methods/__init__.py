@@ -27,7 +27,9 @@ __all__ = [
     "Side",
     "State",
     "add_rule",
+    "exchangeable",
     "for_each_method",
+    "form",
     "rule",
 ]
 
@@ -74,6 +76,18 @@ def for_each_method(listener: Callable[[str], None]) -> None:
         _listeners.append(listener)
     for method in _METHODS:
         listener(method)
+
+
+def form(method: str, recipe: str) -> str:
+    """The recipe that the saved state of a method under a recipe is of: see `Rule.form`."""
+    known = _METHODS[method].rules.get(recipe) if method in _METHODS else None
+    return recipe if known is None else known.form or recipe
+
+
+def exchangeable(method: str, recipe: str) -> list[str]:
+    """The recipes whose saved state differs from this one's in dtypes at most, this one included."""
+    known = _METHODS[method].rules if method in _METHODS else {}
+    return [one for one in known if form(method, one) == form(method, recipe)]
 
 
 def rule(method: str, recipe: str) -> Rule:

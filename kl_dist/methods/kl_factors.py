@@ -93,10 +93,9 @@ def refresh_as_released(state: KLShampooState, hyper: Hyper) -> None:
     refresh_bases(state, 0.0, drift_is_due(state, hyper))
 
 
-def drift_is_due(state: InEigenbasis, hyper: Hyper) -> Tensor | None:
+def drift_is_due(state: InEigenbasis, hyper: Hyper, every: int = REFRESHES_PER_REORTHOGONALIZATION) -> Tensor | None:
     """Of which matrices (B,) this refresh must also undo what rounding did to the orthogonality of Q; None of none."""
-    refreshes = state.step // hyper.precondition_frequency
-    due = refreshes % REFRESHES_PER_REORTHOGONALIZATION == REFRESHES_PER_REORTHOGONALIZATION - 1
+    due = (state.step // hyper.precondition_frequency) % every == every - 1
     return due if bool(due.any()) else None
 
 

@@ -37,7 +37,7 @@ def factorize(symmetric: Tensor, damped: bool, first: bool) -> Factored:
     """A = O P, in the way that costs least where A is.
 
     Float64 state and what is not damped go by reflections, and so does all on a CPU, as measured (docs/gpu.md). On a
-    GPU it is Cholesky, by the count of operations: once in float64 (4.3 d^3) where that is at most twice as slow, else
+    GPU it is Cholesky, by the count of operations: once in float64 (3.3 d^3) where that is at most twice as slow, else
     twice in float32 (8.7 d^3), and three times for a matrix that is far from diagonal.
 
     Args:

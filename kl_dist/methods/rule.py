@@ -50,6 +50,9 @@ class Rule(NamedTuple):
     polar: bool = False  # whether its update can be orthogonalised, as option `polar` says
     working_copies: int = 2  # tensors as large as its gradients that an update holds at its peak, its two included
     defaults: Mapping[str, Any] = MappingProxyType({})  # of options, where not the recipe's
+    form: str | None = (
+        None  # the recipe that its saved state is of, where not its own: checkpoints go from one to the other
+    )
 
 
 def as_released(allocate: Any, start: Any, update: Any, refresh: Any, **facts: Any) -> Rule:

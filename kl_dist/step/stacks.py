@@ -93,8 +93,9 @@ class MatrixStack(Stack):
             self.state.put(running, part)
 
     def _read(self, gradients: Gradients, rows: Sequence[int]) -> Tensor:
-        """The gradients of some rows (B, d_1..d_K), in the state's dtype."""
-        read = self.state.exp_avg.new_empty(len(rows), *self.units[0].block.shape)
+        """The gradients of some rows (B, d_1..d_K), in the dtype that a step computes in."""
+        unit = self.units[0]
+        read = self.state.exp_avg.new_empty(len(rows), *unit.block.shape, dtype=state_dtype(unit.dtype))
         for row, one in zip(rows, read.unbind(), strict=True):
             gradients(self.indices[row], one)
         return read
@@ -102,7 +103,8 @@ class MatrixStack(Stack):
     def _forget(self, state: MatrixState) -> None:
         """As allocated: a start may also follow on a run whose state somebody has zeroed in place."""
         block = self.units[0].block
-        pristine = self.rule.allocate(block.shape, block.sides, 1, state.exp_avg.new_empty(())).tensors()
+        like = state.exp_avg.new_empty((), dtype=state_dtype(self.units[0].dtype))
+        pristine = self.rule.allocate(block.shape, block.sides, 1, like).tensors()
         for name, tensor in state.tensors().items():
             tensor.copy_(pristine[name])
 

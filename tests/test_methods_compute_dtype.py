@@ -1,37 +1,19 @@
 """Option `compute_dtype`: what each costs in precision, here by rounding operands, as a CPU does."""
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.precision import gradients, orthogonality, state_after, update_errors
 from kl_dist import KLShampoo
-from kl_dist.methods import Hyper, products, rule
+from kl_dist.methods import products
 from tests.models import METHODS
 
-DIMENSION = 24
 # relative to an element: half of the last bit that is kept; and of one update against float64
 ROUNDING = {"float32": 0.0, "tf32": 2**-11, "bfloat16": 2**-8, "bf16x3": 2**-17}
 OF_AN_UPDATE = {"float32": (1e-8, 2e-5), "bf16x3": (1e-6, 2e-4), "tf32": (1e-4, 8e-3), "bfloat16": (1e-3, 6e-2)}
-
-
-def gradients(count: int, d: int = DIMENSION) -> Tensor:
-    """(count, 1, d, d), of three decades of scales."""
-    noise = torch.randn(count, 1, d, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return torch.logspace(0, -3, d, dtype=torch.float64)[:, None] * noise
-
-
-def run(method: str, dtype: torch.dtype, compute_dtype: str | None, grads: Tensor, refreshes: int):
-    """The state after so many steps with a refresh each, and the update of the one that follows."""
-    rules, d = rule(method, "fresh"), grads.shape[-1]
-    hyper = Hyper(betas=(0.9, 0.95), eps=1e-8, nesterov=True, compute_dtype=compute_dtype)
-    state = rules.allocate((d, d), ("full", "full"), 1, torch.empty((), dtype=dtype))
-    rules.start(state, grads[0].to(dtype), hyper)
-    for step in range(refreshes + 1):
-        grad = grads[step % len(grads)].to(dtype)
-        update = rules.update(state, grad.clone(), hyper, torch.empty_like(grad))
-        if rules.refresh is not None and step < refreshes:
-            rules.refresh(state, hyper)
-    return state, update
 
 
 @pytest.mark.parametrize("compute_dtype", products.COMPUTE_DTYPES)
@@ -54,32 +36,23 @@ def test_a_product_is_as_near_as_its_operands(compute_dtype):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_update_is_as_near_to_float64_as_is_said(method):
-    """Of the same state: of any basis and second moment that a float32 run may have."""
-    grads = gradients(8)
-    rules = rule(method, "fresh")
-    exact, _ = run(method, torch.float64, None, grads, 6)
-    updates = {}
-    for compute_dtype in (None, *products.COMPUTE_DTYPES):
-        dtype = torch.float64 if compute_dtype is None else torch.float32
-        state = exact.map(lambda x, dtype=dtype: x.to(dtype, copy=True) if x.is_floating_point() else x.clone())
-        grad = grads[7].to(dtype, copy=True)
-        hyper = Hyper(betas=(0.9, 0.95), eps=1e-8, nesterov=True, compute_dtype=compute_dtype)
-        updates[compute_dtype] = rules.update(state, grad, hyper, torch.empty_like(grad)).double()
-    for compute_dtype, (least, most) in OF_AN_UPDATE.items():
-        error = (updates[compute_dtype] - updates[None]).norm() / updates[None].norm()
+    for compute_dtype, error in update_errors(method).items():
+        least, most = OF_AN_UPDATE[compute_dtype]
         assert least < error < most, compute_dtype
+
+
+@functools.cache
+def exact_factors() -> tuple[Tensor, ...]:
+    return state_after("kl_shampoo", torch.float64, None, gradients(16, 16), 2000).factors
 
 
 @pytest.mark.parametrize("compute_dtype", products.COMPUTE_DTYPES)
 def test_bases_stay_orthogonal_through_2000_refreshes(compute_dtype):
     """And what the factors say of the gradients stays right: the spectrum is that of a run in float64."""
     grads = gradients(16, 16)
-    state, update = run("kl_shampoo", torch.float32, compute_dtype, grads, 2000)
-    exact, _ = run("kl_shampoo", torch.float64, None, grads, 2000)
-    assert update.isfinite().all()
-    for Q in state.bases:
-        assert (Q.mT @ Q - torch.eye(16)).abs().max() < 1e-4
-    for factor, expected in zip(state.factors, exact.factors, strict=True):
+    state = state_after("kl_shampoo", torch.float32, compute_dtype, grads, 2000)
+    assert orthogonality(state.bases) < 1e-4
+    for factor, expected in zip(state.factors, exact_factors(), strict=True):
         found, said = torch.linalg.eigvalsh(factor.double()), torch.linalg.eigvalsh(expected)
         assert ((found - said).abs() / said).max() < 0.05
 

@@ -135,7 +135,7 @@ def _names_in(group: Mapping[str, Any]) -> list[str]:
 
 def is_made_up(names: Sequence[str]) -> bool:
     """Whether all of a group's names are those that parameters without any are given (see `kl_dist.groups`)."""
-    return all(re.fullmatch(r"group\d+\.param\d+'*", name) for name in names)
+    return all(isinstance(name, str) and re.fullmatch(r"group\d+\.param\d+'*", name) for name in names)
 
 
 def _is_key(key: Any) -> bool:

@@ -26,6 +26,9 @@ COMPUTE_DTYPES = ("float32", "tf32", "bfloat16", "bf16x3")
 DROPPED = 13  # of the 23 bits of float32's mantissa, in TF32
 
 
+AS_IT_IS = contextlib.nullcontext()
+
+
 class Operand(NamedTuple):
     """A matrix (B, m, n) as it is multiplied."""
 
@@ -42,7 +45,7 @@ class Operand(NamedTuple):
 
 def operand(x: Tensor, compute_dtype: str | None) -> Operand:
     """x, of whose memory the parts are where nothing is rounded."""
-    if x.dtype != torch.float32 or compute_dtype == "float32":
+    if _is_multiplied_as_it_is(x, compute_dtype):
         return Operand((x,), False)
     by_device = x.is_cuda and _has_tf32(x.device)
     if by_device and compute_dtype in (None, "tf32"):
@@ -60,13 +63,16 @@ def operand(x: Tensor, compute_dtype: str | None) -> Operand:
 
 def product(left: Tensor, right: Tensor, compute_dtype: str | None, out: Tensor) -> Tensor:
     """L R (B, m, n) of L (B, m, k) and R (B, k, n), written to `out`."""
-    add_product(out, operand(left, compute_dtype), operand(right, compute_dtype), 0.0, 1.0)
+    if _is_multiplied_as_it_is(left, compute_dtype):
+        torch.bmm(left, right, out=out)
+    else:
+        add_product(out, operand(left, compute_dtype), operand(right, compute_dtype), 0.0, 1.0)
     return out
 
 
 def add_product(total: Tensor, left: Operand, right: Operand, keep: float, share: float) -> None:
     """total <- keep total + share L R, in place; what `total` held is not read where keep is 0."""
-    with _in_tf32() if left.tf32 else contextlib.nullcontext():
+    with _in_tf32() if left.tf32 else AS_IT_IS:
         for i, first in enumerate(left.parts):
             for second in right.parts[: len(right.parts) - i]:  # lo lo is less than what was rounded away
                 if first.dtype != total.dtype:
@@ -84,6 +90,10 @@ def check_device(compute_dtype: str | None, device: torch.device) -> None:
     narrow = compute_dtype in ("bfloat16", "bf16x3")
     if narrow and device.type == "cuda" and "dtype" not in torch.ops.aten.bmm.overloads():
         raise ValueError(f'compute_dtype {compute_dtype!r} on CUDA needs torch 2.8 or later: update, or take "tf32"')
+
+
+def _is_multiplied_as_it_is(x: Tensor, compute_dtype: str | None) -> bool:
+    return x.dtype != torch.float32 or compute_dtype == "float32" or (compute_dtype is None and not x.is_cuda)
 
 
 def _to_tf32(x: Tensor) -> Tensor:

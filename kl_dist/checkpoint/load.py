@@ -73,7 +73,7 @@ def read(state: Any, groups: Sequence[Mapping[str, Any]]) -> Saved:
     theirs = {key: value for key, value in state["state"].items() if key not in mine}
     names = _names(saved, groups)
     recipes = {
-        names[key]: group["recipe"] for group in saved for key in group["params"] if _is_key(key) and key in names
+        names[key]: str(group["recipe"]) for group in saved for key in group["params"] if _is_key(key) and key in names
     }
     return Saved(saved, dict(_tensors(theirs, names)), local, mine, recipes)
 
@@ -305,7 +305,7 @@ def _taken(saved: Mapping[str, Any]) -> dict[str, Any]:
 def _structure(group: Mapping[str, Any], key: str) -> Any:
     """An option that shapes the state, as far as what is saved depends on it."""
     if key == "recipe":
-        return form(group["method"], group["recipe"])
+        return form(str(group["method"]), str(group["recipe"]))
     return _lists(group[key])
 
 

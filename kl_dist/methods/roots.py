@@ -71,10 +71,8 @@ def by_products(factor: Tensor, order: int, shift: Tensor | float, damping: floa
         m = _symmetric(power @ m @ power)
     failed = ~((m - identity).abs().amax((1, 2)) < CONVERGED)  # NaN fails too
     if bool(failed.any()):
-        rows_failed = failed.nonzero().flatten()
-        fallbacks.count("inverse root by eigh", len(rows_failed))
-        c = shift if isinstance(shift, float) else shift[rows_failed]
-        x[rows_failed] = by_eigh(factor[rows_failed], 1 / order, c)
+        fallbacks.count("inverse root by eigh", failed.sum())
+        x[failed] = by_eigh(factor[failed], 1 / order, shift[failed] if isinstance(shift, Tensor) else shift)
     return x
 
 

@@ -35,7 +35,8 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         params: as DeepSpeed or the user has them.
         lr, betas, eps, weight_decay: as KLShampoo's. Betas of (0.9, 0.999), AdamW's default and HF Trainer's, become
             KLShampoo's own for matrices, and stay what they are for what AdamW serves.
-        output_head: name of the module that is the model's output head, which AdamW serves; embeddings go there too.
+        output_head: name of the module that is the model's output head, which AdamW serves; embeddings go there too. ""
+            where none is one.
             Experts and other stacks are read as `kl_dist.param_groups` does.
         on_nonfinite: "skip"; or "raise" at stage 0 in float32, elsewhere DeepSpeed leaves such steps out by itself.
         given: any option of a group of KLShampoo.

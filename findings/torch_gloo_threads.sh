@@ -47,4 +47,5 @@ if begun == 0 or found != {False: (begun, 0, 0), True: (begun, begun, 0)}:
     sys.exit(1)
 print("as described")
 PYTHON
-GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES="" "$folder/env/bin/python" "$folder/threads.py"
+GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES="" "$folder/env/bin/python" "$folder/threads.py" 2>"$folder/said" ||
+    { cat "$folder/said"; exit 1; }

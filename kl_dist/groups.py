@@ -241,16 +241,18 @@ def param_groups(
     """Parameter groups of a model whose modules are known, for `KLShampoo(param_groups(model, ..), ..)`.
 
     nn.Embedding and the output head go to AdamW. An output head is the module named `output_head`, the
-    `get_output_embeddings()` of the model or a part of it, or one whose weight is an Embedding's; never just the last
-    Linear. Norms, biases and other parameters of fewer than two dimensions are not decayed. Stacked experts and fused
-    weights of known libraries are read as the matrices that they hold; other parameters of three dimensions or more,
-    but for convolutions, go to AdamW with a warning, unless `matrices` says what they are: see kl_dist.modules.
+    `get_output_embeddings()` of the model or a part of it, or one whose weight is an Embedding's; where there is none
+    of these, the only nn.Linear outside of the blocks that has as many outputs as an Embedding has rows, of which the
+    log tells; never just the last Linear. Norms, biases and other parameters of fewer than two dimensions are not
+    decayed. Stacked experts and fused weights of known libraries are read as the matrices that they hold; other
+    parameters of three dimensions or more, but for convolutions, go to AdamW with a warning, unless `matrices` says
+    what they are: see kl_dist.modules.
 
     Args:
         model: on its own or within torch.compile or DistributedDataParallel; the names are its own.
         lr: of all groups; None leaves it to the optimizer.
         weight_decay: of what is decayed.
-        output_head: name of a module, as in `model.named_modules()`.
+        output_head: name of a module, as in `model.named_modules()`; "" where none is one.
         group_options: any option of a parameter group, for all of them.
 
     Returns:

@@ -1,6 +1,7 @@
 """What a model's modules say of their parameters: embeddings, the output head, and which matrices a tensor holds.
 
-Nothing is guessed from a shape. A parameter of three dimensions or more is known where it is a convolution's, where
+But for an output head of which nothing says that it is one, nothing is guessed from a shape. A parameter of three
+dimensions or more is known where it is a convolution's, where
 `TABLE` has the class of its module, or where the module speaks for itself, as experts of transformers do; any other is
 served by AdamW, with a warning, until the option `matrices` says what it is. Classes go by name, so that no library is
 imported, and a class made of another (by FSDP2, say) is known by its base. What is stored transposed, (in, out), is
@@ -88,6 +89,17 @@ class Said:
     vectors: frozenset[int]  # biases of experts, stacked; norms
     convolutions: frozenset[int]
     matrices: Mapping[int, Declaration]
+    head: str | None = None  # the name of a module that was found to be the output head, where nothing says which is
+
+    @property
+    def about_head(self) -> str | None:
+        """What to tell the user of it."""
+        if self.head is None:
+            return None
+        return (
+            f"{self.head!r} is taken for the output head, since it has as many outputs as an embedding has rows, and"
+            ' AdamW serves it: name another in output_head, or none by output_head=""'
+        )
 
     def serve(
         self,
@@ -152,7 +164,7 @@ def look_up(model: nn.Module, output_head: str | None = None) -> Said:
 
     Args:
         model: unwrapped or not, on any device.
-        output_head: name of a module, as in `model.named_modules()`.
+        output_head: name of a module, as in `model.named_modules()`; "" where none is one.
 
     Raises:
         ValueError: no module has the name `output_head`.
@@ -173,29 +185,50 @@ def look_up(model: nn.Module, output_head: str | None = None) -> Said:
             vectors |= {id(p) for p in module.parameters()}
         if isinstance(module, _ConvNd):
             convolutions |= {id(p) for p in module.parameters()}
-    elementwise = embeddings_and_head(model, output_head)
-    return Said(frozenset(elementwise), frozenset(vectors), frozenset(convolutions), matrices)
+    embeddings = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
+    heads, found = _heads(model, output_head)
+    # a head tied to an Embedding has its very parameter, so it needs no look-up of its own; peft's lie in a wrapper
+    elementwise = {id(parameter) for module in (*embeddings, *heads) for parameter in module.parameters()}
+    said = Said(frozenset(elementwise), frozenset(vectors), frozenset(convolutions), matrices, found)
+    if said.about_head:
+        log.info(said.about_head)
+    return said
 
 
-def embeddings_and_head(model: nn.Module, output_head: str | None = None) -> set[int]:
-    """The ids of the parameters of every nn.Embedding and of the output head; see `kl_dist.param_groups`.
-
-    Raises:
-        ValueError: no module has the name `output_head`.
-    """
-    embeddings = (nn.Embedding, nn.EmbeddingBag)
-    modules: list[nn.Module] = [module for module in model.modules() if isinstance(module, embeddings)]
-    if output_head is not None:
-        named = dict(model.named_modules())
+def _heads(model: nn.Module, output_head: str | None) -> tuple[list[nn.Module], str | None]:
+    """The output heads, and the name of one that nobody had said; see `kl_dist.param_groups`."""
+    named = dict(model.named_modules())
+    if output_head:
         if output_head not in named:
             raise ValueError(f"the model has no module named {output_head!r} to be its output head")
-        modules.append(named[output_head])
-    for module in model.modules():  # a model of a library is often a part of the user's
-        get_head = getattr(module, "get_output_embeddings", None)
-        if callable(get_head) and isinstance(head := get_head(), nn.Module):
-            modules.append(head)
-    # a head tied to an Embedding has its very parameter, so it needs no look-up of its own; peft's lie in a wrapper
-    return {id(parameter) for module in modules for parameter in module.parameters()}
+        chosen = [named[output_head]]
+    else:
+        chosen = []
+    sayings = [get for module in named.values() if callable(get := getattr(module, "get_output_embeddings", None))]
+    said = [head for get in sayings if isinstance(head := get(), nn.Module)]
+    if output_head is not None or sayings or (found := _head_by_vocabulary(model)) is None:
+        return [*chosen, *said], None
+    return [named[found]], found
+
+
+def _head_by_vocabulary(model: nn.Module) -> str | None:
+    """The name of the only Linear whose outputs are as many as an Embedding's rows; those inside of blocks, a layer of
+    an MLP as wide as a vocabulary of bytes, say, are none. None where a head is tied, since that is it."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    vocabularies = {module.num_embeddings for module in embeddings}
+    linears = [(name, module) for name, module in _outside_of_blocks(model) if isinstance(module, nn.Linear)]
+    tied = {id(module.weight) for module in embeddings} & {id(module.weight) for _, module in linears}
+    found = [name for name, module in linears if module.out_features in vocabularies]
+    return found[0] if len(found) == 1 and not tied else None
+
+
+def _outside_of_blocks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Named parts of a model, but for what is inside of the members of lists, dicts and sequences of modules."""
+    listed = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+    for name, child in module.named_children():
+        yield path + name, child
+        if not listed:
+            yield from _outside_of_blocks(child, f"{path}{name}.")
 
 
 def shape_of(p: Tensor) -> torch.Size:

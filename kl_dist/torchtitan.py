@@ -48,7 +48,7 @@ class KLShampooContainer(OptimizersContainer):
 
     def groups_of(self, part: nn.Module, config: Config) -> list[dict[str, Any]]:
         """The parameter groups of a part; override it for `matrices` that kl_dist.modules does not know, say."""
-        head = config.output_head if config.output_head in dict(part.named_modules()) else None
+        head = config.output_head if config.output_head in dict(part.named_modules()) else ""
         return param_groups(part, weight_decay=config.weight_decay, output_head=head)
 
 

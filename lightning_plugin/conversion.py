@@ -77,11 +77,20 @@ def convert(
     return converted
 
 
-def announcement(before: Optimizer | None, after: Any) -> str:
-    """What to say of a conversion, once: where each parameter goes, and betas that may not be meant for KLShampoo."""
+def announcement(before: Optimizer | None, after: Any, module: nn.Module, given: Mapping[str, Any]) -> str:
+    """What to say of a conversion, once: where each parameter goes, which output head was found, and rates and betas
+    that may not be meant for KLShampoo."""
     kept = before is None or after is before
     what = "KLShampoo" if kept else f"KLShampoo in the place of {type(before).__name__}"
     said = [f"{what}, where each parameter goes:", after.routes()]
+    about_head = None if kept else modules.look_up(module, given.get("output_head")).about_head
+    said += [about_head] if about_head else []
+    if not kept and "lr" not in given and type(before) in (AdamW, Adam):
+        lr = _usual_lr(after)
+        said.append(
+            f"the matrices train at {type(before).__name__}'s learning rate, {lr:g}; where all of a model is trained"
+            f" their best is about five times that: give the strategy lr={5 * lr:g}, adamw_lr={2.5 * lr:g}"
+        )
     for number, group in enumerate(() if kept else after.param_groups):
         usual = options.recipe_defaults(group["method"], group["recipe"])["betas"]
         if group["betas"] != usual and group["betas"] == group["adamw_betas"]:

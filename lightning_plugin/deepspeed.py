@@ -90,7 +90,9 @@ class UnderDeepSpeed:
     def _setup_model_and_optimizer(self: Any, model: Any, optimizer: Any, *scheduler: Any) -> tuple[Any, Any]:
         engine, stepped = super()._setup_model_and_optimizer(model, optimizer, *scheduler)  # type: ignore[misc]
         before = self._converted_from if optimizer is not None else None
-        type(self)._say(announcement(before, engine.basic_optimizer))  # it can tell now what goes where
+        # it can tell now what goes where
+        about = announcement(before, engine.basic_optimizer, self.lightning_module, self.optimizer_options)
+        type(self)._say(about)
         return engine, stepped
 
     def load_checkpoint(self: Any, *arguments: Any, **options: Any) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class FabricTrainsWithKLShampoo:
             )
         module = modules[0] if len(modules) == 1 else nn.ModuleList(modules)
         converted = convert(optimizer, module, self.optimizer_options, () if scheduler is None else (scheduler,))
-        type(self)._say(announcement(optimizer, converted))
+        type(self)._say(announcement(optimizer, converted, module, self.optimizer_options))
         return converted
 
     # -- checkpoints --------------------------------------------------------------------------------------------------

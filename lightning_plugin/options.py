@@ -50,7 +50,7 @@ class TakesOptimizerOptions:
         adamw_betas: AdamW's betas.
         adamw_names: parameters, by name, that AdamW serves beside embeddings, output head and what is no matrix.
         on_nonfinite: "skip" leaves out a step with a NaN or Inf gradient on all ranks alike; "raise".
-        output_head: name of the module that is the model's output head, which AdamW serves.
+        output_head: name of the module that is the model's output head, which AdamW serves; "" where none is one.
         optimizer_checkpoint: "strict" wants a checkpoint of this very optimizer; "partial" loads what fits and starts
             the rest anew; "ignore" loads the weights alone.
         parent: arguments of the strategy this one is built on.

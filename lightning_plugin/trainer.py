@@ -50,7 +50,7 @@ class TrainsWithKLShampoo:
         if is_missing(optimizer):
             return optimizer
         converted = convert(optimizer, self.lightning_module, self.optimizer_options, schedulers)
-        type(self)._say(announcement(optimizer, converted))
+        type(self)._say(announcement(optimizer, converted, self.lightning_module, self.optimizer_options))
         self._conversions = [*self._conversions, (optimizer, converted)]
         return converted
 

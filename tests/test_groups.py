@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kl_dist import KLShampoo, param_groups, plan
+from kl_dist import KLShampoo, modules, param_groups, plan
 
 
 class Model(nn.Module):
@@ -43,14 +43,23 @@ def routed_to_adamw(model: nn.Module, **options) -> set[str]:
 @pytest.mark.parametrize(
     ("model", "options", "head"),
     [
-        (dict(), dict(), set()),
+        (dict(), dict(), {"head.weight"}),
+        (dict(), dict(output_head=""), set()),
         (dict(), dict(output_head="head"), {"head.weight"}),
         (dict(), dict(output_head="linear"), {"linear.weight"}),
         (dict(has_method=True), dict(), {"head.weight"}),
         (dict(tied=True), dict(), set()),
         (dict(tied=True, has_method=True), dict(output_head="head"), set()),
     ],
-    ids=["the last Linear is not guessed", "named", "named otherwise", "found by its method", "tied", "all at once"],
+    ids=[
+        "found by the vocabulary",
+        "not looked for",
+        "named",
+        "named otherwise",
+        "found by its method",
+        "tied",
+        "all at once",
+    ],
 )
 def test_embeddings_and_the_output_head_go_to_adamw(model, options, head):
     """A tied head is the embedding's parameter, and so has its name."""
@@ -58,6 +67,52 @@ def test_embeddings_and_the_output_head_go_to_adamw(model, options, head):
     served = methods(KLShampoo(param_groups(Model(**model), **options)))
     tied = {"head.weight"} if model.get("tied") else set()
     assert served.keys() == {*MATRICES, *ELEMENTWISE, *UNDECAYED, "head.weight"} - tied
+
+
+class Block(nn.Module):
+    """With a Linear of as many outputs as there are rows in the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(8, 11), nn.Linear(11, 8)
+
+
+def decoder(blocks: int = 1, heads: int = 1, outputs: int = 11, embeddings: int = 1) -> nn.Module:
+    """The heads first, as in litgpt."""
+    made = nn.Module()
+    made.heads = nn.Module()
+    for number in range(heads):
+        setattr(made.heads, f"of{number}", nn.Linear(8, outputs))
+    made.parts = nn.ModuleDict({f"e{number}": nn.Embedding(11 - number, 8) for number in range(embeddings)})
+    made.parts["blocks"] = nn.ModuleList([Block() for _ in range(blocks)])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "heads.of0"),
+        ({"blocks": 3, "embeddings": 2}, "heads.of0"),
+        ({"outputs": 10, "embeddings": 2}, "heads.of0"),
+        ({"outputs": 12}, None),
+        ({"heads": 2}, None),
+        ({"embeddings": 0}, None),
+    ],
+    ids=str,
+)
+def test_the_only_linear_outside_of_blocks_with_a_vocabularys_outputs_is_the_head(given, found, caplog):
+    with caplog.at_level("INFO", "kl_dist"):
+        said = modules.look_up(decoder(**given))
+    assert said.head == found
+    assert caplog.messages == ([] if found is None else [said.about_head])
+    if found:
+        assert f"'{found}' is taken" in said.about_head and 'output_head=""' in said.about_head
+
+
+def test_the_head_is_found_within_wrappers_and_sequences():
+    for model in (nn.Sequential(nn.Embedding(11, 8), Block(), nn.Linear(8, 11)), torch.compile(decoder())):
+        assert modules.look_up(model).head in ("2", "_orig_mod.heads.of0")
+    assert modules.look_up(nn.Sequential(nn.Conv2d(1, 11, 3), nn.Linear(8, 11))).head is None
 
 
 def test_a_model_without_an_output_head_has_none():

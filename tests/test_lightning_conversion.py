@@ -70,9 +70,20 @@ def test_betas_that_were_set_are_kept_and_told(net):
     after = convert(before, net, {})
     (group,) = after.param_groups
     assert group["betas"] == group["adamw_betas"] == (0.8, 0.97)
-    assert "betas=(0.8, 0.97) of group 0 were set" in announcement(before, after)
+    assert "betas=(0.8, 0.97) of group 0 were set" in announcement(before, after, net, {})
     before = AdamW(net.parameters())
-    assert "were set" not in announcement(before, convert(before, net, {}))
+    assert "were set" not in announcement(before, convert(before, net, {}), net, {})
+
+
+def test_the_rate_that_matrices_would_do_better_with_is_told_where_none_is_given(net):
+    def said(made, given):
+        return announcement(made, convert(made, net, given), net, given)
+
+    assert "AdamW's learning rate, 0.002; " in said(AdamW(net.parameters(), lr=2e-3), {})
+    assert "lr=0.01, adamw_lr=0.005" in said(AdamW(net.parameters(), lr=2e-3), {})
+    assert "about five times" not in said(AdamW(net.parameters(), lr=2e-3), {"lr": 2e-3})
+    assert "about five times" not in said(SGD(net.parameters(), lr=2e-3), {"lr": 1e-2, "weight_decay": 0.0})
+    assert "about five times" not in said(KLShampoo(net.named_parameters(), lr=2e-3), {})
 
 
 def test_betas_given_to_the_strategy_go_before(net):
@@ -142,6 +153,12 @@ def test_head_by_name_by_the_librarys_word_and_by_tying_goes_to_adamw(net):
     assert routes(convert(AdamW(net.parameters()), net, {"output_head": "head"}))["head.weight"] == "adamw"
     library = nn.Sequential(Library())
     assert routes(convert(AdamW(library.parameters()), library, {}))["0.net.head.weight"] == "adamw"
+    untied = Net()
+    untied.head = nn.Linear(6, 7)
+    assert routes(convert(AdamW(untied.parameters()), untied, {"output_head": ""}))["head.weight"] == "kl_shampoo"
+    found = convert(before := AdamW(untied.parameters()), untied, {})
+    assert routes(found)["head.weight"] == "adamw"
+    assert "'head' is taken for the output head" in announcement(before, found, untied, {})
     tied = Net()
     tied.head = nn.Linear(4, 7, bias=False)
     tied.head.weight = tied.embedding.weight

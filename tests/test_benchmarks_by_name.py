@@ -1,0 +1,23 @@
+"""benchmarks/by_name.py: every contender trains, from the same weights, and by name alone the head is found."""
+
+import json
+from pathlib import Path
+
+from benchmarks import by_name
+from lightning_plugin.conversion import convert
+from tests.lightning_runs import adamw
+
+
+def test_a_line_of_each_contender_and_no_two_of_them_train_alike(tmp_path: Path) -> None:
+    by_name.main(tmp_path / "found.jsonl", steps=3, batch_size=2, lrs=(2e-3,), seeds=1)
+    lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert [line["contender"] for line in lines] == list(by_name.CONTENDERS)
+    assert len({line["val_loss"] for line in lines}) == 4 and all(4 < line["val_loss"] < 6 for line in lines)
+
+
+def test_the_program_says_nothing_of_its_head() -> None:
+    program = by_name.Program(by_name.model_of("bytes"), 2e-3)
+    for given, method in (({}, "adamw"), ({"output_head": ""}, "kl_shampoo")):
+        plan = convert(adamw(program), program, given).plan
+        served = {plan.parameters[unit.parameter].name: unit.method for unit in plan.units}
+        assert served["gpt.head.weight"] == method

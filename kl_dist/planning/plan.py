@@ -32,6 +32,9 @@ where one unit per rank is more than that."""
 SMALLEST_ROWS = 4 << 20
 """Bytes of a part of a shard under AdamW, at least: every unit costs the host time in every step."""
 
+ROWS = 32
+"""Ranks that a printed plan lists, at most."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -85,9 +88,11 @@ class Plan:
 
         The all-reduces are the agreement that opens a step and, on the CPU, the number that ends it.
         """
+        return self._sent(self.bytes_of(rank))
+
+    def _sent(self, found: Bytes) -> int:
         agreement = round((self.world_size - 1) * 2 * 4 * (self.agreement_size + 1) / self.world_size)
-        sent = self.bytes_of(rank)
-        return sent.gradients_sent + sent.updates_sent + agreement
+        return found.gradients_sent + found.updates_sent + agreement
 
     def _travelling(self, rank: int) -> tuple[list[Traffic], list[Any]]:
         traffics = [self.traffic(number, rank) for number in range(len(self.buckets))]
@@ -252,18 +257,26 @@ class Plan:
     def __str__(self) -> str:
         mb = 1 / 2**20
         rows = ["rank  matrices  slices  cost (Gflop/step)  state (MiB)  sends (MiB/step)"]
-        for rank in range(self.partition_size):
+        shown = min(self.partition_size, ROWS)
+        padding = 0
+        for rank in range(shown):
+            sent = self.bytes_of(rank)
+            padding += sent.padding
             owned = [member.unit for members in self.members(rank) for member in members]
             slices = sum(unit.elementwise for unit in owned)
             rows.append(
                 f"{rank:4d}  {len(owned) - slices:8d}  {slices:6d}  {self.cost[rank] / 1e9:17.3f}"
-                f"  {self.state_bytes[rank] * mb:11.2f}  {self.sent_bytes(rank) * mb:16.2f}"
+                f"  {self.state_bytes[rank] * mb:11.2f}  {self._sent(sent) * mb:16.2f}"
+            )
+        if shown < self.partition_size:
+            rows.append(
+                f"and so on, to rank {self.partition_size - 1}; what follows of padding is that of these {shown}"
             )
         if self._copies > 1:
             rows.append(f"{self._copies} groups of {self.partition_size} ranks do this, each all of it")
         rows.append(
             f"balance (max / mean of cost) {self.balance:.3f}; {len(self.buckets)} buckets, "
-            f"padding {self.padding_bytes * mb:.2f} MiB of {sum(u.nbytes for u in self.units) * mb:.2f} MiB"
+            f"padding {padding * self._copies * mb:.2f} MiB of {sum(u.nbytes for u in self.units) * mb:.2f} MiB"
         )
         return "\n".join(rows)
 

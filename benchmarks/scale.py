@@ -74,6 +74,7 @@ class Case(NamedTuple):
     model: str
     ranks: int
     shard_size: int
+    largest: int = options.DEFAULTS["max_preconditioner_dim"]
 
     @property
     def layout(self) -> str:
@@ -85,9 +86,10 @@ class Case(NamedTuple):
 CASES = (
     *(Case("llama-8b", ranks, 1) for ranks in (4, 64, 512, 1024, 4096)),
     *(Case("llama-8b", ranks, 8) for ranks in (256, 1024)),
-    Case("llama-70b", 1024, 1024),
-    Case("llama-70b", 4096, 4096),
-    Case("llama-70b", 4096, 64),
+    *(Case("llama-8b", 1024, 1, largest) for largest in (2048, 1024)),
+    *(Case("llama-70b", 1024, 1024, largest) for largest in (8192, 4096, 2048)),
+    *(Case("llama-70b", 4096, 4096, largest) for largest in (8192, 4096)),
+    *(Case("llama-70b", 4096, 64, largest) for largest in (8192, 4096)),
     *(Case("gpt2-xl", ranks, 1) for ranks in (64, 1024)),
     *(Case("gpt2", ranks, 1) for ranks in (8, 16, 32, 48, 64, 128, 256, 512, 1000, 1024, 2048, 4096)),
 )
@@ -188,12 +190,13 @@ def measure(case: Case, steps: int) -> Line:
     """A plan and its numbers; of ranks' numbers those of rank 0, which has as much to do as any."""
     shapes = MODELS[case.model]
     names = tuple(name for name in EMBEDDINGS if name in shapes)
-    found: Line = {"model": case.model, "layout": case.layout, "ranks": case.ranks}
+    found: Line = {"model": case.model, "layout": case.layout, "ranks": case.ranks, "largest": case.largest}
+    given: dict[str, Any] = {"adamw_names": names, "max_preconditioner_dim": case.largest}
     began = time.process_time()
-    plan = kl_dist.plan(shapes, case.ranks, shard_size=case.shard_size, dtype=torch.bfloat16, adamw_names=names)
+    plan = kl_dist.plan(shapes, case.ranks, shard_size=case.shard_size, dtype=torch.bfloat16, **given)
     digest = plan.digest()
     found |= {"plan_seconds": time.process_time() - began, "digest": digest}
-    group = {**options.DEFAULTS, "adamw_names": names}
+    group = {**options.DEFAULTS, **given}
     options.resolve(group)
     host = host_seconds(plan, group, steps)
     # of this rank alone: what the optimizer itself needs, without the tables of all ranks
@@ -206,7 +209,9 @@ def measure(case: Case, steps: int) -> Line:
         "agreement_bytes": 4 * plan.agreement_size,
         "room_bytes": plan.room_bytes(0),
         "parameter_bytes": parameters,
+        "partition_size": plan.partition_size,
         "balance": plan.balance,
+        "flops": max(plan.cost),
         "state_bytes": plan.state_bytes[0],
         "sent_bytes": plan.sent_bytes(0),
         "padding": plan.bytes_of(0).padding / max(plan.sent_bytes(0), 1),
@@ -216,7 +221,7 @@ def measure(case: Case, steps: int) -> Line:
 def measured(case: Case, steps: int, limit: float) -> Line:
     """The same in a process of its own, or what became of it."""
     command = [sys.executable, "-m", "benchmarks.scale", "--steps", str(steps), "--case", *map(str, case)]
-    failed = {"model": case.model, "layout": case.layout, "ranks": case.ranks}
+    failed = {"model": case.model, "layout": case.layout, "ranks": case.ranks, "largest": case.largest}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -228,6 +233,7 @@ def measured(case: Case, steps: int, limit: float) -> Line:
 
 
 COLUMNS = {
+    "groups of": lambda x: str(x["partition_size"]),
     "plan, s": lambda x: f"{x['plan_seconds']:.2f}",
     "peak, MiB": lambda x: f"{x['peak_bytes'] / 2**20:.0f}",
     "units": lambda x: str(x["units"]),
@@ -236,6 +242,7 @@ COLUMNS = {
     "state, GiB": lambda x: f"{x['state_bytes'] / 2**30:.2f}",
     "padding": lambda x: f"{100 * x['padding']:.1f} %",
     "balance": lambda x: f"{x['balance']:.2f}",
+    "Tflop": lambda x: f"{x['flops'] / 1e12:.2f}",
     "sent / parameters": lambda x: f"{x['sent_bytes'] / x['parameter_bytes']:.3f}",
     "host, ms/step": lambda x: f"{1e3 * (x['host_agree_seconds'] + x['host_run_seconds']):.1f}",
 }
@@ -243,10 +250,11 @@ COLUMNS = {
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, a row a case."""
-    rows = [["model", "layout", "ranks", *COLUMNS], ["---", "---", "---:", *["---:"] * len(COLUMNS)]]
+    rows = [["model", "layout", "ranks", "largest block", *COLUMNS]]
+    rows.append(["---", "---", *["---:"] * (2 + len(COLUMNS))])
     for line in lines:
         cells = [line["error"], *[""] * (len(COLUMNS) - 1)] if "error" in line else [f(line) for f in COLUMNS.values()]
-        rows.append([line["model"], line["layout"], f"{line['ranks']:,}", *cells])
+        rows.append([line["model"], line["layout"], f"{line['ranks']:,}", f"{line['largest']:,}", *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -258,11 +266,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=float, default=120, help="seconds that a case may take")
     parser.add_argument("--commit", help="what the lines are called in the file")
     parser.add_argument("--out", type=Path, help="a file of JSON lines, added to")
-    parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.case:
-        model, ranks, shard_size = args.case
-        print(json.dumps(measure(Case(model, int(ranks), int(shard_size)), args.steps)))
+        model, *numbers = args.case
+        print(json.dumps(measure(Case(model, *map(int, numbers)), args.steps)))
         return
     chosen = [case for case in CASES if case.model in args.models and case.ranks in (args.ranks or [case.ranks])]
     lines = [measured(case, args.steps, args.limit) for case in chosen]

@@ -13,6 +13,7 @@ from kl_dist import modules, options
 from kl_dist.methods import ELEMENTWISE
 from kl_dist.planning.boxes import fully_sharded
 from kl_dist.planning.matrices import names_of
+from kl_dist.planning.partition import FEWEST, Partition
 from kl_dist.planning.plan import Plan, make_plan
 from kl_dist.planning.units import Parameter
 
@@ -293,6 +294,9 @@ def plan(
     *,
     shard_size: int = 1,
     dtype: torch.dtype = torch.float32,
+    partition_size: int | None = None,
+    max_state_bytes: int | None = None,
+    ranks_per_node: int = FEWEST,
     **group_options: Any,
 ) -> Plan:
     """The plan KLShampoo would make at any world size, without a process group.
@@ -303,6 +307,8 @@ def plan(
         world_size: number of ranks.
         shard_size: how many of them share a replica of the parameters: 1 for DDP, world_size for FSDP2, else HSDP.
         dtype: of the parameters, where only shapes are given.
+        partition_size, max_state_bytes: as of KLShampoo.
+        ranks_per_node: which partition groups fill, where the plan chooses their size.
         group_options: options of KLShampoo, `output_head` included for a model.
 
     Raises:
@@ -329,4 +335,7 @@ def plan(
         options.resolve(group)
     if shard_size > 1:
         found = [replace(one, sharding=fully_sharded(one.shape, world_size, shard_size)) for one in found]
-    return make_plan(found, resolved, world_size)
+    for name, value in (("partition_size", partition_size), ("max_state_bytes", max_state_bytes)):
+        options.check_count(name, value)
+    partition = Partition(partition_size, max_state_bytes, ranks_per_node)
+    return make_plan(found, resolved, world_size, partition=partition)

@@ -17,6 +17,7 @@ from kl_dist.layouts import placement
 from kl_dist.layouts.reduction import Reduction
 from kl_dist.layouts.replicas import check_replicas
 from kl_dist.methods.products import check_device
+from kl_dist.planning.partition import FEWEST, Partition
 from kl_dist.planning.plan import Plan, make_plan
 from kl_dist.planning.routes import doubts, routing_table
 from kl_dist.ranks import Ranks
@@ -26,6 +27,8 @@ from kl_dist.step.agreement import Presence, find_problem, not_finite
 from kl_dist.step.engine import Engine
 
 log = logging.getLogger(__name__)
+
+COMPARE_EVERY = 100  # steps, where nobody says and there are several partition groups
 
 
 class Parts(NamedTuple):
@@ -84,8 +87,13 @@ class KLShampoo(StateDicts):
         adamw_betas: None: `betas` where given, else (0.9, 0.95).
         adamw_names: names of parameters that AdamW serves though they have two dimensions or more.
         on_nonfinite: "skip" leaves out a step with a NaN or Inf gradient on all ranks alike; "raise".
+        partition_size: ranks that share state and work; groups of so many do the same, each for itself. None: the plan
+            chooses beyond 8 ranks, by balance (docs/partition.md).
+        max_state_bytes: of a rank, where the plan chooses.
+        compare_every: steps after which ranks compare the weights that they have in common. None: 100 where there are
+            several groups, else never after the first step.
 
-    All but the last of these and `process_group` can be given per parameter group.
+    All but the last four of these and `process_group` can be given per parameter group.
 
     Raises:
         TypeError, ValueError: a bad option or parameter, by name, on every rank.
@@ -122,6 +130,9 @@ class KLShampoo(StateDicts):
         adamw_betas: tuple[float, float] | None = None,
         adamw_names: Sequence[str] | None = None,
         on_nonfinite: str = "skip",
+        partition_size: int | None = None,
+        max_state_bytes: int | None = None,
+        compare_every: int | None = None,
         **unknown: Any,
     ) -> None:
         given = locals()
@@ -132,10 +143,16 @@ class KLShampoo(StateDicts):
         self._reduction: Reduction | None = None
         self._compared: set[str] = set()  # parameters whose replicas were found alike
         self._on_nonfinite = on_nonfinite
+        self._partition = Partition(partition_size, max_state_bytes)
+        self._compare_every, self._steps = compare_every, 0
         self._skipped = 0
         with self._ranks.together():
             asked = [key for key, value in unknown.items() if not options.is_declined(key, value)]
-            options.check_known(asked, "process_group", "on_nonfinite")
+            options.check_known(
+                asked, "process_group", "on_nonfinite", "partition_size", "max_state_bytes", "compare_every"
+            )
+            for name in ("partition_size", "max_state_bytes", "compare_every"):
+                options.check_count(name, given[name])
             if on_nonfinite not in ("skip", "raise"):
                 raise ValueError(f'on_nonfinite is "skip" or "raise", not {on_nonfinite!r}')
             if isinstance(params, torch.nn.Module):
@@ -189,7 +206,11 @@ class KLShampoo(StateDicts):
             groups.check_group_names(self.param_groups)
             self._ranks.settle_on(placement.device_of(trained, self._ranks.device))
             shardings = placement.known_from_here(trained, self._ranks)
-        everywhere = None
+        everywhere, partition = None, self._partition
+        if not self._ranks.is_everyone and partition.size is None:
+            partition = Partition(self._ranks.size)
+        if self._ranks.size > FEWEST:
+            partition = partition._replace(ranks_per_node=self._ranks.per_node(FEWEST))
         if self._ranks.any(shardings is None):
             with self._ranks.together():
                 seen = placement.seen_from_here(trained, self._ranks)
@@ -198,9 +219,14 @@ class KLShampoo(StateDicts):
             if everywhere is not None:
                 shardings = placement.told_by_all(trained, everywhere)
             assert shardings is not None
+            if not self._ranks.is_everyone and partition.size not in (None, self._ranks.size):
+                raise ValueError(
+                    "partition_size divides all ranks of the job; this KLShampoo has a process_group of some: leave it"
+                    f" out, or give {self._ranks.size}"
+                )
             parameters = placement.parameters_of(trained, shardings)
-            plan = make_plan(parameters, self.param_groups, self._ranks.size, previous)
-        own = f"on_nonfinite={self._on_nonfinite!r}"
+            plan = make_plan(parameters, self.param_groups, self._ranks.size, previous, partition)
+        own = f"on_nonfinite={self._on_nonfinite!r}, compare_every={self._compare_every!r}"
         self._ranks.check_same(own + plan.digest(), lambda: (own, *plan.lines), "the plan of KLShampoo")
         return plan
 
@@ -287,7 +313,14 @@ class KLShampoo(StateDicts):
         return presences
 
     def _compare_replicas(self) -> None:
-        """Once, when all that wraps and broadcasts a model has had its turn: before the first step of a parameter."""
+        """Once, when all that wraps and broadcasts a model has had its turn: before the first step of a parameter.
+
+        Then every `compare_every` steps, where partition groups compute the same updates each for itself.
+        """
+        every = self._compare_every or (COMPARE_EVERY if self.plan.partition_size < self.plan.world_size else 0)
+        if every and self._steps and self._steps % every == 0:
+            check_replicas(self._running.shards.parameters, self.plan, self._ranks, self._compared, began_alike=True)
+        self._steps += 1
         if self._uncompared:
             check_replicas(self._running.shards.parameters, self.plan, self._ranks, self._uncompared)
             self._compared |= self._uncompared
@@ -313,6 +346,11 @@ class KLShampoo(StateDicts):
         """
         if any(parameter.sharding is not None for parameter in self.plan.parameters):
             raise ValueError("reduce_to_owners is for parameters that are whole on every rank; some here are sharded")
+        if self.plan.partition_size < self._ranks.size:  # there a gradient would have several owners
+            self._partition = Partition(self._ranks.size)
+            plan = self._new_plan(None)
+            with self._ranks.together():
+                self._adopt(plan)
         reduction = Reduction(self._ranks, self.plan, self._running.shards.parameters)
         reduction.register(ddp)
         self._reduction = reduction

@@ -247,6 +247,12 @@ def _check_number(name: str, value: Any, least: float, below: float) -> None:
         raise ValueError(f"{name} must be at least {least:g} and {upper}, not {value!r}")
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raises TypeError or ValueError for an argument that is neither None nor a whole number, at least 1."""
+    if value is not None:
+        _check_integer({name: value}, name)
+
+
 def _check_integer(group: Mapping[str, Any], key: str, least: int = 1) -> None:
     value = group[key]
     if isinstance(value, bool) or not isinstance(value, int):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -209,6 +209,22 @@ class Ranks(Team):
         """By rank of the whole job, what it is called here."""
         return {rank: number for number, rank in enumerate(dist.get_process_group_ranks(self.group))}
 
+    @property
+    def is_everyone(self) -> bool:
+        """Whether these are all ranks of the job, which may then make process groups."""
+        return self.group is None or self.size == dist.get_world_size()
+
+    def make_groups(self, lines: Iterable[tuple[int, ...]]) -> None:
+        """Have a process group for each of some lines of ranks, the same on all of them; a collective of everyone."""
+        wanted = [line for line in lines if 1 < len(line) < self.size]
+        if all(line in self._groups for line in wanted if self.rank in line):
+            return
+        assert self.is_everyone
+        for line in wanted:
+            made = dist.new_group(dist.get_process_group_ranks(self.group)[rank] for rank in line)
+            if self.rank in line:
+                self._groups[line] = made
+
     def team(self, members: Sequence[int]) -> Team:
         """Some of these ranks, this one among them; in a process group of their own where one is known."""
         if len(members) == 1:
@@ -228,6 +244,11 @@ class Ranks(Team):
         with _current(self.device):
             dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def per_node(self, otherwise: int) -> int:
+        """Ranks on a node, by torchrun's LOCAL_WORLD_SIZE: the fewest of any; a collective."""
+        here = float(os.environ.get("LOCAL_WORLD_SIZE", otherwise))
+        return round(-self.largest(torch.tensor([-here], device=self._meeting_place))[0])
 
     def any(self, here: bool) -> bool:
         """Whether it is so on any rank; a collective of one number."""

@@ -14,6 +14,7 @@ from kl_dist.checkpoint.holdings import Holding
 from kl_dist.checkpoint.local import Form, local_form
 from kl_dist.layouts import placement
 from kl_dist.layouts.reduction import Reduction
+from kl_dist.planning.partition import Partition
 from kl_dist.planning.plan import Plan
 from kl_dist.ranks import Ranks
 from kl_dist.step.engine import Engine
@@ -28,6 +29,9 @@ class StateDicts(torch.optim.Optimizer):
     _reduction: Reduction | None
     _named: groups.Named
     _on_nonfinite: str
+    _partition: Partition
+    _compare_every: int | None
+    _steps: int
     _skipped: int
     _compared: set[str]
     _consolidated: dict[str, Any] | None = None
@@ -131,6 +135,9 @@ class StateDicts(torch.optim.Optimizer):
             "_plan": self._running.plan,
             "_rank": self._ranks.rank,
             "_on_nonfinite": self._on_nonfinite,
+            "_partition": self._partition,
+            "_compare_every": self._compare_every,
+            "_steps": self._steps,
             "_skipped": self._skipped,
         }
         return {**super().__getstate__(), **own}

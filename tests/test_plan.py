@@ -265,6 +265,11 @@ def test_a_printed_plan_has_a_row_per_rank(gpt2):
     assert f"{found.balance:.3f}" in last
 
 
+def test_a_printed_plan_of_many_ranks_is_of_the_first(gpt2):
+    text = str(plan(gpt2, 4096, partition_size=64))
+    assert len(text.splitlines()) == 1 + 32 + 3 and "to rank 63" in text and "64 groups of 64 ranks" in text
+
+
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_a_model_and_its_shapes_and_the_optimizer_have_the_same_plan(world_size):
     model = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 3, bias=False))

@@ -28,7 +28,9 @@ def checksum(tensor: Tensor) -> Tensor:
     return whole.sum(dtype=torch.int64) % 2**62
 
 
-def check_replicas(parameters: Sequence[Tensor], plan: Plan, ranks: Ranks, names: Collection[str]) -> None:
+def check_replicas(
+    parameters: Sequence[Tensor], plan: Plan, ranks: Ranks, names: Collection[str], began_alike: bool = False
+) -> None:
     """Compare what the ranks hold of parameters that they hold several times; a collective of 16 bytes for each.
 
     Args:
@@ -36,6 +38,7 @@ def check_replicas(parameters: Sequence[Tensor], plan: Plan, ranks: Ranks, names
         plan: tells who holds what.
         ranks: of the plan.
         names: of those to compare, the same on all ranks.
+        began_alike: they were compared before.
 
     Raises:
         ValueError: on all ranks, naming the first parameter that differs.
@@ -44,7 +47,7 @@ def check_replicas(parameters: Sequence[Tensor], plan: Plan, ranks: Ranks, names
     told: list[Tensor] = []
     nothing = torch.full((), NOTHING, device=ranks.device)
     for one, parameter in zip(plan.parameters, parameters, strict=True):
-        columns = [tuple(range(ranks.size))] if one.sharding is None else list(zip(*one.sharding.grid, strict=True))
+        columns = plan.columns(one)
         if one.name not in names or len(columns[0]) < 2:
             continue
         mine = checksum(local_shard(parameter)).to(ranks.device)
@@ -59,6 +62,11 @@ def check_replicas(parameters: Sequence[Tensor], plan: Plan, ranks: Ranks, names
             raise ValueError(
                 f"parameter {name!r} has no memory: FSDP2 frees what it has gathered for a forward; construct KLShampoo"
                 " before the first forward, or after model.reshard()"
+            )
+        if most != -least and began_alike:
+            raise ValueError(
+                f"parameter {name!r} has other weights on some ranks, which began alike: their gradients were not the"
+                " same, something else wrote to the weights, or a device computes wrongly; go on from a checkpoint"
             )
         if most != -least:
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from kl_dist.planning.buckets import turn
 from kl_dist.planning.traffic import home_of
@@ -37,6 +37,35 @@ def assign(
     limit = (1 + UNEVENNESS) * max(_loads(units, even, world_size))
     at_home = _longest_processing_time(units, fixed, homes, groups, world_size, limit)
     return at_home if max(_loads(units, at_home, world_size)) <= limit else even
+
+
+SLICE_BYTES = 128
+"""What the largest slice of a parameter may have over the mean, in state: its end, and a count of steps."""
+
+
+class Evenest(NamedTuple):
+    """What the evenest division of matrices would give."""
+
+    balance: float  # largest cost of a rank over the mean
+    state_bytes: float  # of the rank that has most
+
+
+def evenest(
+    units: Sequence[Unit],
+    divided: Sequence[Unit],
+    fixed: Sequence[int | None],
+    groups: Sequence[Mapping[str, Any]],
+    world_size: int,
+) -> Evenest:
+    """The evenest division of matrices over so many ranks; `divided` are under AdamW, of which all have as much."""
+    owners = _longest_processing_time(units, fixed, [None] * len(units), groups, world_size, 0.0)
+    shared = sum(unit.cost for unit in divided) / world_size
+    loads = [load + shared for load in _loads(units, owners, world_size)]
+    slices = SLICE_BYTES * len(divided)
+    state = [sum(unit.state_bytes for unit in divided) / world_size + slices] * world_size
+    for unit, rank in zip(units, owners, strict=True):
+        state[rank] += unit.state_bytes
+    return Evenest(max(loads) * world_size / sum(loads) if sum(loads) else 1.0, max(state))
 
 
 def _loads(units: Sequence[Unit], owners: Sequence[int], world_size: int) -> list[float]:

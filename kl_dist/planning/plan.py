@@ -20,7 +20,8 @@ from kl_dist.options import STRUCTURAL, describe
 from kl_dist.planning.boxes import Box, Sharding
 from kl_dist.planning.buckets import Bucket, Member, RowsBucket, StreamBucket, everywhere, matrix_buckets, rows_buckets
 from kl_dist.planning.costs import adamw_cost, adamw_state_bytes
-from kl_dist.planning.ownership import assign
+from kl_dist.planning.ownership import assign, evenest
+from kl_dist.planning.partition import CHOSEN, Partition, in_group
 from kl_dist.planning.slices import Stream, flat_boxes, make_stream, rows_volumes, shard_boxes
 from kl_dist.planning.traffic import Bytes, Traffic, bytes_of, rooms_of, traffic_of
 from kl_dist.planning.units import (
@@ -41,15 +42,19 @@ where one unit per rank is more than that."""
 SMALLEST_ROWS = 4 << 20
 """Bytes of a part of a shard under AdamW, at least: every unit costs the host time in every step."""
 
+ROWS = 32
+"""Ranks that a printed plan lists, at most."""
+
 
 @dataclass(frozen=True)
 class Plan:
     """Who owns what, and which collectives a step makes. Printing it shows a table."""
 
     world_size: int
-    parameters: tuple[Parameter, ...]
+    partition_size: int  # of these ranks share state and work; the others do the same again, so many at a time
+    parameters: tuple[Parameter, ...]  # as they lie within the first of these groups
     units: tuple[Unit, ...]
-    owners: tuple[int | None, ...]  # by unit; None: under AdamW, where all ranks have a part
+    owners: tuple[int | None, ...]  # by unit, within a group; None: under AdamW, where all ranks have a part
     streams: tuple[Stream, ...]  # of what AdamW has whole on every rank
     buckets: tuple[Bucket, ...]
     options: tuple[str, ...]  # one line per parameter group, to compare across ranks
@@ -57,13 +62,17 @@ class Plan:
 
     # -- one rank's part -----------------------------------------------------------------------------------------------
 
+    def place(self, rank: int) -> int:
+        """A rank's number within its group."""
+        return rank % self.partition_size
+
     def members(self, rank: int) -> list[tuple[Member, ...]]:
         """What a rank computes, by bucket."""
-        return [bucket.members(self.units, self.parameters, rank) for bucket in self.buckets]
+        return [bucket.members(self.units, self.parameters, self.place(rank)) for bucket in self.buckets]
 
     def traffic(self, number: int, rank: int) -> Traffic:
         """What a rank sends and receives of a bucket."""
-        return traffic_of(self.units, self.parameters, self.buckets[number], rank)
+        return traffic_of(self.units, self.parameters, self.buckets[number], self.place(rank))
 
     def room_bytes(self, rank: int) -> int:
         """Bytes of the buffers that buckets travel through on a rank."""
@@ -86,9 +95,11 @@ class Plan:
 
         The all-reduces are the agreement that opens a step and, on the CPU, the number that ends it.
         """
+        return self._sent(self.bytes_of(rank))
+
+    def _sent(self, found: Bytes) -> int:
         agreement = round((self.world_size - 1) * 2 * 4 * (self.agreement_size + 1) / self.world_size)
-        sent = self.bytes_of(rank)
-        return sent.gradients_sent + sent.updates_sent + agreement
+        return found.gradients_sent + found.updates_sent + agreement
 
     def _travelling(self, rank: int) -> tuple[list[Traffic], list[Any]]:
         traffics = [self.traffic(number, rank) for number in range(len(self.buckets))]
@@ -98,34 +109,48 @@ class Plan:
         """What a rank has of the state of a unit under AdamW, as boxes of its parameter, in the order of memory."""
         parameter = self.parameters[self.units[index].parameter]
         if parameter.sharding is not None:
-            return shard_boxes(parameter.sharding, rank)
-        stream, place = self._places[index]
-        return flat_boxes(stream.held(place, rank), parameter.shape or (1,))
+            return shard_boxes(parameter.sharding, self.place(rank))
+        stream, number = self._places[index]
+        return flat_boxes(stream.held(number, self.place(rank)), parameter.shape or (1,))
 
     def keepers(self, index: int) -> Sequence[int]:
-        """The ranks that hold a unit's state: its owner, or all that have a part of what is under AdamW."""
-        owner = self.owners[index]
+        """The ranks that hold a unit's state: its owner in each group, or under AdamW all that have a part of it."""
+        owner, sharding = self.owners[index], self.parameters[self.units[index].parameter].sharding
         if owner is not None:
-            return (owner,)
-        sharding = self.parameters[self.units[index].parameter].sharding
-        if sharding is None:
-            stream, place = self._places[index]
-            return stream.holders(place)
-        return sorted(rank for row in sharding.grid for rank, held in zip(row, sharding.volumes, strict=True) if held)
+            within = [owner]
+        elif sharding is None:
+            stream, number = self._places[index]
+            within = stream.holders(number)
+        else:
+            held = (zip(row, sharding.volumes, strict=True) for row in sharding.grid)
+            within = sorted(rank for row in held for rank, numel in row if numel)
+        return [first + rank for first in range(0, self.world_size, self.partition_size) for rank in within]
+
+    def columns(self, parameter: Parameter) -> list[list[int]]:
+        """All ranks, those together that hold the same of a parameter."""
+        grid = everywhere(self.partition_size) if parameter.sharding is None else parameter.sharding.grid
+        firsts = range(0, self.world_size, self.partition_size)
+        return [[first + rank for first in firsts for rank in column] for column in zip(*grid, strict=True)]
 
     @cached_property
     def _places(self) -> dict[int, tuple[Stream, int]]:
         """Of what is in a stream, where."""
         return {index: (stream, place) for stream in self.streams for place, index in enumerate(stream.units)}
 
+    def lines_of_exchange(self) -> list[tuple[int, ...]]:
+        """The ranks that have updates of buckets for each other, line by line, in all groups; the same on all ranks."""
+        columns = dict.fromkeys(column for bucket in self.buckets for column in zip(*(bucket.grid or ()), strict=True))
+        firsts = range(0, self.world_size, self.partition_size)
+        return [tuple(first + rank for rank in column) for first in firsts for column in columns]
+
     # -- all ranks' ----------------------------------------------------------------------------------------------------
 
     @cached_property
     def owner(self) -> dict[str, int]:
-        """Owner rank of every matrix, block or slice, by name; of replicas under AdamW the first."""
+        """Owner rank of every matrix, block or slice, by name: of groups, and of replicas under AdamW, in the first."""
         found: dict[str, int] = {}
         for bucket in self.buckets:
-            for rank in range(self.world_size):
+            for rank in range(self.partition_size):
                 for member in bucket.members(self.units, self.parameters, rank):
                     found.setdefault(member.unit.name, rank)
         return found
@@ -133,17 +158,17 @@ class Plan:
     @cached_property
     def state_bytes(self) -> tuple[int, ...]:
         """Bytes of optimizer state each rank holds."""
-        return tuple(map(int, self._per_rank(lambda unit: unit.state_bytes, adamw_state_bytes)))
+        return self._copies * tuple(map(int, self._in_group(lambda unit: unit.state_bytes, adamw_state_bytes)))
 
     @cached_property
     def cost(self) -> tuple[float, ...]:
         """Flops per step of each rank, refreshes amortised, with bytes of memory traffic counted as flops."""
-        return tuple(self._per_rank(lambda unit: unit.cost, adamw_cost))
+        return self._copies * tuple(self._in_group(lambda unit: unit.cost, adamw_cost))
 
     @cached_property
     def traffic_bytes(self) -> tuple[Bytes, ...]:
         """`bytes_of` every rank."""
-        return tuple(map(self.bytes_of, range(self.world_size)))
+        return self._copies * tuple(map(self.bytes_of, range(self.partition_size)))
 
     @cached_property
     def temporary_bytes(self) -> tuple[int, ...]:
@@ -152,12 +177,13 @@ class Plan:
         The room is allocated once, at construction; the working set is what the largest stack of equal matrices needs
         while it is updated or refreshed, the larger of the two.
         """
-        return tuple(self.room_bytes(rank) + self.working_bytes(rank) for rank in range(self.world_size))
+        here = (self.room_bytes(rank) + self.working_bytes(rank) for rank in range(self.partition_size))
+        return self._copies * tuple(here)
 
     @property
     def comm_bytes(self) -> tuple[int, ...]:
         """`sent_bytes` of every rank."""
-        return tuple(map(self.sent_bytes, range(self.world_size)))
+        return self._copies * tuple(map(self.sent_bytes, range(self.partition_size)))
 
     @property
     def padding_bytes(self) -> int:
@@ -170,15 +196,20 @@ class Plan:
         mean = sum(self.cost) / self.world_size
         return max(self.cost) / mean if mean else 1.0
 
-    def _per_rank(self, of_matrix: Callable[[Unit], float], of_slice: Callable[[int, Any], float]) -> list[float]:
-        """Sums over what each rank computes."""
-        totals = [0.0] * self.world_size
+    @property
+    def _copies(self) -> int:
+        """How many groups there are, that do the same."""
+        return self.world_size // self.partition_size
+
+    def _in_group(self, of_matrix: Callable[[Unit], float], of_slice: Callable[[int, Any], float]) -> list[float]:
+        """Sums over what each rank of a group computes."""
+        totals = [0.0] * self.partition_size
         for unit, owner in zip(self.units, self.owners, strict=True):
             if owner is not None:
                 totals[owner] += of_matrix(unit)
         for bucket in self.buckets:
             if isinstance(bucket, StreamBucket):
-                for rank in range(self.world_size):
+                for rank in range(self.partition_size):
                     for _, (start, stop) in bucket.stream.parts(*bucket.stream.share(bucket.number, rank)):
                         totals[rank] += of_slice(stop - start, bucket.dtype)
             elif isinstance(bucket, RowsBucket):
@@ -218,7 +249,7 @@ class Plan:
         return hashlib.sha256("\n".join(self._facts(lambda sharding: sharding.digest)).encode()).hexdigest()
 
     def _facts(self, said: Callable[[Sharding], str]) -> Iterator[str]:
-        yield f"world size {self.world_size}"
+        yield f"world size {self.world_size}, in groups of {self.partition_size}"
         for i, p in enumerate(self.parameters):
             lies = "not sharded" if p.sharding is None else said(p.sharding)
             yield f"parameter {i}: {p.name!r}, shape {p.shape}, {p.dtype}, group {p.group}, {lies}"
@@ -233,16 +264,26 @@ class Plan:
     def __str__(self) -> str:
         mb = 1 / 2**20
         rows = ["rank  matrices  slices  cost (Gflop/step)  state (MiB)  sends (MiB/step)"]
-        for rank in range(self.world_size):
+        shown = min(self.partition_size, ROWS)
+        padding = 0
+        for rank in range(shown):
+            sent = self.bytes_of(rank)
+            padding += sent.padding
             owned = [member.unit for members in self.members(rank) for member in members]
             slices = sum(unit.elementwise for unit in owned)
             rows.append(
                 f"{rank:4d}  {len(owned) - slices:8d}  {slices:6d}  {self.cost[rank] / 1e9:17.3f}"
-                f"  {self.state_bytes[rank] * mb:11.2f}  {self.sent_bytes(rank) * mb:16.2f}"
+                f"  {self.state_bytes[rank] * mb:11.2f}  {self._sent(sent) * mb:16.2f}"
             )
+        if shown < self.partition_size:
+            rows.append(
+                f"and so on, to rank {self.partition_size - 1}; what follows of padding is that of these {shown}"
+            )
+        if self._copies > 1:
+            rows.append(f"{self._copies} groups of {self.partition_size} ranks do this, each all of it")
         rows.append(
             f"balance (max / mean of cost) {self.balance:.3f}; {len(self.buckets)} buckets, "
-            f"padding {self.padding_bytes * mb:.2f} MiB of {sum(u.nbytes for u in self.units) * mb:.2f} MiB"
+            f"padding {padding * self._copies * mb:.2f} MiB of {sum(u.nbytes for u in self.units) * mb:.2f} MiB"
         )
         return "\n".join(rows)
 
@@ -252,6 +293,7 @@ def make_plan(
     groups: Sequence[Mapping[str, Any]],
     world_size: int,
     previous: Plan | None = None,
+    partition: Partition = CHOSEN,
 ) -> Plan:
     """The plan for these parameters under these resolved group options.
 
@@ -260,9 +302,10 @@ def make_plan(
         groups: options as `options.resolve` leaves them.
         world_size: any number of ranks, more than matrices included.
         previous: a plan whose units keep their owners (ownership is sticky: adding a group moves no state).
+        partition: into which groups the ranks are to be divided, unless `previous` has divided them.
 
     Raises:
-        ValueError: a `matrices` declaration that does not fit, or a parameter that is there twice, by name.
+        ValueError: a `matrices` declaration or a partition that does not fit, or a parameter that is there twice.
     """
     counts = Counter(parameter.name for parameter in parameters)
     for name, count in counts.items():
@@ -270,6 +313,11 @@ def make_plan(
             raise ValueError(
                 f"parameter {name!r} stands in param_groups {count} times: each belongs to one group, once"
             )
+    if previous is not None:
+        partition = partition._replace(size=previous.partition_size)
+    sizes = partition.sizes(world_size, (parameter.sharding for parameter in parameters))
+    # within the largest group, as long as there may be several
+    everyone, parameters = parameters, in_group(parameters, world_size, sizes[-1])
     units, owners = ([], []) if previous is None else _carried_over(previous, parameters, groups)
     known = {parameters[unit.parameter].name for unit in units}
     seen: dict[tuple[Any, ...], int] = defaultdict(int)
@@ -285,23 +333,26 @@ def make_plan(
         else:
             units += matrix_units(i, parameter, group, seen)
     owners += [None] * (len(units) - len(owners))
-    assigned: list[int | None] = [*assign(units, parameters, owners, groups, world_size), *[None] * len(elementwise)]
+    size = partition.choose(sizes, lambda ranks: evenest(units, elementwise, owners, groups, ranks))
+    parameters = in_group(everyone, world_size, size)
+    assigned: list[int | None] = [*assign(units, parameters, owners, groups, size), *[None] * len(elementwise)]
     matrices = range(len(units))
     units += elementwise
     flat = [i for i in range(len(matrices), len(units)) if parameters[units[i].parameter].sharding is None]
     sharded = [i for i in range(len(matrices), len(units)) if parameters[units[i].parameter].sharding is not None]
-    streams = _streams(previous, flat, units, parameters, world_size)
+    streams = _streams(previous, flat, units, parameters, size)
     buckets = [
-        *matrix_buckets(matrices, units, assigned, parameters, groups, world_size, BUCKET_BYTES),
+        *matrix_buckets(matrices, units, assigned, parameters, groups, size, BUCKET_BYTES),
         *(
-            StreamBucket(units[stream.units[0]].dtype, everywhere(world_size), stream, number)
+            StreamBucket(units[stream.units[0]].dtype, everywhere(size), stream, number)
             for stream in streams
             for number in range(stream.buckets)
         ),
-        *rows_buckets(sharded, units, parameters, max(BUCKET_BYTES // world_size, SMALLEST_ROWS)),
+        *rows_buckets(sharded, units, parameters, max(BUCKET_BYTES // size, SMALLEST_ROWS)),
     ]
     return Plan(
         world_size,
+        size,
         tuple(parameters),
         tuple(units),
         tuple(assigned),

@@ -31,7 +31,7 @@ class Presence(IntEnum):
     ZERO = 1
     PRESENT = 2
     FIRST = 3  # spent on the start of a recipe whose first call makes no update
-    LACKING = 4  # said by a rank that has a part of what is under AdamW, and no gradient of it: then all rest
+    LACKING = 4  # said by one of several ranks that need the gradient and does not have it: then all rest
     NONFINITE = 5
 
     def steps(self, unit: Unit) -> bool:
@@ -107,6 +107,7 @@ class Sight(NamedTuple):
     number: int  # into Plan.units
     unit: Unit
     piece: Piece
+    shared: bool  # with other ranks that need the gradient as well: where one of them lacks it, the unit rests
 
 
 def bounds_of(seen: Sequence[Sight], device: torch.device) -> Tensor:
@@ -130,7 +131,7 @@ def describe_gradients(seen: Sequence[Sight], gradients: Sequence[Tensor | None]
     there = [i for i, gradient in enumerate(gradients) if gradient is not None]
     if len(there) < len(seen):
         missing = (sight for sight, gradient in zip(seen, gradients, strict=True) if gradient is None)
-        lacking = [sight.number for sight in missing if sight.unit.elementwise]
+        lacking = [sight.number for sight in missing if sight.shared]
         if lacking:
             out.index_fill_(0, torch.tensor(lacking).to(out.device, non_blocking=True), float(Presence.LACKING))
         if not there:
@@ -157,11 +158,12 @@ def _largest_magnitudes(gradients: Sequence[Tensor]) -> Tensor:
 def agreed(plan: Plan, values: Sequence[float]) -> list[Presence]:
     """The units' gradients from the largest that any rank said: a number a unit, then one for each that may wait.
 
-    A parameter under AdamW steps as a whole: not where a rank that has a part of it lacks the gradient.
+    A parameter under AdamW steps as a whole, and a matrix in all partition groups: not where a rank that has a part of
+    it, or owns it, lacks the gradient.
     """
     presences = [BY_VALUE[int(value)] for value in values[: len(plan.units)]]
-    for index, unit in enumerate(plan.units):
-        if unit.elementwise and presences[index] is Presence.LACKING:
+    for index, presence in enumerate(presences):
+        if presence is Presence.LACKING:
             presences[index] = Presence.MISSING
     for index, waits in zip(plan.waiting, values[len(plan.units) :], strict=True):
         rests = presences[index] is Presence.ZERO and plan.units[index].reading.of_batch

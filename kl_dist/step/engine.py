@@ -52,6 +52,8 @@ class Engine:
     ) -> None:
         self.plan, self.ranks, self.groups = plan, ranks, groups
         self.device = ranks.device
+        if plan.partition_size < plan.world_size:
+            ranks.make_groups(plan.lines_of_exchange())
         self.shards = LocalShards(parameters)
         self.stacks = build_stacks(plan, ranks.rank, self.device)
         self.trips = [Trips(plan, number, ranks) for number in range(len(plan.buckets))]
@@ -156,8 +158,10 @@ class Engine:
         return self.ranks.total(square).sqrt()
 
     def _counts(self, unit: Unit) -> bool:
-        """Whether this rank is the one to count its part: of what replicas keep alike (AdamW's shards) the first is."""
+        """Whether this rank is to count its part: of groups, and of replicas of AdamW's shards, the first is."""
         sharding = self.plan.parameters[unit.parameter].sharding
+        if self.ranks.rank >= self.plan.partition_size:
+            return False
         return not unit.elementwise or sharding is None or self.ranks.rank in sharding.grid[0]
 
     def _journey(self, number: int, room: Room, presences: Sequence[Presence]) -> Iterator[None]:
@@ -192,7 +196,10 @@ class Engine:
     def _sights(self) -> Iterator[Sight]:
         for trips in self.trips:
             for parcel in trips.traffic.outgoing.parcels:
-                yield Sight(parcel.unit, self.plan.units[parcel.unit], parcel.piece)
+                unit = self.plan.units[parcel.unit]
+                whole = self.plan.parameters[unit.parameter].sharding is None
+                shared = unit.elementwise or (whole and self.plan.partition_size < self.plan.world_size)
+                yield Sight(parcel.unit, unit, parcel.piece, shared)
 
     def _gradients(self) -> list[Tensor | None]:
         """Of what is seen."""

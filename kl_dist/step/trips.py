@@ -36,8 +36,11 @@ class Trips:
         bucket = plan.buckets[bucket_number]
         self.dtype = bucket.dtype
         self.traffic = plan.traffic(bucket_number, ranks.rank)
-        self.row = ranks.team(bucket.row(ranks.rank))
-        self.column = ranks.team(bucket.column(ranks.rank))
+        place = plan.place(ranks.rank)
+        first = ranks.rank - place
+        row, column = ([first + one for one in line] for line in (bucket.row(place), bucket.column(place)))
+        self.row = ranks.team(row)
+        self.column = ranks.team(column)
         self.sharded = self.row.size > 1
         self.replicated = self.column.size > 1
         self.numel = sum(member.unit.numel for member in self.traffic.members)

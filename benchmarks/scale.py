@@ -15,7 +15,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
@@ -118,6 +118,9 @@ class LocalRanks(LocalTeam, Ranks):
     def __init__(self, size: int) -> None:
         Team.__init__(self, None, range(size), whole=True)
         self.rank, self.device, self._groups = 0, torch.device("meta"), {}
+
+    def make_groups(self, lines: Iterable[tuple[int, ...]]) -> None:
+        pass
 
     def team(self, members: Sequence[int]) -> Team:
         return LocalTeam(None, members, whole=True)

@@ -165,7 +165,7 @@ def host_seconds(plan: Plan, group: dict[str, Any], steps: int) -> dict[str, flo
     kernels = quick_meta_kernels()
     # autocast, which a step turns off, does not know of the meta device
     without_autocast = mock.patch("kl_dist.step.engine.full_precision", lambda _: nullcontext())
-    without_adamw = mock.patch("kl_dist.methods.adamw.update", lambda state, grad, hyper: grad)
+    without_adamw = mock.patch("kl_dist.methods.adamw.update", lambda state, grad, hyper, spare: grad)
     with torch.no_grad(), without_autocast, without_adamw:
         engine = Engine(plan, LocalRanks(plan.world_size), list(local_parameters(plan)), [group])
         for stack in (stack for bucket in engine.stacks for stack in bucket if isinstance(stack, MatrixStack)):

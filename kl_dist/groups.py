@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from kl_dist import modules, options
 from kl_dist.methods import ELEMENTWISE
 from kl_dist.planning.boxes import fully_sharded
+from kl_dist.planning.making import make_plan
 from kl_dist.planning.matrices import names_of
 from kl_dist.planning.partition import FEWEST, Partition
-from kl_dist.planning.plan import Plan, make_plan
+from kl_dist.planning.plan import Plan
 from kl_dist.planning.units import Parameter
 
 

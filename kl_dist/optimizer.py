@@ -17,8 +17,9 @@ from kl_dist.layouts import placement
 from kl_dist.layouts.reduction import Reduction
 from kl_dist.layouts.replicas import check_replicas
 from kl_dist.methods.products import check_device
+from kl_dist.planning.making import make_plan
 from kl_dist.planning.partition import FEWEST, Partition
-from kl_dist.planning.plan import Plan, make_plan
+from kl_dist.planning.plan import Plan
 from kl_dist.planning.routes import doubts, routing_table
 from kl_dist.ranks import Ranks
 from kl_dist.state_dicts import StateDicts

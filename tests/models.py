@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kl_dist
 from kl_dist import KLShampoo
-from kl_dist.planning import plan as plans
+from kl_dist.planning import making
 
 METHODS = tuple(kl_dist.METHODS)
 TOKENS = 9
@@ -146,7 +146,7 @@ def take_gradients(model: nn.Module, twin: nn.Module, batch: Batch) -> None:
 
 def small_buckets(size: int | None) -> contextlib.AbstractContextManager:
     """Plans made inside have buckets of `size` bytes; None leaves the default."""
-    return contextlib.nullcontext() if size is None else mock.patch.object(plans, "BUCKET_BYTES", size)
+    return contextlib.nullcontext() if size is None else mock.patch.object(making, "BUCKET_BYTES", size)
 
 
 def deviation(weights: Weights, expected: Weights) -> float:

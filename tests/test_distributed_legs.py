@@ -14,7 +14,7 @@ from benchmarks.scale import MODELS
 from kl_dist import KLShampoo, plan
 from kl_dist.planning import buckets
 from kl_dist.planning.buckets import EVEN, GATHERED, MatrixBucket, legs_of
-from kl_dist.planning.plan import BUCKET_BYTES
+from kl_dist.planning.making import BUCKET_BYTES
 from tests.counting import Counter
 from tests.models import Weights, backward, same_bits, samples, small_buckets, train_alone, weights_of, zoo, zoo_groups
 from tests.sharded import average_over, groups_of, lay_out, layers, loss_of, mesh_of, tokens_of

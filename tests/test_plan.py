@@ -11,9 +11,10 @@ from torch import nn
 from kl_dist import METHODS, KLShampoo, Plan, param_groups, plan
 from kl_dist.checkpoint.inventory import inventory
 from kl_dist.options import RECIPE_DEFAULTS
-from kl_dist.planning import plan as plans
-from kl_dist.planning.plan import make_plan
+from kl_dist.planning import making
+from kl_dist.planning.making import make_plan
 from kl_dist.planning.traffic import own_pieces
+from kl_dist.planning.units import Parameter
 from tests.models import state_tensors
 
 WORLD_SIZES = [1, 2, 3, 4, 8, 16]
@@ -162,7 +163,7 @@ def test_what_has_an_owner_keeps_it(world_size):
     first = plan(SMALL, world_size)
     groups = [dict(DEFAULT_GROUP)]
     fewer = [p for p in first.parameters if p.name not in ("a", "c")]
-    more = [*reversed(first.parameters), plans.Parameter("new", (8, 6), torch.float32, 0)]
+    more = [*reversed(first.parameters), Parameter("new", (8, 6), torch.float32, 0)]
     for parameters in (fewer, more):
         second = make_plan(parameters, groups, world_size, first)
         assert {first.owner[name] == rank for name, rank in second.owner.items() if name in first.owner} == {True}
@@ -235,9 +236,9 @@ def test_buckets_divide_the_bytes(gpt2, monkeypatch):
     """No bucket is much larger than asked for, and little is padding."""
     found = plan(gpt2, 8)
     sizes = [8 * chunk for chunk in chunks(found)]
-    assert len(sizes) > 4 and max(sizes) < 1.5 * plans.BUCKET_BYTES
+    assert len(sizes) > 4 and max(sizes) < 1.5 * making.BUCKET_BYTES
     assert found.padding_bytes < 0.03 * sum(sizes)
-    monkeypatch.setattr(plans, "BUCKET_BYTES", 1 << 40)
+    monkeypatch.setattr(making, "BUCKET_BYTES", 1 << 40)
     assert len(plan(gpt2, 8).buckets) == 2
 
 

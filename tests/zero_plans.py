@@ -7,7 +7,8 @@ import torch
 
 from kl_dist import options
 from kl_dist.planning.boxes import Range, Sharding, boxes_of_range
-from kl_dist.planning.plan import Plan, make_plan
+from kl_dist.planning.making import make_plan
+from kl_dist.planning.plan import Plan
 from kl_dist.planning.units import Parameter
 
 

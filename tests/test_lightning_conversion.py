@@ -114,6 +114,7 @@ OPTIONS = {
     **{
         "shampoo_exponent": 0.3,
         "adjust_lr_fn": "original",
+        "compute_dtype": "bfloat16",
         "adamw_lr": 1e-4,
         "adamw_betas": (0.7, 0.8),
         "adamw_names": ("body.weight",),

@@ -9,10 +9,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from benchmarks.memory import PeakMemory
 from kl_dist import KLShampoo, full_state_dict, load_full_state_dict, plan
 from kl_dist.methods import Hyper, compact, rule
 from tests.checkpoints import EVERY, Run
-from tests.memory import PeakMemory
 from tests.paths import WHOLE, train, train_many
 from tests.test_reference import gradients, low_rank_gradients
 
@@ -72,7 +72,7 @@ def test_bases_are_as_orthogonal_as_float16_has_them_for_ever():
     errors = []
     rules.start(state, spectrum * torch.randn(1, d, d, generator=generator), hyper)
     for _ in range(1200):
-        rules.update(state, spectrum * torch.randn(1, d, d, generator=generator), hyper)
+        rules.update(state, spectrum * torch.randn(1, d, d, generator=generator), hyper, torch.empty(1, d, d))
         rules.refresh(state, hyper)
         wide = [basis.float() for basis in state.bases]
         errors.append(max(float((Q.mT @ Q - torch.eye(d)).abs().max()) for Q in wide))

@@ -206,6 +206,8 @@ class KLShampoo(StateDicts):
             trained = self._trained()
             groups.check_group_names(self.param_groups)
             self._ranks.settle_on(placement.device_of(trained, self._ranks.device))
+            for group in self.param_groups:
+                check_device(group["compute_dtype"], self._ranks.device)
             shardings = placement.known_from_here(trained, self._ranks)
         everywhere, partition = None, self._partition
         if not self._ranks.is_everyone and partition.size is None:
@@ -233,8 +235,6 @@ class KLShampoo(StateDicts):
 
     def _adopt(self, plan: Plan) -> None:
         """Build the state a plan asks for, with what was there copied into it."""
-        for group in self.param_groups:
-            check_device(group["compute_dtype"], self._ranks.device)
         by_name = groups.by_name(self.param_groups)
         parameters = [by_name[parameter.name] for parameter in plan.parameters]
         old = self._holdings

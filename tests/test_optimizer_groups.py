@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kl_dist import KLShampoo
+from kl_dist import KLShampoo, optimizer
 from kl_dist.options import RECIPE_DEFAULTS
 from tests.made_up import METHODS, SHAPES, furthest, give_gradients, parameters, same, states, train, values
 
@@ -257,3 +257,17 @@ def test_a_compiled_training_step_makes_the_same_update():
         losses = [run(torch.randn(5, 6, dtype=torch.float64)) for _ in range(5)]
         found.append([torch.stack(losses), dict(model.state_dict()), states(opt)])
     assert same(*found)
+
+
+def test_a_group_whose_compute_dtype_the_device_lacks_is_not_added(monkeypatch):
+    """Stands for bfloat16 on CUDA under an old torch: said before anything changes."""
+
+    def lacks(compute_dtype, device):
+        if compute_dtype == "bfloat16":
+            raise ValueError(f"compute_dtype 'bfloat16' on {device} needs another torch")
+
+    monkeypatch.setattr(optimizer, "check_device", lacks)
+    opt = KLShampoo([("W", nn.Parameter(torch.zeros(6, 4)))])
+    with pytest.raises(ValueError, match="needs another torch"):
+        opt.add_param_group({"params": [("V", nn.Parameter(torch.zeros(6, 4)))], "compute_dtype": "bfloat16"})
+    assert len(opt.param_groups) == 1 and [parameter.name for parameter in opt.plan.parameters] == ["W"]

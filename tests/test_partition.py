@@ -45,6 +45,8 @@ def test_state_that_has_no_room_is_shared_by_more_ranks(gpt2):
         assert found.partition_size == ranks and max(found.state_bytes) <= most
     with pytest.raises(ValueError, match="max_state_bytes is 1000, and even of all ranks together one has to hold"):
         plan(gpt2, 64, max_state_bytes=1000)
+    with pytest.raises(ValueError, match="max_state_bytes is 1000, and even"):  # though there is nothing to choose
+        plan(gpt2, 1, max_state_bytes=1000)
 
 
 def test_groups_have_whole_replicas_of_what_is_sharded():

@@ -55,7 +55,7 @@ class Partition(NamedTuple):
         Raises:
             ValueError: not even all ranks together have room.
         """
-        if len(sizes) == 1:
+        if len(sizes) == 1 and (self.size is not None or self.max_state_bytes is None):
             return sizes[0]
         found = {g: division(g) for g in sizes}
         room = [g for g in sizes if self.max_state_bytes is None or found[g].state_bytes <= self.max_state_bytes]

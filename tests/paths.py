@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from benchmarks.memory import PeakMemory
 from kl_dist import KLShampoo
 from tests.reference import METHODS, reference
 from tests.test_reference import run
@@ -48,3 +49,14 @@ def weights(shape: Sequence[int]) -> Tensor:
 def update_sizes(path: Tensor) -> Tensor:
     """RMS(U) of every step of a path with learning rate 1."""
     return path.diff(dim=0).flatten(1).square().mean(1).sqrt()
+
+
+def peak_of_a_step(**options) -> tuple[int, int]:
+    """Bytes that a step of six equal matrices holds at its peak, the fourth, and what the plan says of it."""
+    opt = KLShampoo([(f"W{i}", nn.Parameter(torch.zeros(96, 96))) for i in range(6)], **options)
+    for _ in range(4):
+        for parameter in opt.param_groups[0]["params"]:
+            parameter.grad = torch.randn(96, 96)
+        with PeakMemory() as memory:
+            opt.step()
+    return memory.peak, opt.plan.working_bytes(0)

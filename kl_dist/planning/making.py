@@ -42,42 +42,25 @@ def make_plan(
     Raises:
         ValueError: a `matrices` declaration or a partition that does not fit, or a parameter that is there twice.
     """
-    counts = Counter(parameter.name for parameter in parameters)
-    for name, count in counts.items():
-        if count > 1:
-            raise ValueError(
-                f"parameter {name!r} stands in param_groups {count} times: each belongs to one group, once"
-            )
+    _refuse_twice(parameters)
     if previous is not None:
         partition = partition._replace(size=previous.partition_size)
     sizes = partition.sizes(world_size, (parameter.sharding for parameter in parameters))
     # within the largest group, as long as there may be several
     everyone, parameters = parameters, in_group(parameters, world_size, sizes[-1])
-    units, owners = ([], []) if previous is None else _carried_over(previous, parameters, groups)
-    known = {parameters[unit.parameter].name for unit in units}
-    seen: dict[tuple[Any, ...], int] = defaultdict(int)
-    for unit in units:
-        seen[shape_class(unit.method, unit.block)] += 1
-    elementwise = []
-    for i, parameter in enumerate(parameters):
-        group = groups[parameter.group]
-        if parameter.name in known or parameter.numel == 0:
-            continue
-        if method_of(parameter, group) == ELEMENTWISE:
-            elementwise.append(adamw_unit(i, parameter))
-        else:
-            units += matrix_units(i, parameter, group, seen)
-    owners += [None] * (len(units) - len(owners))
-    size = partition.choose(sizes, lambda ranks: evenest(units, elementwise, owners, groups, ranks))
+    matrices, owners = ([], []) if previous is None else _carried_over(previous, parameters, groups)
+    elementwise = _add_units(parameters, groups, matrices)
+    owners += [None] * (len(matrices) - len(owners))
+    size = partition.choose(sizes, lambda ranks: evenest(matrices, elementwise, owners, groups, ranks))
     parameters = in_group(everyone, world_size, size)
-    assigned: list[int | None] = [*assign(units, parameters, owners, groups, size), *[None] * len(elementwise)]
-    matrices = range(len(units))
-    units += elementwise
-    flat = [i for i in range(len(matrices), len(units)) if parameters[units[i].parameter].sharding is None]
-    sharded = [i for i in range(len(matrices), len(units)) if parameters[units[i].parameter].sharding is not None]
+    units = [*matrices, *elementwise]
+    assigned: list[int | None] = [*assign(matrices, parameters, owners, groups, size), *[None] * len(elementwise)]
+    under_adamw = range(len(matrices), len(units))
+    flat = [i for i in under_adamw if parameters[units[i].parameter].sharding is None]
+    sharded = [i for i in under_adamw if parameters[units[i].parameter].sharding is not None]
     streams = _streams(previous, flat, units, parameters, size)
     buckets = [
-        *matrix_buckets(matrices, units, assigned, parameters, groups, size, BUCKET_BYTES),
+        *matrix_buckets(range(len(matrices)), units, assigned, parameters, groups, size, BUCKET_BYTES),
         *(
             StreamBucket(units[stream.units[0]].dtype, everywhere(size), stream, number)
             for stream in streams
@@ -96,6 +79,34 @@ def make_plan(
         tuple(map(describe, groups)),
         structure(groups),
     )
+
+
+def _refuse_twice(parameters: Sequence[Parameter]) -> None:
+    for name, count in Counter(parameter.name for parameter in parameters).items():
+        if count > 1:
+            raise ValueError(
+                f"parameter {name!r} stands in param_groups {count} times: each belongs to one group, once"
+            )
+
+
+def _add_units(
+    parameters: Sequence[Parameter], groups: Sequence[Mapping[str, Any]], matrices: list[Unit]
+) -> list[Unit]:
+    """Units of the parameters that have none yet: blocks are added to `matrices`; returns those under AdamW."""
+    known = {parameters[unit.parameter].name for unit in matrices}
+    seen: dict[tuple[Any, ...], int] = defaultdict(int)
+    for unit in matrices:
+        seen[shape_class(unit.method, unit.block)] += 1
+    elementwise = []
+    for i, parameter in enumerate(parameters):
+        group = groups[parameter.group]
+        if parameter.name in known or parameter.numel == 0:
+            continue
+        if method_of(parameter, group) == ELEMENTWISE:
+            elementwise.append(adamw_unit(i, parameter))
+        else:
+            matrices += matrix_units(i, parameter, group, seen)
+    return elementwise
 
 
 def _streams(

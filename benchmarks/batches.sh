@@ -3,13 +3,13 @@
 # that, KL-Shampoo with one thing otherwise: about two hours on two cores. Runs that are in benchmarks/results already are
 # not repeated, so it can be stopped and started again.
 #
-#   benchmarks/batches.sh [1024x400] [8192x400] [32768x400] [1024x2000] [choices]       bytes a step x steps
+#   benchmarks/batches.sh [1024x400] [8192x400] [32768x400] [1024x2000] [choices] [spikes]     bytes a step x steps
 set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 
 compare() {
-    ${PYTHON:-python} ${job:-launch/compare.py} --jobs "${JOBS:-2}" --results benchmarks/results/batches.jsonl \
+    ${PYTHON:-python} ${job:-launch/compare.py} --jobs "${JOBS:-2}" --results benchmarks/results/${results:-batches}.jsonl \
         --tokens-per-step "$batch" --steps "$steps" --eval-every "$((steps > 400 ? steps / 8 : 50))" \
         --layers 2 --width 64 --heads 4 --context 64 "$@" >/dev/null
 }
@@ -50,7 +50,18 @@ over_choices() {
     compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1.5e-2" --grid "betas=(0.9,0.8),(0.95,0.9),(0.85,0.9)"
 }
 
+# What whitens, with spikes cut down, as batches.jsonl's earlier runs were without.
+over_spikes() {
+    results=spikes compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1.5e-2" \
+        --run "--optimizer kl_soap --lr 1.5e-2" --run "--optimizer soap --lr 1.5e-2"
+}
+
 for arena in ${*:-1024x400 8192x400 32768x400 1024x2000 choices}; do
+    if [ "$arena" = spikes ]; then
+        batch=1024 steps=400
+        over_spikes
+        continue
+    fi
     if [ "$arena" = choices ]; then
         batch=1024
         for steps in 150 400; do over_choices; done

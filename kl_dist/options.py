@@ -204,6 +204,7 @@ def check_numbers(group: Mapping[str, Any]) -> None:
             _check_number(name, beta, 0.0, 1.0)
     if group["shampoo_beta"] is not None:
         _check_number("shampoo_beta", group["shampoo_beta"], 0.0, 1.0)
+    _check_memory(group)
     if group["shampoo_exponent"] is not None:
         _check_number("shampoo_exponent", group["shampoo_exponent"], 1e-3, 1.0)
     if group["adjust_lr_fn"] is not None:
@@ -219,6 +220,19 @@ def check_numbers(group: Mapping[str, Any]) -> None:
 def _check_flag(group: Mapping[str, Any], key: str) -> None:
     if not isinstance(group[key], bool):
         raise TypeError(f"{key} is True or False (or None for the recipe's), not {group[key]!r}")
+
+
+def _check_memory(group: Mapping[str, Any]) -> None:
+    """Factors that remember one gradient alone have no eigenvalue where the momentum still points."""
+    method, recipe = group["method"], group["recipe"]
+    if method not in METHODS or METHODS[method].rules[recipe].refresh is None:
+        return
+    for name, beta in (("betas[1]", group["betas"][1]), ("shampoo_beta", group["shampoo_beta"])):
+        if beta is not None and float(beta) == 0:
+            raise ValueError(
+                f"{name} must be above 0 with method {method!r}: factors of one gradient alone have no eigenvalue in"
+                " the directions of the momentum, and updates grow a millionfold"
+            )
 
 
 def _check_polar(group: Mapping[str, Any]) -> None:

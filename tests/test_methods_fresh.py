@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kl_dist import KLShampoo
 from kl_dist.methods import Hyper, rule
-from tests.paths import EVERY, FRESH, OPTIONS, UNIT_LR, train, update_sizes, weights
+from tests.paths import EVERY, FRESH, OPTIONS, UNIT_LR, WHOLE, follow, train, train_many, update_sizes, weights
 from tests.products import product
 from tests.test_reference import adam_updates, distance, gradients, last_step_off
 
@@ -148,6 +148,62 @@ def test_fresh_recovers_from_a_jump_of_scale_when_adam_does(method, jump):
     U = update_sizes(train(grads, method=method, **UNIT_LR))
     assert U.max() < 10
     assert last_step_off(U) <= last_step_off(adam_updates(grads, *OPTIONS["betas"])) + 5
+
+
+def spiked(kind: str, shape: tuple[int, ...], at: int) -> Tensor:
+    """200 gradients with rows of different sizes, and one that is a million of them or has one vast entry."""
+    rows = torch.logspace(0, -2, shape[0], dtype=torch.float64).view(-1, *[1] * (len(shape) - 1))
+    grads = rows * gradients(shape, steps=200)
+    one = grads[at]
+    if kind == "spike":
+        one *= 1e6
+    elif kind == "rank one":
+        one.copy_(1e6 * torch.ones_like(one) * one[0])
+    else:
+        one.view(-1)[7] = 1e8 * one.square().mean().sqrt()
+    return grads
+
+
+@product(
+    **{
+        "method": WITH_SCALE,
+        "shape": [(64, 64), (96, 32), (3, 4, 5)],
+        "kind": ["spike", "rank one", "one entry"],
+        "dtype": [torch.float32, torch.float64],
+    }
+)
+def test_fresh_is_through_with_a_spike_in_thirty_steps(method, shape, kind, dtype):
+    """The update's RMS is within a factor 2 of what it was 30 steps after, and never above four times."""
+    at = 100
+    U = update_sizes(train(spiked(kind, shape, at).to(dtype), method=method, **UNIT_LR | dict(betas=(0.95, 0.95))))
+    steady = U[50:at].median()
+    assert U[at:].max() < 4 * steady
+    assert (U[at + 30 :] < 2 * steady).all() and (U[at + 30 :] > steady / 2).all()
+
+
+@pytest.mark.parametrize("method", WITH_SCALE)
+def test_fresh_cuts_a_spike_as_the_reference_does(method):
+    """Matrices of one stack that are at different steps: one at its first, which is never cut."""
+    first, second = gradients((8, 5), steps=20), gradients((8, 5), steps=20)
+    first[6] *= 1e6
+    second[9, 3, 2] = 1e8
+    late = second.clone()
+    late[:6] = float("nan")  # missing
+    paths = train_many([first, late], method=method, **WHOLE)
+    assert distance(paths[0], follow(method, "fresh", first)) < 1e-9
+    assert distance(paths[1][6:], follow(method, "fresh", second[6:])) < 1e-9
+
+
+@pytest.mark.parametrize("method", WITH_SCALE)
+def test_fresh_cuts_a_spike_continuously_and_only_beyond_ten_times(method):
+    """Doubling one gradient in its place changes what doubling does; from a certain size on nothing changes at all."""
+    paths = []
+    for factor in (1.0, 2.0, 1e3, 1e6, 1e9):
+        grads = gradients((8, 6), steps=30)
+        grads[20] *= factor
+        paths.append(train(grads, method=method))
+    assert distance(paths[1], paths[0]) > 1e-3
+    assert distance(paths[3], paths[2]) < 1e-9 and distance(paths[4], paths[2]) < 1e-9
 
 
 # -- eigenbases over many steps ----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ costs no transfer to a device. Otherwise it is one value per matrix (B,). `colum
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,8 @@ from kl_dist.methods.kronecker import Hyper, column, numel
 
 OfStep = Callable[[int], float]
 """A coefficient as a function of t, the updates made."""
+
+SPIKE = 10.0  # times the tracked scale: a gradient beyond that is cut down to it
 
 
 def of_step(function: OfStep, step: Tensor, like: Tensor) -> float | Tensor:
@@ -61,6 +64,32 @@ def tracked_scale(scale: Tensor, mean_squares: Tensor, step: Tensor, beta: float
     scale.lerp_(mean_squares, 1 - beta)
     corrected = scale * of_step(lambda t: 1 / (1 - beta**t), step, scale)
     return corrected.sqrt_().clamp_min_(smallest_scale(scale.dtype))
+
+
+def share_of_spike(scale: Tensor, mean_squares: Tensor, step: Tensor, beta: float) -> Tensor | None:
+    """p = min(1, SPIKE s' / r)^2 (B,), what is let through of gradients of RMS r where those before had s'; None: all.
+
+    With s' = sqrt(scale / (1 - beta^(t-1))) of the step before; the first gradient has none, and passes. What is let
+    through is a continuous function of the gradient, and does not change when all gradients are multiplied alike.
+
+    Why: one gradient a million times the others would be in the momentum, beta1^n of it, and in the scale for hundreds
+    of steps, in which nothing is learnt. So cut, a lasting jump is still followed, by a factor of sqrt(1 + 99 (1 -
+    beta)) a step, and what passes leaves within a few lifetimes of the averages.
+    """
+    smallest = smallest_scale(scale.dtype) ** 2
+    limit = of_step(lambda t: SPIKE**2 / (1 - beta ** (t - 1)) if t > 1 else math.inf, step, scale)
+    share = (scale.clamp_min(smallest) * limit / mean_squares.clamp_min(smallest)).clamp_max_(1.0)
+    return None if share.device.type == "cpu" and bool((share == 1).all()) else share
+
+
+def clip_spikes_(x: Tensor, scale: Tensor, step: Tensor, beta: float) -> Tensor:
+    """x <- sqrt(p) x of each matrix, p from `share_of_spike`; returns mean(x^2) then, (B,)."""
+    mean_squares = mean_square(x)
+    share = share_of_spike(scale, mean_squares, step, beta)
+    if share is None:
+        return mean_squares
+    x.mul_(column(share.sqrt(), x))
+    return mean_squares.mul_(share)
 
 
 def mean_square(x: Tensor) -> Tensor:

@@ -109,20 +109,25 @@ def without_drift(basis: Tensor, drifted: Tensor | None) -> Tensor:
 def learn(state: KLShampooState, projected: Tensor, spare: Tensor, hyper: Hyper) -> Tensor:
     """One step of the estimate from G~, the gradient in the eigenbasis; returns s (B,), the scale of the gradients.
 
+        G~ <- sqrt(p) G~, where it is far beyond the scale so far: `averages.share_of_spike`
         q_k = diag(H H^T), H = G~ whitened on the other sides: sums of G~^2 / prod of their lambda, (d_k,)
         v <- beta2 v + (1 - beta2) q_1 . (1 / lambda_1) / N;   s = sqrt(v / (1 - beta2^t))
         D_k = (d_k / N) H_k H_k^T with H_k = G~ / s whitened on the other sides
         S~_k <- b S~_k + (1-b) D_k;   lambda_k <- b lambda_k + (1-b) diag(D_k);   both divided by mean(lambda_k)
 
-    with b = min(beta, 1 - 1/(t+1)). Mutates factors, eigenvalues, scale and `spare`, and leaves `projected`;
-    `state.step` must already count this step.
+    with b = min(beta, 1 - 1/(t+1)). Mutates factors, eigenvalues, scale, `projected` and `spare`; `state.step` must
+    already count this step.
     """
     inverse = [None if x is None else x.reciprocal() for x in state.eigenvalues]
     roots = [None if x is None else x.sqrt() for x in inverse]
     sums = kronecker.square_sums(projected, inverse, spare)
     total = sums[0].sum(1) if inverse[0] is None else torch.linalg.vecdot(sums[0], inverse[0])
     numel = kronecker.numel(projected)
-    scale = averages.tracked_scale(state.scale, total.div_(numel), state.step, hyper.betas[1])
+    share = averages.share_of_spike(state.scale, total.div_(numel), state.step, hyper.betas[1])
+    if share is not None:
+        projected.mul_(kronecker.column(share.sqrt(), projected))
+        sums, total = [x.mul_(share[:, None]) for x in sums], total.mul_(share)
+    scale = averages.tracked_scale(state.scale, total, state.step, hyper.betas[1])
     by = scale.pow(-2)[:, None]  # per matrix and (B, 1) from here on, as are keep and unit_mean
     keep = kronecker.column(averages.of_step(averages.warm_beta(hyper.factor_beta), state.step, scale), by)
     for side, (factor, eigenvalues) in enumerate(zip(state.factors, state.eigenvalues, strict=True)):

@@ -30,6 +30,7 @@ from tests.reference.options import Options
 DAMPING = 0.01  # c of a refresh, relative to the mean eigenvalue
 ROOT_DAMPING = 1e-4  # Shampoo's, relative to the mean eigenvalue
 SMALLEST_EIGENVALUE = 1e-6  # of lambda_k, whose mean is one
+SPIKE = 10  # times the scale so far
 SMALLEST_MOMENT = 1e-10  # of V, whose mean is one
 
 
@@ -52,6 +53,7 @@ class Reference:
             self.S = [mean_gram(G / rms(G), k) for k in self.sides]
             self.start()
         self.t += 1
+        G = self.without_spike(G)
         self.M = ema(self.M, G, o.beta1)
         W = W - o.lr * nearly_orthogonal(self.update(G), o.polar)
         if o.refresh_due(self.t):
@@ -64,6 +66,10 @@ class Reference:
         if self.options.nesterov:
             return ema(self.M, G, beta1) / (1 - beta1 ** (self.t + 1))
         return self.M / (1 - beta1**self.t)
+
+    def without_spike(self, G: Tensor) -> Tensor:
+        """G of step t, cut down where it is far beyond the scale of the gradients before."""
+        return G
 
     def start(self) -> None:
         """The rest of the state, before step 1; S_k is there already."""
@@ -89,6 +95,11 @@ class KLShampoo(Reference):
         self.lam = [torch.ones(d, dtype=dtype) for d in self.shape]
         self.v = torch.zeros((), dtype=dtype)
         self.Q = [starting_basis(S, self.starting_refreshes) for S in self.S]
+
+    def without_spike(self, G: Tensor) -> Tensor:
+        """By the RMS of the whitened gradient, which s is of."""
+        whitened = into_basis(G, self.Q) / outer(self.lam).sqrt()
+        return cut_down(G, rms(whitened), self.v, self.options.beta2, self.t)
 
     def update(self, G: Tensor) -> Tensor:
         s = self.learn(G)
@@ -128,6 +139,9 @@ class KLSOAP(KLShampoo):
         super().start()
         self.moment = SecondMoment(self.shape, self.options)
 
+    def without_spike(self, G: Tensor) -> Tensor:
+        return self.moment.without_spike(super().without_spike(G), self.t)
+
     def update(self, G: Tensor) -> Tensor:
         self.learn(G)
         self.moment.learn(into_basis(G, self.Q), self.t)
@@ -141,6 +155,9 @@ class SOAP(Reference):
         """w = 0, V = 1, Q_k = Q0(d_k) after one refresh."""
         self.moment = SecondMoment(self.shape, self.options)
         self.Q = [starting_basis(S, refreshes=1) for S in self.S]
+
+    def without_spike(self, G: Tensor) -> Tensor:
+        return self.moment.without_spike(G, self.t)
 
     def update(self, G: Tensor) -> Tensor:
         """S_k <- b S_k + (1-b) (d_k/N) K_k K_k^T with K = G / r; not whitened, not normalised again."""
@@ -160,6 +177,9 @@ class Shampoo(Reference):
         """w = 0, V = 1, the roots of the first S_k."""
         self.moment = SecondMoment(self.shape, self.options)
         self.refresh()
+
+    def without_spike(self, G: Tensor) -> Tensor:
+        return self.moment.without_spike(G, self.t)
 
     def update(self, G: Tensor) -> Tensor:
         """S_k as SOAP's; the roots are those of the last refresh."""
@@ -191,6 +211,10 @@ class SecondMoment:
         self.w = torch.zeros((), dtype=options.dtype)
         self.V = torch.ones(shape, dtype=options.dtype)
 
+    def without_spike(self, G: Tensor, t: int) -> Tensor:
+        """By the RMS of the gradient as it is, which r is of, in any basis."""
+        return cut_down(G, rms(G), self.w, self.options.beta2, t)
+
     def learn(self, G: Tensor, t: int) -> None:
         """Take up the gradient of step t, in the coordinates that V has."""
         beta2 = self.options.beta2
@@ -218,6 +242,14 @@ def nearly_orthogonal(U: Tensor, coefficients: Sequence[tuple[float, float, floa
         cubed = X @ X.T @ X
         X = a * X + b * cubed + c * X @ X.T @ cubed
     return X * (U.norm() / X.norm())
+
+
+def cut_down(G: Tensor, size: Tensor, square: Tensor, beta2: float, t: int) -> Tensor:
+    """G min(1, 10 s' / size) with s' = sqrt(square / (1 - beta2^(t-1))), the scale of the gradients before step t."""
+    if t == 1:
+        return G
+    limit = SPIKE * (square / (1 - beta2 ** (t - 1))).sqrt()
+    return G if size <= limit else G * (limit / size)
 
 
 def early_mean(beta: float, t: int) -> float:

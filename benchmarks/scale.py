@@ -174,7 +174,7 @@ def host_seconds(plan: Plan, group: dict[str, Any], steps: int) -> dict[str, flo
         agreed, ran = [], []
         for _ in range(steps + 1):
             began = time.process_time()
-            presences = engine.agree(None, False)
+            presences = engine.agree(None, False, 0)
             assert presences is not None
             between = time.process_time()
             engine.run(presences)

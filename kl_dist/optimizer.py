@@ -24,7 +24,7 @@ from kl_dist.planning.routes import doubts, routing_table
 from kl_dist.ranks import Ranks
 from kl_dist.state_dicts import StateDicts
 from kl_dist.step import stats
-from kl_dist.step.agreement import Presence, find_problem, not_finite
+from kl_dist.step.agreement import Presence, damaged, describe_damage, find_problem, not_finite
 from kl_dist.step.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,8 @@ class KLShampoo(StateDicts):
         adamw_lr: AdamW's learning rate while `lr` has its constructed value; schedules move both in proportion.
         adamw_betas: None: `betas` where given, else (0.9, 0.95).
         adamw_names: names of parameters that AdamW serves though they have two dimensions or more.
-        on_nonfinite: "skip" leaves out a step with a NaN or Inf gradient on all ranks alike; "raise".
+        on_nonfinite: "skip" leaves out a step with a NaN or Inf gradient on all ranks alike, and starts state anew
+            whose update is not finite; "raise".
         partition_size: ranks that share state and work; groups of so many do the same, each for itself. None: the plan
             chooses beyond 8 ranks, by balance (docs/partition.md).
         max_state_bytes: of a rank, where the plan chooses.
@@ -146,7 +147,7 @@ class KLShampoo(StateDicts):
         self._on_nonfinite = on_nonfinite
         self._partition = Partition(partition_size, max_state_bytes)
         self._compare_every, self._steps = compare_every, 0
-        self._skipped = 0
+        self._skipped = self._restarts = 0
         with self._ranks.together():
             asked = [key for key, value in unknown.items() if not options.is_declined(key, value)]
             options.check_known(
@@ -263,15 +264,18 @@ class KLShampoo(StateDicts):
 
         Raises:
             ValueError, TypeError: a bad gradient or option on any rank; on all ranks, before anything changes.
-            FloatingPointError: a gradient that is not finite, under on_nonfinite="raise"; on all ranks.
+            FloatingPointError: a gradient that is not finite, or an update of the step before, under
+                on_nonfinite="raise"; on all ranks.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         presences = self._agree()
-        self._compare_replicas()
         self._consolidated = None  # of the state as it was
+        if bad_units := damaged(presences):
+            presences = self._start_anew(bad_units, presences)
+        self._compare_replicas()
         bad = not_finite(self.plan, presences)
         if bad is None:
             self._running.run(presences)
@@ -306,10 +310,10 @@ class KLShampoo(StateDicts):
         problem = problem or find_problem(self.plan, trained, planned)
         if problem is None and self._reduction is not None:
             problem = self._reduction.find_problem()
-        presences = self._running.agree(problem, moved)
+        presences = self._running.agree(problem, moved, self._steps)
         if presences is None:
             self._adopt(self._new_plan(self.plan))
-            presences = self._running.agree(None, False)
+            presences = self._running.agree(None, False, self._steps)
         assert presences is not None
         return presences
 
@@ -326,6 +330,24 @@ class KLShampoo(StateDicts):
             check_replicas(self._running.shards.parameters, self.plan, self._ranks, self._uncompared)
             self._compared |= self._uncompared
             self._uncompared = set()
+
+    def _start_anew(self, bad: Sequence[int], presences: Sequence[Presence]) -> Sequence[Presence]:
+        """Have units whose last update was not finite rest in this step, and start anew with their next gradient.
+
+        Raises:
+            FloatingPointError: under on_nonfinite="raise".
+            RuntimeError: ranks compute some of them each for itself, and of those some had a finite update.
+        """
+        self._running.start_anew(bad)
+        what = describe_damage(self.plan, bad)
+        if any(map(self.plan.is_computed_twice, bad)):
+            self._running.failure = RuntimeError(f"{what}, on some replicas at least: resume from a checkpoint")
+            self._ranks.raise_together(self._running.failure)
+        if self._on_nonfinite == "raise":
+            raise FloatingPointError(f"{what}, and the state starts anew with the next gradient")
+        self._restarts += len(bad)
+        log.warning("%s, and the state starts anew; stats()['restarts'] counts these", what)
+        return [Presence.MISSING if presence is Presence.DAMAGED else presence for presence in presences]
 
     def _skip(self, what: str) -> None:
         if self._on_nonfinite == "raise":
@@ -375,9 +397,10 @@ class KLShampoo(StateDicts):
     def stats(self, all_ranks: bool = False) -> dict[str, Any]:
         """A few numbers, cheaply; `condition` and `update_rms` wait for the device.
 
-        `skipped_steps`, `refreshes` and `refresh_seconds` (host time), `fallbacks` (decompositions computed another
-        way), `condition` (largest ratio of eigenvalues of a Kronecker factor, None without any), `update_rms` (of the
-        last step's updates of matrices, before the learning rate; None without any), `update_elements` in them.
+        `skipped_steps`, `restarts` (of matrices, or parameters under AdamW, whose state was damaged), `refreshes` and
+        `refresh_seconds` (host time), `fallbacks` (decompositions computed another way), `condition` (largest ratio of
+        eigenvalues of a Kronecker factor, None without any), `update_rms` (of the last step's updates of matrices,
+        before the learning rate; None without any), `update_elements` in them.
 
         Args:
             all_ranks: False is of this rank; True of all of them, and a collective: counters are added up, of times
@@ -385,4 +408,4 @@ class KLShampoo(StateDicts):
         """
         mine = stats.of_rank(self._running)
         found = stats.of_all(self._ranks.gather_objects(mine)) if all_ranks else mine
-        return {"skipped_steps": self._skipped, **found}
+        return {"skipped_steps": self._skipped, "restarts": self._restarts, **found}

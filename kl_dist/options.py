@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kl_dist.methods import ELEMENTWISE, METHODS
@@ -180,15 +181,27 @@ def resolve(group: dict[str, Any]) -> None:
         raise TypeError(
             'matrices is a dict such as {"batch": (0,), "rows": (1,), "columns": (2,)}, or one of names to such'
         )
-    if group["adamw_lr"] is not None and float(group["lr"]) == 0:
+    if group["adamw_lr"] is not None and number(group["lr"]) == 0:
         raise ValueError("adamw_lr is kept in proportion to lr, so lr must not be 0 where adamw_lr is given")
-    group.setdefault("base_lr", float(group["lr"]))
+    group.setdefault("base_lr", number(group["lr"]))
 
 
 def describe(group: Mapping[str, Any]) -> str:
     """A group's options in one line, to compare across ranks."""
     values = {key: group[key] for key in (*DEFAULTS, "base_lr")}
-    return ", ".join(f"{key}={float(x)!r}" if isinstance(x, Tensor) else f"{key}={x!r}" for key, x in values.items())
+    return ", ".join(f"{key}={number(x)!r}" if isinstance(x, Tensor) else f"{key}={x!r}" for key, x in values.items())
+
+
+def number(value: float | Tensor) -> float:
+    """A learning rate or the like as Python's number; of a float32 tensor the shortest that rounds to it.
+
+    So 1e-3 is 1e-3 on a rank that has it as a tensor, too, and ranks apply the same.
+    """
+    if not isinstance(value, Tensor) or value.dtype != torch.float32:
+        return float(value)
+    exact = value.item()
+    short = (float(f"{exact:.{digits}g}") for digits in range(6, 9))
+    return next((x for x in short if torch.tensor(x, dtype=torch.float32).item() == exact), exact)
 
 
 def check_numbers(group: Mapping[str, Any]) -> None:

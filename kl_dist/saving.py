@@ -20,7 +20,7 @@ def full_state_dict(optimizer: KLShampoo, rank: int = 0) -> dict[str, Any]:
     """
     parts = optimizer.parts
     parts.ranks.raise_together(parts.engine.failure)
-    return full.gather(parts.holdings, optimizer.param_groups, parts.ranks, rank)
+    return full.gather(parts.holdings, optimizer.param_groups, parts.ranks, rank, optimizer._steps)
 
 
 def load_full_state_dict(
@@ -41,7 +41,6 @@ def load_full_state_dict(
         ValueError: it does not fit; on all ranks, with nothing changed.
     """
     parts = optimizer.parts
-    left = full.scatter(state, optimizer.param_groups, parts.holdings, parts.ranks, strict)
-    parts.engine.failure = None
-    optimizer._consolidated = None  # of the state as it was
-    return left
+    decision = full.scatter(state, optimizer.param_groups, parts.holdings, parts.ranks, strict)
+    optimizer._took_up(decision.steps)
+    return decision.left

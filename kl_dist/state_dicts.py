@@ -33,6 +33,7 @@ class StateDicts(torch.optim.Optimizer):
     _compare_every: int | None
     _steps: int
     _skipped: int
+    _restarts: int
     _compared: set[str]
     _consolidated: dict[str, Any] | None = None
 
@@ -91,7 +92,7 @@ class StateDicts(torch.optim.Optimizer):
     def _held_here(self, plain: bool) -> dict[str, Any]:
         frozen = groups.frozen_names(self.param_groups)
         form = Form.PLAIN if plain else Form.SHARDED if self.is_sharded else Form.WHOLE
-        return local_form(self.param_groups, self._holdings, self._ranks, frozen, self.state, form)
+        return local_form(self.param_groups, self._holdings, self._ranks, frozen, self.state, form, self._steps)
 
     def _saved(self, state_of: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What a state dict is made of, after the checks and between the hooks."""
@@ -110,24 +111,38 @@ class StateDicts(torch.optim.Optimizer):
         """Load a state of any form; local, never a collective: see kl_dist.checkpoint.load.
 
         Raises:
-            ValueError: it is not of this optimizer, or another rank's part; nothing is changed then.
+            ValueError: it is not of this optimizer, another rank's part, or damaged; nothing is changed then, but where
+                torch.distributed.checkpoint has read what is damaged into the state that is here: then steps and saves
+                raise too, until another state is loaded.
         """
         self._check_followed()
         state_dict = copy.copy(state_dict)  # a hook may put something else into it
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         frozen = groups.frozen_names(self.param_groups)
-        own = load.load(state_dict, self.param_groups, self._holdings, self._ranks, frozen)
-        self._consolidated = None
-        self.state = shown.show(self._holdings, groups.by_name(self.param_groups), own)
-        self._running.failure = None
+        try:
+            saved = load.load(state_dict, self.param_groups, self._holdings, self._ranks, frozen)
+        except load.InPlaceError as problem:
+            self._running.failure = RuntimeError(str(problem))  # for the next step of all ranks, if one is made
+            raise
+        self.state = shown.show(self._holdings, groups.by_name(self.param_groups), saved.own)
+        self._took_up(saved.steps)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _took_up(self, steps: int | None) -> None:
+        """After a load: what was known of the state that was here is no longer true."""
+        self._consolidated = None
+        self._running.failure = None
+        self._running.forget_updates()
+        if steps is not None:
+            self._steps = steps
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Have the next `state_dict()` of one rank be all of the state; a collective, as ZeroRedundancyOptimizer's."""
         self._ranks.raise_together(self._running.failure)
-        self._consolidated = full.gather(self._holdings, self.param_groups, self._ranks, to) or self._consolidated
+        gathered = full.gather(self._holdings, self.param_groups, self._ranks, to, self._steps)
+        self._consolidated = gathered or self._consolidated
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and copying take: everything but the process group, which is a connection and not data."""
@@ -139,6 +154,7 @@ class StateDicts(torch.optim.Optimizer):
             "_compare_every": self._compare_every,
             "_steps": self._steps,
             "_skipped": self._skipped,
+            "_restarts": self._restarts,
         }
         return {**super().__getstate__(), **own}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from kl_dist.checkpoint import load
 from kl_dist.checkpoint.holdings import Holding
 from kl_dist.checkpoint.load import Saved
-from kl_dist.checkpoint.local import ORIGIN
+from kl_dist.checkpoint.local import ORIGIN, STEPS
 from kl_dist.planning.boxes import in_boxes, narrowed
 from kl_dist.ranks import Ranks
 
@@ -22,8 +22,13 @@ log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def gather(held: Sequence[Holding], groups: Sequence[Mapping[str, Any]], ranks: Ranks, to: int) -> dict[str, Any]:
-    """All of the state on the CPU of rank `to`, by names of parameters; empty elsewhere. A collective."""
+def gather(
+    held: Sequence[Holding], groups: Sequence[Mapping[str, Any]], ranks: Ranks, to: int, steps: int
+) -> dict[str, Any]:
+    """All of the state on the CPU of rank `to`, by names of parameters, with the steps made; empty elsewhere.
+
+    A collective.
+    """
     state: dict[str, dict[str, Tensor]] = {}
     for holding in held:
         full = _gathered(holding, ranks, to)
@@ -31,7 +36,7 @@ def gather(held: Sequence[Holding], groups: Sequence[Mapping[str, Any]], ranks: 
             state.setdefault(holding.name, {})[holding.entry.key] = full
     if ranks.rank != to:
         return {}
-    return {"state": state, "param_groups": groups_of(groups)}
+    return {"state": state, "param_groups": groups_of(groups), STEPS: steps}
 
 
 def groups_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -68,13 +73,14 @@ class Decision(NamedTuple):
     fits: list[bool]  # by holding
     left: list[str]  # what is not loaded, and why
     groups: list[dict[str, Any]] | None  # options to take
+    steps: int | None  # that were made
 
 
 @torch.no_grad()
 def scatter(
     state: Any, groups: Sequence[dict[str, Any]], held: Sequence[Holding], ranks: Ranks, strict: bool
-) -> list[str]:
-    """Load what rank 0 has of `gather`'s; a collective. Returns what was left, with the reasons.
+) -> Decision:
+    """Load what rank 0 has of `gather`'s; a collective. Returns what was decided.
 
     Raises:
         ValueError: under strict, when something does not fit; on all ranks, with nothing changed.
@@ -92,7 +98,7 @@ def scatter(
         load.take_options(groups, decision.groups)
     if decision.left and ranks.rank == 0:
         log.warning("left as it is, which is new before the first step:\n  %s", "\n  ".join(decision.left))
-    return decision.left
+    return decision
 
 
 def _decide(
@@ -108,8 +114,8 @@ def _decide(
     if strict:
         load.check_groups(groups, saved.groups)
         wanted = load.check_all(held, saved)
-        return saved, Decision([True] * len(wanted), [], _plain(saved.groups))
-    problems = [load.misfit(holding, saved) for holding in held]
+        return saved, Decision([True] * len(wanted), [], _plain(saved.groups), saved.steps)
+    problems = [load.misfit(holding, saved) or load.damage(holding, saved) for holding in held]
     # a block is loaded whole or not at all, and none of a parameter of another form
     bad = {_block(holding) for holding, problem in zip(held, problems, strict=True) if problem is not None}
     left = list(dict.fromkeys(problem for problem in problems if problem is not None))
@@ -121,7 +127,7 @@ def _decide(
         options = None
         left.append(f"the options of the groups: {problem}")
     fits = [not {_block(holding), (holding.name, "form")} & bad for holding in held]
-    return saved, Decision(fits, left, options)
+    return saved, Decision(fits, left, options, saved.steps)
 
 
 def _block(holding: Holding) -> tuple[str, str]:

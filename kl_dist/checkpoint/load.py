@@ -17,12 +17,18 @@ import torch
 from torch import Tensor
 
 from kl_dist import options
+from kl_dist.checkpoint import values
 from kl_dist.checkpoint.holdings import Holding
 from kl_dist.checkpoint.inventory import FORM
-from kl_dist.checkpoint.local import ORIGIN, origin_of
+from kl_dist.checkpoint.local import ORIGIN, STEPS, origin_of
 from kl_dist.layouts.dtensor import is_dtensor
 from kl_dist.methods import form
 from kl_dist.ranks import Ranks
+
+
+class InPlaceError(ValueError):
+    """A damaged state has taken the place of the one that was here."""
+
 
 REMEDY = "of a full state, kl_dist.load_full_state_dict(optimizer, state, strict=False) loads what fits"
 
@@ -45,6 +51,7 @@ class Saved:
     local: bool  # what one rank holds, in plain tensors
     own: Mapping[Any, Any]  # the user's, under keys that are no parameters; in the local form alone
     recipes: Mapping[str, str]  # by name of the parameter
+    steps: int | None  # that the optimizer had made, where it is said
 
 
 def read(state: Any, groups: Sequence[Mapping[str, Any]]) -> Saved:
@@ -75,7 +82,10 @@ def read(state: Any, groups: Sequence[Mapping[str, Any]]) -> Saved:
     recipes = {
         names[key]: str(group["recipe"]) for group in saved for key in group["params"] if _is_key(key) and key in names
     }
-    return Saved(saved, dict(_tensors(theirs, names)), local, mine, recipes)
+    steps = state.get(STEPS)
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
+        raise ValueError(f"the entry {STEPS!r} of the saved state is damaged: {steps!r}")
+    return Saved(saved, dict(_tensors(theirs, names)), local, mine, recipes, steps)
 
 
 def check_origin(saved: Any, here: Mapping[str, Any]) -> None:
@@ -207,6 +217,15 @@ def misfit(holding: Holding, saved: Saved) -> str | None:
     return None
 
 
+def damage(holding: Holding, saved: Saved) -> str | None:
+    """What is wrong with the values of a saved tensor that fits, or None."""
+    if holding.entry.constant is not None:
+        return None
+    tensor = saved.tensors[holding.name, holding.entry.key]
+    wrong = values.fault(holding.entry.field, _here(tensor), holding.memory.device)
+    return None if wrong is None else f"state {holding.entry.key!r} of parameter {holding.name!r} {wrong}"
+
+
 def _other_form(holding: Holding, saved: Saved) -> str | None:
     """Why a parameter's state means something else. Without any form it is one that torch had flattened: it leaves the
     form out, having found it in the file."""
@@ -228,7 +247,8 @@ def check_all(held: Sequence[Holding], saved: Saved, frozen: Collection[str] = (
     torch.distributed.checkpoint.state_dict leaves those out.
 
     Raises:
-        ValueError: a tensor has no place, or a place no tensor.
+        ValueError: a tensor has no place, or a place no tensor, or a value cannot be what it stands for.
+        InPlaceError: the last, of what torch.distributed.checkpoint has read into the state that is here.
     """
     given = {name for name, _ in saved.tensors}
     wanted = [holding for holding in held if holding.name in given or holding.name not in frozen]
@@ -238,11 +258,28 @@ def check_all(held: Sequence[Holding], saved: Saved, frozen: Collection[str] = (
             raise ValueError(f"{problem}; {REMEDY}")
     for what in homeless(held, saved):
         raise ValueError(f"{what} was saved, but here it is frozen or not there; {REMEDY}")
+    for holding in wanted:
+        problem = damage(holding, saved)
+        if problem is not None and _is_in_place(holding, saved):
+            raise InPlaceError(f"{problem}, and was read into the state that is here: load another checkpoint")
+        if problem is not None:
+            raise ValueError(f"{problem} in the saved state: load another checkpoint; {REMEDY}")
     return wanted
 
 
 def _divided(tensor: Tensor) -> bool:
     return hasattr(tensor, "boxes")
+
+
+def _here(tensor: Tensor) -> Tensor:
+    """What this rank has of it."""
+    return tensor._local_tensor if _divided(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _is_in_place(holding: Holding, saved: Saved) -> bool:
+    """Whether the saved tensor is the one that is here, as torch.distributed.checkpoint loads."""
+    mine, given = holding.memory, _here(saved.tensors[holding.name, holding.entry.key])
+    return bool(mine.numel()) and mine.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
 
 
 # -- copying -----------------------------------------------------------------------------------------------------------
@@ -255,17 +292,17 @@ def load(
     held: Sequence[Holding],
     ranks: Ranks,
     frozen: Collection[str],
-) -> Mapping[Any, Any]:
+) -> Saved:
     """Copy a saved state of any form into the tensors and options that are there, after all checks; local.
 
     Args:
         frozen: names of parameters that may be missing from the saved state.
 
     Returns:
-        What it has under keys that are no parameters.
+        What was read.
 
     Raises:
-        ValueError: it does not fit; nothing is changed then.
+        ValueError: it does not fit, or is damaged; nothing is changed then, unless it is an InPlaceError.
     """
     saved = read(state, groups)
     here = origin_of(held, ranks, _called(groups, saved.groups)) if saved.local else {}
@@ -286,7 +323,7 @@ def load(
         else:
             holding.fill_from_all(tensor)
     take_options(groups, saved.groups)
-    return saved.own
+    return saved
 
 
 def take_options(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:

@@ -15,6 +15,9 @@ from kl_dist.ranks import Ranks
 ORIGIN = "kl_dist"
 """The entry of a state dict that says which rank of how many it was saved on."""
 
+STEPS = "kl_dist_steps"
+"""The entry of a state dict that says how many steps the optimizer had made, the same on all ranks."""
+
 
 def origin_of(held: Sequence[Holding], ranks: Ranks, called: Mapping[str, str]) -> dict[str, Any]:
     """What a state dict says of where it is from: the rank, and a digest of which rank holds what.
@@ -41,11 +44,13 @@ def local_form(
     frozen: Collection[str],
     live: Mapping[Any, Any],
     form: Form,
+    steps: int,
 ) -> dict[str, Any]:
     """A state dict as torch.optim's, by numbers of parameters, with what this rank holds for its state.
 
     The tensors are on one device, as torch.distributed.checkpoint wants them. It loads into them, but hands nothing
-    over for what is frozen, and writes constants: those are copies. The user's own in the `live` state comes along.
+    over for what is frozen, and writes constants: those are copies. The user's own in the `live` state comes along, and
+    how many steps the optimizer has made.
     """
     numbers = {name: i for i, name in enumerate(name for group in groups for name in group["param_names"])}
     # torch.distributed.checkpoint loads into what it is given, with words for the axes in `matrices`
@@ -64,4 +69,4 @@ def local_form(
     state: dict[Any, Any] = own(live)
     for holding, tensor in zip(held, tensors, strict=True):
         state.setdefault(numbers[holding.name], {})[holding.entry.key] = tensor
-    return {"state": state, "param_groups": packed, ORIGIN: origin_of(held, ranks, {})}
+    return {"state": state, "param_groups": packed, ORIGIN: origin_of(held, ranks, {}), STEPS: steps}

@@ -107,6 +107,12 @@ class Plan:
             within = sorted(rank for row in held for rank, numel in row if numel)
         return [first + rank for first in range(0, self.world_size, self.partition_size) for rank in within]
 
+    def is_computed_twice(self, index: int) -> bool:
+        """Whether several ranks compute the same of a unit's update, each for itself, and must come to the same."""
+        sharding = self.parameters[self.units[index].parameter].sharding
+        replicas = len(sharding.grid) if sharding is not None and self.owners[index] is None else 1
+        return self._copies * replicas > 1
+
     def columns(self, parameter: Parameter) -> list[list[int]]:
         """All ranks, those together that hold the same of a parameter."""
         grid = everywhere(self.partition_size) if parameter.sharding is None else parameter.sharding.grid

@@ -33,6 +33,7 @@ class Presence(IntEnum):
     FIRST = 3  # spent on the start of a recipe whose first call makes no update
     LACKING = 4  # said by one of several ranks that need the gradient and does not have it: then all rest
     NONFINITE = 5
+    DAMAGED = 6  # not of the gradient, but of the state: the last update was not finite
 
     def steps(self, unit: Unit) -> bool:
         """Whether the unit takes part; an entry of a declared batch (an expert) does not with a zero gradient."""
@@ -172,10 +173,26 @@ def agreed(plan: Plan, values: Sequence[float]) -> list[Presence]:
     return presences
 
 
+def damaged(presences: Sequence[Presence]) -> list[int]:
+    """The units whose last update was not finite."""
+    return [i for i, presence in enumerate(presences) if presence is Presence.DAMAGED]
+
+
+def describe_damage(plan: Plan, bad: Sequence[int]) -> str:
+    """What to say of these, by the name of the first."""
+    return (
+        f"the last update of {plan.units[bad[0]].name!r}{_and_others(bad)} was not finite though the gradient was: the"
+        " state was damaged, by memory that failed or by what was written into it; weights were left as they were"
+    )
+
+
 def not_finite(plan: Plan, presences: Sequence[Presence]) -> str | None:
     """What to say of the gradients that are not finite, by the name of the first; None where there are none."""
     bad = [i for i, presence in enumerate(presences) if presence is Presence.NONFINITE]
     if not bad:
         return None
-    others = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
-    return f"the gradient of {plan.units[bad[0]].name!r}{others} is NaN, infinite or too large to square"
+    return f"the gradient of {plan.units[bad[0]].name!r}{_and_others(bad)} is NaN, infinite or too large to square"
+
+
+def _and_others(bad: Sequence[int]) -> str:
+    return f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""

@@ -7,6 +7,10 @@ the path is the same. While one bucket travels the others compute.
 [Note: failures] An owner that raises between two collectives would leave the others waiting. So what goes wrong after
 the agreement is kept, and all ranks raise together: at the end of the step, told by an all-reduce of one number; or,
 where that would cost a synchronisation (CUDA), in the next step's agreement.
+
+[Note: updates that are not finite] The gradients of a step are finite, so an update that is not comes from a damaged
+state: memory that failed, or a value that somebody wrote. Zeros go in its place, and weights stay as they are. The next
+step's agreement tells all ranks, the unit rests in that step, and its state starts anew.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import logging
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,13 +29,13 @@ from torch.profiler import record_function
 
 from kl_dist.layouts.local import LocalShards
 from kl_dist.methods import ELEMENTWISE, rule
-from kl_dist.options import describe
+from kl_dist.options import describe, number
 from kl_dist.planning.plan import Plan
 from kl_dist.planning.traffic import LEGS_AT_A_TIME
 from kl_dist.planning.units import Unit
 from kl_dist.ranks import Exchange, Ranks
 from kl_dist.step.agreement import Presence, Sight, Trouble, agreed, bounds_of, describe_gradients
-from kl_dist.step.stacks import Gradients, Stack, build_stacks
+from kl_dist.step.stacks import Gradients, Stack, Updates, build_stacks
 from kl_dist.step.trips import Room, Trips, make_rooms
 
 log = logging.getLogger(__name__)
@@ -64,23 +68,25 @@ class Engine:
         self.refreshes = 0
         self.refresh_seconds = 0.0
         self.idle_steps = 0  # in a row, without any gradient
-        self.update_norms: list[tuple[Tensor, int]] = []  # of the last step's buckets of matrices, with their elements
+        self.updates: list[Updates] = []  # of the last step
         if previous is not None:
             self.failure, self.idle_steps = previous.failure, previous.idle_steps
             self.refreshes, self.refresh_seconds = previous.refreshes, previous.refresh_seconds
 
-    def agree(self, problem: Exception | None, moved: bool) -> list[Presence] | None:
+    def agree(self, problem: Exception | None, moved: bool, steps: int) -> list[Presence] | None:
         """What all ranks know of this step before it changes anything: see [Note: agreement].
 
         Args:
             problem: what is wrong on this rank.
             moved: the plan no longer fits this rank's parameters.
+            steps: made so far, as this rank knows; ranks that loaded what was saved at different times would not agree.
 
         Returns:
             What the units' gradients are like, or None when the plan must be made anew first.
 
         Raises:
-            ValueError, TypeError, RuntimeError: on all ranks, when one has a problem or they have other options.
+            ValueError, TypeError, RuntimeError: on all ranks, when one has a problem, other options, or made another
+                number of steps.
         """
         with record_function("kl_shampoo::agree"):
             told = torch.zeros(self.plan.agreement_size, dtype=torch.float32, device=self.device)
@@ -89,10 +95,11 @@ class Engine:
                     self.shards.look()
                     describe_gradients(self._seen, self._gradients(), self._bounds, told)
                     self._say_who_waits(told)
+                    self._say_what_is_damaged(told)
                 except Exception as error:
                     problem = error
             options = tuple(map(describe, self.groups))
-            together = "\n".join(options)
+            together = "\n".join((str(steps), *options))
             fingerprint = zlib.crc32(together.encode()) % 2**24  # a whole number that float32 holds
             trouble = Trouble.ERROR if problem is not None else Trouble.REPLAN if moved else Trouble.NONE
             told[-3:].copy_(torch.tensor([fingerprint, -fingerprint, trouble]), non_blocking=True)
@@ -100,6 +107,11 @@ class Engine:
         if trouble_anywhere == Trouble.ERROR:
             self.ranks.raise_together(problem)
         if largest != -smallest:
+            self.ranks.check_same(
+                str(steps),
+                lambda: (f"{steps} steps made",),
+                "what the optimizer has loaded (have all ranks load what was saved at one time): it",
+            )
             self.ranks.check_same(together, lambda: options, "the options of a parameter group")
         return None if trouble_anywhere == Trouble.REPLAN else agreed(self.plan, values)
 
@@ -109,7 +121,7 @@ class Engine:
         Raises:
             RuntimeError: on all ranks, when one of them failed: see [Note: failures].
         """
-        self.update_norms = []
+        self.updates = []
         self._note_idle(presences)
         under_way: list[Journey] = []
         free = list(self.rooms)
@@ -217,18 +229,38 @@ class Engine:
         if waits:
             told.index_fill_(0, torch.tensor(waits).to(told.device, non_blocking=True), 1.0)
 
+    def _say_what_is_damaged(self, told: Tensor) -> None:
+        """DAMAGED for each unit of this rank whose last update was not finite."""
+        if not self.updates:
+            return
+        bad = torch.cat([made.norms for made in self.updates]).isfinite().logical_not_()
+        if bad.device.type == "cpu" and not bool(bad.any()):
+            return
+        numbers = torch.tensor([i for made in self.updates for i in made.indices])
+        said = bad.to(told.dtype) * float(Presence.DAMAGED)
+        told.scatter_reduce_(0, numbers.to(told.device, non_blocking=True), said.to(told.device), "amax")
+
+    def start_anew(self, damaged: Collection[int]) -> None:
+        """Have these units' state be as allocated, wherever a part of it lies."""
+        for stack in (stack for bucket in self.stacks for stack in bucket):
+            rows = [row for row, index in enumerate(stack.indices) if index in damaged]
+            if rows:
+                stack.forget(rows)
+        self.forget_updates()
+
+    def forget_updates(self) -> None:
+        """Say no more of the last step's."""
+        self.updates = []
+
     def _compute(
         self, stacks: Sequence[Stack], presences: Sequence[Presence], gradients: Gradients, updates: Tensor
     ) -> None:
         with record_function("kl_shampoo::update"):
             for stack in stacks:
                 out = updates[stack.offset : stack.offset + stack.numel]
-                stack.update([presences[i] for i in stack.indices], gradients, self._group(stack), out)
-            pairs = ((i, unit) for stack in stacks for i, unit in zip(stack.indices, stack.units, strict=True))
-            moved = sum(unit.numel for i, unit in pairs if not unit.elementwise and presences[i].moves(unit))
-            if moved:  # matrices and slices share no bucket
-                norm = torch.linalg.vector_norm(updates, dtype=torch.promote_types(updates.dtype, torch.float32))
-                self.update_norms.append((norm, moved))
+                made = stack.update([presences[i] for i in stack.indices], gradients, self._group(stack), out)
+                if made is not None:
+                    self.updates.append(made)
 
     def _refresh(self, stacks: Sequence[Stack], presences: Sequence[Presence]) -> None:
         began = time.perf_counter()
@@ -285,10 +317,10 @@ def step_size(group: Mapping[str, Any], method: str) -> tuple[float, float]:
 
     `adamw_lr` is AdamW's learning rate when `lr` has the value it was constructed with; schedules move both alike.
     """
-    lr = float(group["lr"])
+    lr = number(group["lr"])
     if method == ELEMENTWISE and group["adamw_lr"] is not None:
-        lr = float(group["adamw_lr"]) * lr / group["base_lr"]
-    keep = 1 - lr * float(group["weight_decay"])
+        lr = number(group["adamw_lr"]) * lr / group["base_lr"]
+    keep = 1 - lr * number(group["weight_decay"])
     decays_last = method != ELEMENTWISE and rule(method, group["recipe"]).decays_last
     return keep, lr * keep if decays_last else lr
 

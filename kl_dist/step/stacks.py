@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,14 @@ from kl_dist.step.agreement import Presence
 
 Gradients = Callable[[int, Tensor], None]
 """Writes the gradient of one of this rank's units, by its index in the plan, into a tensor shaped as the unit."""
+
+
+class Updates(NamedTuple):
+    """What one step made of a stack."""
+
+    indices: tuple[int, ...]  # of the units that moved, into Plan.units
+    norms: Tensor  # |U| of each, before it was rounded, also where it is not finite
+    elements: int  # of matrices; 0 under AdamW
 
 
 @dataclass
@@ -45,8 +53,18 @@ class Stack:
 
     def update(
         self, presences: Sequence[Presence], gradients: Gradients, group: Mapping[str, Any], out: Tensor
-    ) -> None:
-        """Step the units that take part; their updates go to `out` (numel,), zero elsewhere. `presences` is by row."""
+    ) -> Updates | None:
+        """Step the units that take part; their updates go to `out` (numel,), zero elsewhere. `presences` is by row.
+
+        Zero is also what is not finite: see [Note: updates that are not finite] in kl_dist.step.engine.
+
+        Returns:
+            What was made of those that moved, None where none did.
+        """
+        raise NotImplementedError
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """Have the state of some units be as allocated."""
         raise NotImplementedError
 
     def refresh(self, presences: Sequence[Presence], group: Mapping[str, Any]) -> int:
@@ -60,37 +78,42 @@ class MatrixStack(Stack):
 
     state: MatrixState
     rule: Rule
+    unsound: tuple[int, ...] = ()  # rows whose last update was not finite, as far as the host knows
 
     def waits(self, row: int) -> bool:
         return self.rule.starts_without_update and not self.state.started[row]
 
     def update(
         self, presences: Sequence[Presence], gradients: Gradients, group: Mapping[str, Any], out: Tensor
-    ) -> None:
+    ) -> Updates | None:
         active = [row for row, unit in enumerate(self.units) if presences[row].steps(unit)]
         if not active:
-            return
+            return None
         hyper = matrix_hyper(group)
         started = self.state.started.tolist()
         starting = [row for row in active if not started[row] and presences[row] is not Presence.ZERO]
         if starting:
+            self.forget(starting)
             part = self.state.rows(starting)
-            self._forget(part)
             self.rule.start(part, self._read(gradients, starting), hyper)
             part.started.fill_(True)
             self.state.put(starting, part)
             started = self.state.started.tolist()
         running = [row for row in active if started[row] and presences[row].moves(self.units[row])]
-        if running:
-            part = self.state.rows(running)
-            grads = self._read(gradients, running)
-            updates = self.rule.update(part, grads, hyper, torch.empty_like(grads))
-            into = out.view(len(self.units), *updates.shape[1:])
-            if len(running) == len(self.units):
-                into.copy_(updates)
-            else:
-                into[span(running)] = updates.to(into.dtype)
-            self.state.put(running, part)
+        if not running:
+            return None
+        part = self.state.rows(running)
+        grads = self._read(gradients, running)
+        updates = self.rule.update(part, grads, hyper, torch.empty_like(grads))
+        norms = torch.linalg.vector_norm(updates.flatten(1), dim=1)
+        self.unsound = tuple(running[i] for i in _zero_what_is_not_finite(updates, norms))
+        into = out.view(len(self.units), *updates.shape[1:])
+        if len(running) == len(self.units):
+            into.copy_(updates)
+        else:
+            into[span(running)] = updates.to(into.dtype)
+        self.state.put(running, part)
+        return Updates(tuple(self.indices[row] for row in running), norms, updates.numel())
 
     def _read(self, gradients: Gradients, rows: Sequence[int]) -> Tensor:
         """The gradients of some rows (B, d_1..d_K), in the dtype that a step computes in."""
@@ -100,24 +123,28 @@ class MatrixStack(Stack):
             gradients(self.indices[row], one)
         return read
 
-    def _forget(self, state: MatrixState) -> None:
-        """As allocated: a start may also follow on a run whose state somebody has zeroed in place."""
+    def forget(self, rows: Sequence[int]) -> None:
+        """As allocated; a start may also follow on a run whose state somebody has zeroed in place."""
+        state = self.state.rows(rows)
         block = self.units[0].block
         like = state.exp_avg.new_empty((), dtype=state_dtype(self.units[0].dtype))
         pristine = self.rule.allocate(block.shape, block.sides, 1, like).tensors()
         for name, tensor in state.tensors().items():
             tensor.copy_(pristine[name])
+        self.state.put(rows, state)
 
     def refresh(self, presences: Sequence[Presence], group: Mapping[str, Any]) -> int:
         if self.rule.refresh is None:
             return 0
         every = group["precondition_frequency"]
-        of_rows = zip(self.units, presences, self.state.started.tolist(), self.state.step.tolist(), strict=True)
+        started, steps = self.state.started.tolist(), self.state.step.tolist()
         due = [
             row
-            for row, (unit, presence, started, step) in enumerate(of_rows)
-            if started and presence.moves(unit) and (step + unit.phase * group["stagger"]) % every == 0
+            for row, (unit, presence) in enumerate(zip(self.units, presences, strict=True))
+            if started[row] and presence.moves(unit) and (steps[row] + unit.phase * group["stagger"]) % every == 0
         ]
+        if self.unsound:
+            due = [row for row in due if row not in self.unsound]
         at_once = refreshed_at_once(len(self.units))
         for some in (due[first : first + at_once] for first in range(0, len(due), at_once)):
             part = self.state.rows(some)
@@ -134,10 +161,10 @@ class SliceStack(Stack):
 
     def update(
         self, presences: Sequence[Presence], gradients: Gradients, group: Mapping[str, Any], out: Tensor
-    ) -> None:
+    ) -> Updates | None:
         active = [row for row, unit in enumerate(self.units) if presences[row].steps(unit)]
         if not active:
-            return
+            return None
         part = self.state.rows(active)
         grads = torch.empty_like(part.exp_avg)
         for row, one in zip(active, grads.split(part.lengths), strict=True):
@@ -145,9 +172,37 @@ class SliceStack(Stack):
         hyper = Hyper(betas=tuple(group["adamw_betas"]), eps=group["eps"])
         updates = adamw.update(part, grads, hyper, torch.empty_like(grads))
         self.state.put(active, part)
+        pieces = updates.split(part.lengths)
+        norms = torch.stack(torch._foreach_norm(pieces))
+        _zero_what_is_not_finite(updates, norms, part.lengths)
         slices = out.split([unit.numel for unit in self.units])
-        for row, piece in zip(active, updates.split(part.lengths), strict=True):
+        for row, piece in zip(active, pieces, strict=True):
             slices[row].copy_(piece)
+        return Updates(tuple(self.indices[row] for row in active), norms, 0)
+
+    def forget(self, rows: Sequence[int]) -> None:
+        state = self.state.rows(rows)
+        for tensor in (state.step, state.exp_avg, state.exp_avg_sq):
+            tensor.zero_()
+        self.state.put(rows, state)
+
+
+def _zero_what_is_not_finite(updates: Tensor, norms: Tensor, lengths: Sequence[int] | None = None) -> list[int]:
+    """Have updates whose norm is not finite be zero, in place; returns which, where the host knows without waiting.
+
+    Args:
+        updates: (B, ..), or with `lengths` slices end to end.
+        norms: (B,).
+    """
+    bad = norms.isfinite().logical_not_()
+    if bad.device.type == "cpu" and not bool(bad.any()):
+        return []
+    if lengths is None:
+        spread = bad.view(-1, *[1] * (updates.ndim - 1))
+    else:
+        spread = bad.repeat_interleave(torch.tensor(lengths, device=bad.device), output_size=len(updates))
+    updates.masked_fill_(spread, 0.0)
+    return bad.nonzero().flatten().tolist() if bad.device.type == "cpu" else []
 
 
 def build_stacks(plan: Plan, rank: int, device: torch.device) -> list[list[Stack]]:

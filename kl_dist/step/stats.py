@@ -22,14 +22,15 @@ def of_rank(engine: Engine) -> dict[str, Any]:
         for name, tensor in tensors.items()
         if name.startswith("eigenvalues.")
     ]
-    elements = sum(numel for _, numel in engine.update_norms)
-    norms = [norm.double() for norm, _ in engine.update_norms]
+    matrices = [made for made in engine.updates if made.elements]
+    elements = sum(made.elements for made in matrices)
+    norms = [made.norms.double().nan_to_num_(0.0, 0.0, 0.0) for made in matrices]
     return {
         "refreshes": engine.refreshes,
         "refresh_seconds": engine.refresh_seconds,
         "fallbacks": fallbacks.read(),
         "condition": float(torch.stack(ratios).amax()) if ratios else None,
-        "update_rms": float(torch.stack(norms).norm()) / math.sqrt(elements) if elements else None,
+        "update_rms": float(torch.cat(norms).norm()) / math.sqrt(elements) if elements else None,
         "update_elements": elements,
     }
 

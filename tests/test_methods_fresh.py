@@ -150,6 +150,16 @@ def test_fresh_recovers_from_a_jump_of_scale_when_adam_does(method, jump):
     assert last_step_off(U) <= last_step_off(adam_updates(grads, *OPTIONS["betas"])) + 5
 
 
+def made(grads: Tensor, **options) -> tuple[KLShampoo, nn.Parameter]:
+    """An optimizer that has made a step with each of these, and its parameter."""
+    parameter = nn.Parameter(torch.zeros_like(grads[0]))
+    opt = KLShampoo([parameter], **{**OPTIONS, **WHOLE, **options})
+    for grad in grads:
+        parameter.grad = grad.clone()
+        opt.step()
+    return opt, parameter
+
+
 def spiked(kind: str, shape: tuple[int, ...], at: int) -> Tensor:
     """200 gradients with rows of different sizes, and one that is a million of them or has one vast entry."""
     rows = torch.logspace(0, -2, shape[0], dtype=torch.float64).view(-1, *[1] * (len(shape) - 1))
@@ -204,6 +214,22 @@ def test_fresh_cuts_a_spike_continuously_and_only_beyond_ten_times(method):
         paths.append(train(grads, method=method))
     assert distance(paths[1], paths[0]) > 1e-3
     assert distance(paths[3], paths[2]) < 1e-9 and distance(paths[4], paths[2]) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("method", ["kl_shampoo", "kl_soap", "soap", "shampoo"])
+def test_fresh_keeps_a_floor_beneath_what_it_divides_by(method, dtype):
+    """Gradients that stay in few directions, until without a floor the other moments would leave the dtype's range."""
+    grads = gradients((6, 6), steps=1).expand(20, 6, 6).clone()
+    grads[:, 2:] = 0
+    rows = {"betas": (0.5, 0.05)} if dtype == torch.float32 else {"betas": (0.5, 1e-9)}
+    opt, parameter = made(grads.to(dtype), method=method, **rows)
+    floors = {"eigenvalues": 1e-6, "exp_avg_sq": 1e-10}
+    seen = {key: x for key, x in opt.state[parameter].items() if key.split(".")[0] in floors}
+    assert seen
+    for key, x in seen.items():
+        assert x.min() >= 0.999 * floors[key.split(".")[0]], key
+    assert parameter.isfinite().all()
 
 
 # -- eigenbases over many steps ----------------------------------------------------------------------------------------

@@ -90,6 +90,20 @@ def test_gradients_of_any_finite_size_keep_everything_finite(method, size):
     assert all(x.isfinite().all() for state in opt.state.values() for x in state.values())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, 1e13), (torch.float32, 1e25), (torch.float64, 1e120)], ids=str
+)
+def test_a_gradient_too_large_to_square_is_as_one_that_is_not_finite(dtype, size):
+    params = parameters(dtype)
+    opt = KLShampoo(params.items())
+    train(opt, params, range(3))
+    before = [values(params), states(opt)]
+    give_gradients(params, 3)
+    params["square"].grad.view(-1)[3] = size
+    opt.step()
+    assert same([values(params), states(opt)], before) and opt.stats()["skipped_steps"] == 1
+
+
 def legacy() -> None:
     torch.set_float32_matmul_precision("medium")
 

@@ -91,6 +91,27 @@ def test_a_parameter_without_gradient_is_left_alone_for_the_step():
         assert not any(torch.equal(values(params)[other], before[0]) for other in others)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_of_a_batch_those_start_that_have_a_gradient(method):
+    """Of three matrices of one shape the one between has its first gradient later."""
+    shapes = {"first": (5, 4), "between": (5, 4), "last": (5, 4)}
+    params = parameters(shapes=shapes)
+    opt = KLShampoo(params.items(), method=method, stagger=False)
+    alone = {name: parameters(shapes=shapes)[name] for name in shapes}
+    each = {name: KLShampoo([(name, p)], method=method, stagger=False) for name, p in alone.items()}
+    for step in range(6):
+        give_gradients(params, step)
+        if step < 2:
+            params["between"].grad = None
+        for name, p in params.items():
+            alone[name].grad = None if p.grad is None else p.grad.clone()
+            each[name].step()
+        opt.step()
+    for name in shapes:
+        assert torch.allclose(params[name], alone[name], rtol=1e-12, atol=1e-14), name
+        assert not torch.equal(params[name], parameters(shapes=shapes)[name])
+
+
 @pytest.mark.parametrize("method", kl_dist.METHODS)
 @pytest.mark.parametrize("recipe", RECIPE_DEFAULTS)
 def test_an_expert_without_tokens_keeps_weights_and_state(method, recipe):

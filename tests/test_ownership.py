@@ -44,6 +44,12 @@ def test_what_would_be_uneven_with_matrices_at_home_is_divided_evenly():
     assert max(near.cost) <= (1 + UNEVENNESS) * max(even.cost) + 1
 
 
+def test_the_heaviest_find_their_owners_first():
+    """What is light fills the gaps; the other way round the heavy one would come upon ranks that are full."""
+    plan = flat_plan([(16, 16)] * 64 + [(64, 64)], 2, stage=0)
+    assert plan.balance < 1.02
+
+
 def test_with_one_matrix_too_large_the_others_leave_its_rank():
     plan = flat_plan([(64, 64), (8, 8), (8, 8), (8, 8)], 2)
     assert plan.owner["w0"] == 0 and {plan.owner[f"w{i}"] for i in (1, 2, 3)} == {1}

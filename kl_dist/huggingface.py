@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
@@ -94,7 +95,16 @@ def consolidate_on_save(accelerator: Accelerator) -> Any:
 
     Returns:
         A handle; its `remove()` ends it.
+
+    Raises:
+        ValueError: accelerate takes this process for the only one of several.
     """
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if accelerator.num_processes != ranks:
+        raise ValueError(
+            f"torch has {ranks} ranks here and Accelerate says {accelerator.num_processes}, so that each trains a model"
+            " of its own: on a machine without GPUs make Accelerator(cpu=True)"
+        )
 
     def before(models: Any, weights: Any, folder: str) -> None:
         each_node = accelerator.project_configuration.save_on_each_node

@@ -189,20 +189,20 @@ class Begun(NamedTuple):
     stderr: IO[str]
 
 
-def started(command: str | Sequence[Any], **environment: str) -> Ended:
-    """`python COMMAND` to its end."""
-    with begun(command, **environment) as job:
+def started(command: str | Sequence[Any], folder: Path = ROOT, **environment: str) -> Ended:
+    """`python COMMAND` to its end, in a folder."""
+    with begun(command, folder, **environment) as job:
         return ended(job)
 
 
 @contextlib.contextmanager
-def begun(command: str | Sequence[Any], **environment: str) -> Iterator[Begun]:
+def begun(command: str | Sequence[Any], folder: Path = ROOT, **environment: str) -> Iterator[Begun]:
     """`python COMMAND` in a session of its own; ended with the block where it has not by itself."""
     words = command.split() if isinstance(command, str) else map(str, command)
     given = {**os.environ, **QUIET, **environment}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, env=given, stdout=out, stderr=err, start_new_session=True
+            [sys.executable, *words], cwd=folder, env=given, stdout=out, stderr=err, start_new_session=True
         )
         try:
             yield Begun(process, out, err)

@@ -327,3 +327,18 @@ def gathered_once(group: dist.ProcessGroup) -> list[int]:
 
 def test_what_is_gathered_already_is_not_gathered_again(worlds):
     assert worlds[2].run(gathered_once, 2) == [[1, 3], [1, 3]]
+
+
+def unknown_to_each_other(group: dist.ProcessGroup) -> None:
+    """On two ranks whose accelerate thinks that it is alone, as it does on a machine without a GPU."""
+    from accelerate import Accelerator
+
+    from kl_dist.huggingface import consolidate_on_save
+
+    with as_started(group, "accelerate"):
+        consolidate_on_save(Accelerator())
+
+
+def test_processes_that_accelerate_does_not_know_of_are_refused(worlds):
+    with raising(ValueError, r"torch has 2 ranks here and Accelerate says 1, .* make Accelerator\(cpu=True\)"):
+        worlds[2].run(unknown_to_each_other, 2)

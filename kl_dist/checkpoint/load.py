@@ -89,7 +89,7 @@ def read(state: Any, groups: Sequence[Mapping[str, Any]]) -> Saved:
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
         raise ValueError(f"the entry {STEPS!r} of the saved state is damaged: {steps!r}")
     if None not in (steps, sealed) and steps != sealed:
-        raise ValueError(f"the saved state is damaged: {STEPS!r} is {steps}, its groups are of step {sealed}")
+        raise ValueError(f"the saved state is of several saves: {STEPS!r} is {steps}, its groups are of step {sealed}")
     said = {
         names[key]: name
         for group in saved

@@ -133,4 +133,5 @@ def test_a_folder_of_an_earlier_version_loads_with_one_line(folder, tmp_path, ca
     shutil.rmtree(folder)
     dcp.save({"optimizer": state, "also": {"step": 3, "of": []}}, checkpoint_id=folder)
     assert same_bits(loaded(folder)[1], state_of(make()))
-    assert [record.message[:33] for record in caplog.records] == ["this state came without checksums"]
+    said = [record.message for record in caplog.records if record.name.startswith("kl_dist")]
+    assert len(said) == 1 and said[0].startswith("this state came without checksums")

@@ -67,6 +67,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         self._zero: Any = None
         self._served: list[dict[str, Any]] = []  # the groups that have something to train, as the core has them
         self._flats: list[Flat] = []
+        self.save = "not saved"  # the identity of the save under way: deepspeed_integration.checkpoint
         self._waiting: dict[int, Tensor | None] = {}  # gradients of flat tensors that have arrived, by their ids
         own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "method": self.method, **given}
         super().__init__(params, {**options.DEFAULTS, **own})
@@ -207,7 +208,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
 
         See `deepspeed_integration.checkpoint`.
         """
-        saved: dict[str, Any] = {"state": {}, "param_groups": [], SIDECAR: "in the checkpoint's folder of this name"}
+        saved: dict[str, Any] = {"state": {}, "param_groups": [], SIDECAR: f"in the folder of this name, {self.save}"}
         for group in self.param_groups:
             first = len(saved["state"])
             for number, p in enumerate(group["params"], first):

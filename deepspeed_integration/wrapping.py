@@ -69,10 +69,13 @@ def _save(original: Any) -> Any:
 
     def save_checkpoint(self: DeepSpeedEngine, save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         optimizer = ours(self)
-        if optimizer is not None and save_dir:
-            tag = f"global_step{self.global_steps}" if tag is None else str(tag)
-            checkpoint.save(optimizer, checkpoint.folder(save_dir, tag))
-        return original(self, save_dir, tag, *args, **kwargs)
+        if optimizer is None or not save_dir:
+            return original(self, save_dir, tag, *args, **kwargs)
+        tag = f"global_step{self.global_steps}" if tag is None else str(tag)
+        given = inspect.signature(original).bind(self, save_dir, tag, *args, **kwargs)
+        optimizer.save = checkpoint.save(optimizer, checkpoint.folder(save_dir, tag))
+        given.arguments["client_state"] = {**given.arguments.get("client_state", {}), checkpoint.SAVE: optimizer.save}
+        return original(*given.args, **given.kwargs)
 
     return save_checkpoint
 
@@ -99,6 +102,8 @@ def _load(original: Any) -> Any:
         with optimizer.loading():
             found = original(self, load_dir, tag, *args, **kwargs)
         optimizer.take_options(groups)
+        if isinstance(found[1], dict):
+            found[1].pop(checkpoint.SAVE, None)
         return found
 
     return load_checkpoint

@@ -38,7 +38,7 @@ def load_full_state_dict(
         What was left and why, also logged; empty under strict.
 
     Raises:
-        ValueError: it does not fit; on all ranks, with nothing changed.
+        ValueError: it does not fit, or is not as it was saved; on all ranks, with nothing changed.
     """
     parts = optimizer.parts
     decision = full.scatter(state, optimizer.param_groups, parts.holdings, parts.ranks, strict)

@@ -12,6 +12,7 @@ from kl_dist import groups, options
 from kl_dist.checkpoint import full, load, shown
 from kl_dist.checkpoint.holdings import Holding
 from kl_dist.checkpoint.local import Form, local_form
+from kl_dist.checkpoint.sums import SAVED, resealed
 from kl_dist.layouts import placement
 from kl_dist.layouts.reduction import Reduction
 from kl_dist.planning.partition import Partition
@@ -79,7 +80,8 @@ class StateDicts(torch.optim.Optimizer):
         """
         consolidated, self._consolidated = self._consolidated, None
         if consolidated is not None:  # a schedule may have stepped since
-            consolidated["param_groups"] = full.groups_of(self.param_groups)
+            steps = consolidated["param_groups"][0][SAVED]["steps"]
+            consolidated["param_groups"] = full.groups_of(self.param_groups, steps)
         return self._saved(lambda: consolidated or self._held_here(plain=False))
 
     def local_state_dict(self) -> dict[str, Any]:
@@ -105,7 +107,7 @@ class StateDicts(torch.optim.Optimizer):
         state = state_of()
         for after in self._optimizer_state_dict_post_hooks.values():
             state = after(self, state) or state
-        return state
+        return resealed(state) if self._optimizer_state_dict_post_hooks else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of any form; local, never a collective: see kl_dist.checkpoint.load.
@@ -116,6 +118,7 @@ class StateDicts(torch.optim.Optimizer):
                 raise too, until another state is loaded.
         """
         self._check_followed()
+        load.check_options(state_dict)
         state_dict = copy.copy(state_dict)  # a hook may put something else into it
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict

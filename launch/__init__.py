@@ -12,6 +12,7 @@ The files are the parts of a training job, each readable on its own:
     muon.py         torch's Muon with products in float32, for CPUs
     checkpoint.py   saving and continuing, by torch.distributed.checkpoint
     folders.py      the checkpoints of a run: the newest, those to keep, those to move aside
+    identity.py     which run a folder is of, and the lock of the job that is at it
     signals.py      being asked to stop
     metrics.py      the progress bar, JSON lines and TensorBoard
     report.py       the loss curve and the closing words

@@ -2,9 +2,11 @@
 
     OUT/checkpoint/step-000400/__0_0.distcp, __1_0.distcp, .metadata    model and optimizer
     OUT/checkpoint/step-000400/run.json                                 step and options
-    OUT/checkpoint/step-000400/manifest.json                            checksums
+    OUT/checkpoint/step-000400/manifest.json                            checksums, and which save of which run it is
+    OUT/run.id                                                          the run that saves here
 
-A save goes into a folder with another name, which is renamed when all of it is on the disk.
+A save goes into a folder with another name, which is renamed when all of it is on the disk. Which step, run and number
+of processes it is of stands in the manifest, in run.json and in the state, and must agree, with the folder's name too.
 """
 
 import json
@@ -20,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from kl_dist.checkpoint import manifest
-from launch import folders
+from launch import folders, identity
 from launch.optimizers import Trainer
 from launch.options import Options, UsageError
 from launch.ranks import Ranks
@@ -30,7 +32,7 @@ from launch.ranks import Ranks
 MUST_AGREE = ("optimizer", "layers", "width", "heads", "context", "seed", "tokens_per_step")
 """Options without which the saved tensors have no place to go, or the data another order."""
 
-RUN = "run.json"
+RUN, SAVE = "run.json", "save"
 
 
 class SaveError(Exception):
@@ -45,12 +47,12 @@ def save(folder: Path, step: int, options: Options, ranks: Ranks, model: nn.Modu
     """
     final = folder / f"step-{step:06d}"
     partial = folder / f"{final.name}.partial"
-    run = {"step": step, "options": asdict(options)}
+    about = {"step": step, "run": ranks.tell(identity.of(folder.parent)), "world": ranks.size}
     try:
-        sums = _write(partial, run, ranks, model, trainer)
+        sums = _write(partial, about, options, ranks, model, trainer)
         with _on_all(ranks):
             if ranks.first:
-                manifest.publish(partial, final, sums)
+                manifest.publish(partial, final, sums, about)
     except SaveError:
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -63,7 +65,9 @@ def save(folder: Path, step: int, options: Options, ranks: Ranks, model: nn.Modu
     return final
 
 
-def _write(partial: Path, run: dict[str, Any], ranks: Ranks, model: nn.Module, trainer: Trainer) -> dict[str, str]:
+def _write(
+    partial: Path, about: dict[str, Any], options: Options, ranks: Ranks, model: nn.Module, trainer: Trainer
+) -> dict[str, str]:
     """All files but the manifest; returns their checksums, each rank having read its own."""
     import torch.distributed.checkpoint as dcp
 
@@ -71,9 +75,10 @@ def _write(partial: Path, run: dict[str, Any], ranks: Ranks, model: nn.Module, t
         if ranks.first:
             folders.sweep(partial.parent)
             partial.mkdir(parents=True)
-            (partial / RUN).write_text(json.dumps(run))
+            (partial / RUN).write_text(json.dumps({**about, "options": asdict(options)}))
     with _on_all(ranks), _quiet():
-        dcp.save(_state(model, trainer), storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
+        state = {**_state(model, trainer), SAVE: about}
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
     sums: dict[str, str] = {}
     with _on_all(ranks):
         names = [path.name for path in partial.glob(f"__{ranks.rank}_*")]
@@ -81,36 +86,66 @@ def _write(partial: Path, run: dict[str, Any], ranks: Ranks, model: nn.Module, t
     return {name: digest for some in ranks.gather(sums) for name, digest in some.items()}
 
 
-def load(checkpoint: Path, options: Options, model: nn.Module, trainer: Trainer) -> int:
+def load(checkpoint: Path, options: Options, ranks: Ranks, model: nn.Module, trainer: Trainer) -> int:
     """Continue from `checkpoint`: fills model and optimizer in place and returns the step it was saved after.
 
     The optimizer's options are those that this job asks for, not those that were saved.
+
+    Raises:
+        UsageError: it is of another job, or its files are not of one save; on all ranks.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict import set_state_dict
 
     saved = json.loads((checkpoint / RUN).read_text())
     for name in MUST_AGREE:
         before, now = saved["options"][name], getattr(options, name)
         if before != now:
             raise UsageError(f"{checkpoint} was saved with {name} {before}, this job asks for {now}")
-    state = _state(model, trainer)
     asked = [{key: value for key, value in group.items() if key != "params"} for group in trainer.groups]
+    problem = None
     try:
-        with _quiet():
-            dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint))
-            set_state_dict(
-                model,
-                trainer.optimizers,
-                model_state_dict=state["model"],
-                optim_state_dict=state["optimizer"],
-            )
+        _fill(checkpoint, saved, model, trainer)
     except (CheckpointException, ValueError) as error:
-        raise UsageError(f"{checkpoint} does not fit what this job asks for: {_reason(error)}") from error
+        problem = _reason(error)
+    problems = [told for told in ranks.gather(problem) if told is not None]
+    if problems:
+        raise UsageError(f"{checkpoint} does not fit what this job asks for: {problems[0]}")
     for group, its_options in zip(trainer.groups, asked, strict=True):
         group.update(its_options)
     return saved["step"]
+
+
+def _fill(checkpoint: Path, saved: dict[str, Any], model: nn.Module, trainer: Trainer) -> None:
+    """Read a checkpoint into model and optimizer; a collective. First that it is of one save.
+
+    Raises:
+        ValueError or CheckpointException: it is not, does not fit or is damaged.
+    """
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    from kl_dist.checkpoint import reading
+
+    about = manifest.about(checkpoint)
+    if about:  # an earlier version said nothing
+        told: dict[str, Any] = {SAVE: dict.fromkeys(about)}
+        with _quiet():
+            reading.load(told, checkpoint)
+        for where, what in ((RUN, {key: saved.get(key) for key in about}), ("the state", told[SAVE])):
+            if what != about:
+                raise ValueError(f"{manifest.MANIFEST} is of {_said(about)}, {where} of {_said(what)}")
+    state = _state(model, trainer)
+    with _quiet():
+        reading.load(state, checkpoint)
+        set_state_dict(
+            model,
+            trainer.optimizers,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+
+
+def _said(about: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {about[key]}" for key in sorted(about))
 
 
 def choose(folder: Path, which: str, ranks: Ranks) -> Path | None:
@@ -119,7 +154,7 @@ def choose(folder: Path, which: str, ranks: Ranks) -> Path | None:
     What is damaged is named and passed over for the one before.
 
     Raises:
-        UsageError: there is none, and "auto" was not asked for.
+        UsageError: there is none, and "auto" was not asked for; or it is of another run, and was not asked for.
     """
     chosen, complaint = ranks.tell(_choose(folder, which) if ranks.first else None)
     if complaint is not None:
@@ -129,16 +164,37 @@ def choose(folder: Path, which: str, ranks: Ranks) -> Path | None:
 
 def _choose(folder: Path, which: str) -> tuple[Path | None, str | None]:
     if which not in ("auto", "newest"):
-        problem = manifest.fault(Path(which))
+        problem = fault(Path(which))
         return Path(which), problem and f"--resume {which}: {problem}"
+    own = identity.of(folder.parent)
     for path in folders.saved(folder):
-        problem = manifest.fault(path)
+        problem = fault(path)
         if problem is None:
+            run = manifest.about(path).get("run")
+            if None not in (own, run) and own != run:
+                other = f"{path} was saved by run {run}, and {folder.parent} is of run {own}"
+                return None, f"{other}: --resume {path} goes on from it all the same"
             return path, None
         print(f"{path} is passed over: {problem}", file=sys.stderr)
     if which == "auto":
         return None, None
     return None, f"--resume found no checkpoint in {folder}; leave it out, or say --resume auto, to start anew"
+
+
+def run_of(checkpoint: Path, which: str) -> str | None:
+    """The run that goes on from a checkpoint: its own; that of another folder's begins a run of its own."""
+    return manifest.about(checkpoint).get("run") if which in ("auto", "newest") else None
+
+
+def fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or with its name, or None."""
+    problem = manifest.fault(path)
+    if problem is not None:
+        return problem
+    step, named = manifest.about(path).get("step"), folders.NAME.fullmatch(path.name)
+    if None not in (step, named) and int(named[1]) != step:  # type: ignore[index]
+        return f"it is of step {step}, and was given the name of another"
+    return None
 
 
 def _state(model: nn.Module, trainer: Trainer) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from launch.folders import move_aside
 
-RUN_FILES = ("metrics.jsonl", "tensorboard", "checkpoint", "adapter", "loss.png")
+RUN_FILES = ("run.id", "metrics.jsonl", "tensorboard", "checkpoint", "adapter", "loss.png")
 """What a run leaves in its folder."""
 
 Record = dict[str, Any]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from launch import checkpoint, folders, report
+from launch import checkpoint, folders, identity, report
 from launch.data import Corpus, load_corpus, training_starts, validation_starts, windows
 from launch.metrics import Log, Record, set_aside
 from launch.model import GPT, Model
@@ -79,13 +79,17 @@ class Job:
         if self.options.resume is not None:
             chosen = checkpoint.choose(folder, self.options.resume, self.ranks)
             if chosen is not None:
-                done = checkpoint.load(chosen, self.options, self.model, self.trainer)
+                done = checkpoint.load(chosen, self.options, self.ranks, self.model, self.trainer)
+                if self.ranks.first:
+                    identity.settle(self.options.folder, checkpoint.run_of(chosen, self.options.resume))
                 goes_on = done < self.options.steps
                 if goes_on and self.ranks.first and (aside := folders.abandon(folder, done)):
                     print(f"Going on from step {done}; the checkpoints after it are now in {aside}.")
                 return done
         if self.ranks.first and (aside := set_aside(self.options.folder)):
             print(f"The files of an earlier run are now in {aside}.")
+        if self.ranks.first:
+            identity.settle(self.options.folder)
         return 0
 
     def train_step(self, step: int) -> Record:
@@ -166,6 +170,11 @@ def run(job: Job) -> bool:
     Returns:
         Whether what was reached is saved.
     """
+    with identity.alone(job.options.folder, job.ranks):
+        return _run(job)
+
+
+def _run(job: Job) -> bool:
     options, ranks = job.options, job.ranks
     job.asked.listen()
     done = job.start()

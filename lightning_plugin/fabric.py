@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from kl_dist import KLShampoo, clip_grad_norm_, clip_grad_value_
+from kl_dist.checkpoint.reading import check
 from lightning_plugin.conversion import announcement, convert
 from lightning_plugin.restoring import REMEDY, restore, with_word_to_adamw
 from lightning_plugin.sharding import shard
@@ -67,6 +68,8 @@ class FabricTrainsWithKLShampoo:
 
     def load_checkpoint(self: Any, path: Any, state: Any = None, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Optimizers of ours are loaded as `optimizer_checkpoint` says, where the checkpoint is one file."""
+        if Path(path).is_dir():
+            check(Path(path))  # torch would run what a stranger has put there
         ours = {key: x for key, x in state.items() if isinstance(x, KLShampoo)} if isinstance(state, dict) else {}
         if not ours or (Path(path).is_dir() and self.optimizer_checkpoint == "strict"):
             return super().load_checkpoint(path, state, *arguments, **options)  # type: ignore[misc]

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from kl_dist import KLShampoo
 from kl_dist.checkpoint.load import causes_of
+from kl_dist.checkpoint.reading import check
 from lightning_plugin.restoring import REMEDY, restore, with_word_to_adamw
 from lightning_plugin.sharding import shard
 from lightning_plugin.together import CalledTogether
@@ -128,6 +129,8 @@ class UnderFSDP2:
         if self.lightning_module.trainer.state.fn != "fit":
             how = "ignore"  # the weights are all that is wanted
         divided = Path(self.broadcast(checkpoint_path)).is_dir()
+        if divided:
+            check(Path(checkpoint_path))  # torch would run what a stranger has put there
         if divided and how == "partial":
             raise ValueError(f"optimizer_checkpoint='partial' needs a checkpoint in one file, not {checkpoint_path}")
         try:

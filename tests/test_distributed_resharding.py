@@ -4,7 +4,7 @@ from functools import cache
 from typing import Any
 
 from kl_dist import full_state_dict, load_full_state_dict
-from tests.checkpoints import FURTHER, LAYOUTS, STOPS, Run, furthest
+from tests.checkpoints import FURTHER, LAYOUTS, STOPS, Run, flat, furthest
 from tests.models import METHODS, same_bits
 from tests.products import product
 
@@ -21,14 +21,14 @@ def alone(stop: int, method: str) -> tuple[dict[str, Any], dict[str, Any], dict[
 def save_and_go_on(group, layout: str, stop: int, expected, options: dict[str, Any]) -> tuple[float, float, float]:
     """How far this layout's state at `stop` is from that of one process, and how far it gets from a loaded one."""
     weights, full, later_weights, later_state = expected
-    flat = {f"{name} {key}": x for name, state in full["state"].items() for key, x in state.items()}
+    whole = flat(full)
     state = Run(group, layout, **options).train(0, stop).canonical()
-    made = furthest(state, flat) if group.rank() == 0 else 0.0
+    made = furthest(state, whole) if group.rank() == 0 else 0.0
     run = Run(group, layout, **{**options, "lr": 0.5})
     run.set_weights(weights)
     load_full_state_dict(run.optimizer, full if group.rank() == 0 else None)
     loaded = run.canonical()
-    assert group.rank() != 0 or same_bits(loaded, flat)
+    assert group.rank() != 0 or same_bits(loaded, whole)
     run.train(stop, stop + FURTHER)
     state = run.canonical()
     return made, furthest(run.weights(), later_weights), furthest(state, later_state) if group.rank() == 0 else 0.0

@@ -45,7 +45,7 @@ def test_a_checkpoint_is_whole_and_names_every_file(whole: Path) -> None:
     assert manifest.fault(whole) is None
     names = {path.name for path in whole.iterdir()}
     assert names == {".metadata", "__0_0.distcp", "run.json", manifest.MANIFEST}
-    assert json.loads((whole / manifest.MANIFEST).read_text()).keys() == names - {manifest.MANIFEST}
+    assert json.loads((whole / manifest.MANIFEST).read_text())["files"].keys() == names - {manifest.MANIFEST}
     assert not list(whole.parent.glob("*.partial"))
 
 
@@ -88,10 +88,10 @@ def test_two_hundred_corruptions_are_recognised(whole: Path, tmp_path: Path) -> 
 
 
 def test_the_newest_whole_checkpoint_is_chosen_and_damaged_ones_are_named(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in (3, 10, 11, 12):
-        shutil.copytree(whole, tmp_path / f"step-{step:06d}")
+        whole = save(tmp_path, step)
     shutil.copytree(whole, tmp_path / "step-000020.partial")
     shutil.copytree(whole, tmp_path / "step-000021.deleting")
     (tmp_path / "step-000012" / "__0_0.distcp").write_bytes(b"")
@@ -137,7 +137,7 @@ def test_what_interrupted_saves_left_is_swept_away_and_a_step_may_be_saved_again
 
 def test_a_resumed_job_has_the_options_it_asks_for_now(whole: Path) -> None:
     options, model, trainer = job(weight_decay=0.3, precondition_frequency=5)
-    checkpoint.load(whole, options, model, trainer)
+    checkpoint.load(whole, options, ALONE, model, trainer)
     assert {group["weight_decay"] for group in trainer.groups} == {0.3, 0.0}
     assert {group["precondition_frequency"] for group in trainer.groups} == {5}
 
@@ -150,7 +150,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path, optimizer: str) -> Non
     _, other, others = job(optimizer=optimizer)
     for parameter in other.parameters():
         parameter.data.zero_()
-    assert checkpoint.load(path, options, other, others) == 2
+    assert checkpoint.load(path, options, ALONE, other, others) == 2
     assert all(torch.equal(a, b) for a, b in zip(expected, other.parameters(), strict=True))
     for one, its_trainer in ((model, trainer), (other, others)):
         one.zero_grad()
@@ -168,4 +168,4 @@ def test_a_checkpoint_of_another_job_is_refused(whole: Path) -> None:
     ):
         options, model, trainer = job(**asked)
         with pytest.raises(UsageError, match=words):
-            checkpoint.load(whole, options, model, trainer)
+            checkpoint.load(whole, options, ALONE, model, trainer)

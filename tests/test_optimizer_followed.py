@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from kl_dist import KLShampoo, full_state_dict
+from tests.checkpoints import flat
 from tests.made_up import give_gradients, parameters, same, train, values
 from tests.models import deviation, raising, same_bits
 from tests.sharded import layers, loss_of, mesh_of, tokens_of, weights_of
@@ -164,9 +165,9 @@ def test_what_is_sharded_after_the_optimizer_was_made_trains_as_on_one_process(w
     assert all(same_bits(weights, found[0][0]) for weights, _ in found)
     expected, state = on_one_process()
     assert deviation(found[0][0], expected) <= 1e-9
-    for name, entries in state["state"].items():
-        for key, tensor in entries.items():
-            torch.testing.assert_close(found[0][1]["state"][name][key], tensor, rtol=1e-7, atol=1e-9)
+    sharded = flat(found[0][1])
+    for name, tensor in flat(state).items():
+        torch.testing.assert_close(sharded[name], tensor, rtol=1e-7, atol=1e-9)
 
 
 def exchanged_on_one_rank(group: dist.ProcessGroup) -> None:

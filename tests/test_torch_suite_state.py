@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kl_dist import KLShampoo
+from kl_dist.checkpoint.verify import is_sums
 from tests.made_up import parameters, same, states, train, values
 from tests.products import product
 from tests.torch_optimizers import NAMES, options_of
@@ -22,10 +23,13 @@ def trained(name: str, named: bool = True) -> tuple[KLShampoo, dict[str, nn.Para
 
 
 def nameless(state: dict[str, Any]) -> dict[str, Any]:
-    """Without names, and without `kl_dist`, which has a digest of them."""
+    """Without names, and without `kl_dist` and the checksums, which have a digest of them."""
     state = copy.deepcopy({key: state[key] for key in ("state", "param_groups")})
     for group in state["param_groups"]:
         del group["param_names"]
+    for entries in state["state"].values():
+        for key in list(filter(is_sums, entries)):
+            del entries[key]
     return state
 
 

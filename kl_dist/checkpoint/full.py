@@ -15,6 +15,7 @@ from kl_dist.checkpoint import load
 from kl_dist.checkpoint.holdings import Holding
 from kl_dist.checkpoint.load import Saved
 from kl_dist.checkpoint.local import ORIGIN, STEPS
+from kl_dist.checkpoint.sums import sealed, with_sums
 from kl_dist.planning.boxes import in_boxes, narrowed
 from kl_dist.ranks import Ranks
 
@@ -30,18 +31,18 @@ def gather(
     A collective.
     """
     state: dict[str, dict[str, Tensor]] = {}
-    for holding in held:
+    for holding in with_sums(held, steps, ranks.rank):
         full = _gathered(holding, ranks, to)
         if full is not None:
             state.setdefault(holding.name, {})[holding.entry.key] = full
     if ranks.rank != to:
         return {}
-    return {"state": state, "param_groups": groups_of(groups), STEPS: steps}
+    return {"state": state, "param_groups": groups_of(groups, steps), STEPS: steps}
 
 
-def groups_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def groups_of(groups: Sequence[Mapping[str, Any]], steps: int) -> list[dict[str, Any]]:
     """The parameter groups in a full state: names for parameters."""
-    return [{**group, "params": list(group["param_names"])} for group in groups]
+    return [{**sealed(group, steps), "params": list(group["param_names"])} for group in groups]
 
 
 def _gathered(holding: Holding, ranks: Ranks, to: int) -> Tensor | None:
@@ -83,7 +84,7 @@ def scatter(
     """Load what rank 0 has of `gather`'s; a collective. Returns what was decided.
 
     Raises:
-        ValueError: under strict, when something does not fit; on all ranks, with nothing changed.
+        ValueError: under strict, when something does not fit or is damaged; on all ranks, with nothing changed.
     """
     saved, decided = None, None
     with ranks.together():
@@ -113,15 +114,22 @@ def _decide(
     saved = load.read(state, groups)
     if strict:
         load.check_groups(groups, saved.groups)
+        load.check_options(state)
         wanted = load.check_all(held, saved)
+        for _, problem in load.faults(wanted, saved):
+            raise ValueError(problem)
         return saved, Decision([True] * len(wanted), [], _plain(saved.groups), saved.steps)
     problems = [load.misfit(holding, saved) or load.damage(holding, saved) for holding in held]
     # a block is loaded whole or not at all, and none of a parameter of another form
     bad = {_block(holding) for holding, problem in zip(held, problems, strict=True) if problem is not None}
+    damaged = list(load.faults([one for one in held if _block(one) not in bad], saved))
+    bad |= {_block(unit[0]) for unit, _ in damaged}
     left = list(dict.fromkeys(problem for problem in problems if problem is not None))
+    left += [problem for _, problem in damaged]
     left += [f"{what} was saved, and has no place here" for what in load.homeless(held, saved)]
     options: list[dict[str, Any]] | None = _plain(saved.groups)
     try:
+        load.check_options(state)
         load.check_groups(groups, saved.groups)
     except ValueError as problem:
         options = None

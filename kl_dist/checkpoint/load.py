@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from kl_dist import options
-from kl_dist.checkpoint import values
+from kl_dist.checkpoint import values, verify
 from kl_dist.checkpoint.holdings import Holding
 from kl_dist.checkpoint.inventory import FORM
 from kl_dist.checkpoint.local import ORIGIN, STEPS, origin_of
+from kl_dist.checkpoint.sums import SAVED, by_unit, entry_of
 from kl_dist.layouts.dtensor import is_dtensor
 from kl_dist.methods import form
 from kl_dist.ranks import Ranks
@@ -52,6 +53,8 @@ class Saved:
     own: Mapping[Any, Any]  # the user's, under keys that are no parameters; in the local form alone
     recipes: Mapping[str, str]  # by name of the parameter
     steps: int | None  # that the optimizer had made, where it is said
+    sealed: int | None  # the same, as its checksums have it; None of what has none
+    called: Mapping[str, str]  # by its name here what a parameter is called there, where that is said
 
 
 def read(state: Any, groups: Sequence[Mapping[str, Any]]) -> Saved:
@@ -82,10 +85,19 @@ def read(state: Any, groups: Sequence[Mapping[str, Any]]) -> Saved:
     recipes = {
         names[key]: str(group["recipe"]) for group in saved for key in group["params"] if _is_key(key) and key in names
     }
-    steps = state.get(STEPS)
+    steps, sealed = state.get(STEPS), verify.steps_of(saved)
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
         raise ValueError(f"the entry {STEPS!r} of the saved state is damaged: {steps!r}")
-    return Saved(saved, dict(_tensors(theirs, names)), local, mine, recipes, steps)
+    if None not in (steps, sealed) and steps != sealed:
+        raise ValueError(f"the saved state is of several saves: {STEPS!r} is {steps}, its groups are of step {sealed}")
+    said = {
+        names[key]: name
+        for group in saved
+        for key, name in zip(group["params"], _names_in(group), strict=False)
+        if _is_key(key) and key in names
+    }
+    steps = sealed if steps is None else steps
+    return Saved(saved, dict(_tensors(theirs, names)), local, mine, recipes, steps, sealed, said)
 
 
 def check_origin(saved: Any, here: Mapping[str, Any]) -> None:
@@ -238,6 +250,7 @@ def _other_form(holding: Holding, saved: Saved) -> str | None:
 def homeless(held: Sequence[Holding], saved: Saved) -> list[str]:
     """What was saved and has no place here."""
     known = {(holding.name, holding.entry.key) for holding in held}
+    known |= {(unit[0].name, entry_of(unit).key) for unit in by_unit(held)}
     return [f"state {key!r} of parameter {name!r}" for name, key in saved.tensors if (name, key) not in known]
 
 
@@ -265,6 +278,22 @@ def check_all(held: Sequence[Holding], saved: Saved, frozen: Collection[str] = (
         if problem is not None:
             raise ValueError(f"{problem} in the saved state: load another checkpoint; {REMEDY}")
     return wanted
+
+
+def faults(held: Sequence[Holding], saved: Saved) -> Iterator[tuple[list[Holding], str]]:
+    """The units that fit and are not as they were saved, each with what is wrong: see kl_dist.checkpoint.verify."""
+    dtypes = {
+        (one.name, one.entry.key): dict(one.entry.dtypes).get(saved.recipes.get(one.name, ""), one.entry.dtype)
+        for one in held
+    }
+    is_full = not saved.local and not any(_divided(x) for x in saved.tensors.values())
+    return verify.faults(held, saved.tensors, saved.sealed, saved.called, dtypes, is_full)
+
+
+def check_options(state: Any) -> None:
+    """Raises ValueError unless the options of a state's groups are as they were saved."""
+    groups = state.get("param_groups") if isinstance(state, Mapping) else None
+    verify.check_options(groups if isinstance(groups, (list, tuple)) else ())
 
 
 def _divided(tensor: Tensor) -> bool:
@@ -312,6 +341,10 @@ def load(
     wanted = check_all(held, saved, frozen)
     if saved.local:
         check_division(state[ORIGIN], here)
+    for unit, problem in faults(wanted, saved):
+        if any(_is_in_place(one, saved) for one in unit):
+            raise InPlaceError(f"{problem}. It was read into the state that is here, which is a mixture now")
+        raise ValueError(problem)
     for holding in wanted:
         if holding.entry.constant is not None or not holding.memory.numel():
             continue
@@ -333,7 +366,7 @@ def take_options(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, 
 
 
 def _taken(saved: Mapping[str, Any]) -> dict[str, Any]:
-    kept = ("params", "param_names", *options.STRUCTURAL)
+    kept = ("params", "param_names", SAVED, *options.STRUCTURAL)
     taken = {key: value for key, value in saved.items() if key not in kept}
     taken = copy.deepcopy(taken)  # a schedule writes into a learning rate that is a tensor
     return {key: tuple(value) if isinstance(value, list) else value for key, value in taken.items()}

@@ -10,6 +10,7 @@ from typing import Any
 
 from kl_dist.checkpoint.holdings import Holding
 from kl_dist.checkpoint.shown import own
+from kl_dist.checkpoint.sums import sealed, with_sums
 from kl_dist.ranks import Ranks
 
 ORIGIN = "kl_dist"
@@ -46,7 +47,7 @@ def local_form(
     form: Form,
     steps: int,
 ) -> dict[str, Any]:
-    """A state dict as torch.optim's, by numbers of parameters, with what this rank holds for its state.
+    """A state dict as torch.optim's, by numbers of parameters, with what this rank holds for its state, and its sums.
 
     The tensors are on one device, as torch.distributed.checkpoint wants them. It loads into them, but hands nothing
     over for what is frozen, and writes constants: those are copies. The user's own in the `live` state comes along, and
@@ -56,8 +57,10 @@ def local_form(
     # torch.distributed.checkpoint loads into what it is given, with words for the axes in `matrices`
     packed = [
         {**group, "params": [numbers[name] for name in group["param_names"]], "matrices": deepcopy(group["matrices"])}
-        for group in groups
+        for group in (sealed(group, steps) for group in groups)
     ]
+    origin = origin_of(held, ranks, {})
+    held = with_sums(held, steps, ranks.rank)
     tensors = [
         holding.value.to(ranks.device, copy=holding.name in frozen or holding.entry.constant is not None)
         for holding in held
@@ -69,4 +72,4 @@ def local_form(
     state: dict[Any, Any] = own(live)
     for holding, tensor in zip(held, tensors, strict=True):
         state.setdefault(numbers[holding.name], {})[holding.entry.key] = tensor
-    return {"state": state, "param_groups": packed, ORIGIN: origin_of(held, ranks, {}), STEPS: steps}
+    return {"state": state, "param_groups": packed, ORIGIN: origin, STEPS: steps}

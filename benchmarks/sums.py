@@ -1,0 +1,131 @@
+"""What checksums of the state cost: making and comparing them beside saving and loading, in one run.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.sums              two GPT blocks of width 384 and an embedding
+
+Process CPU seconds, medians; `share` is of the load that they are part of. By torch.distributed.checkpoint into a
+temporary folder, whose files are in the page cache, and by torch.save of the full state: a disk would take longer, and
+checksums not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+import kl_dist
+from benchmarks.gpu import gpt_shapes
+from kl_dist import KLShampoo
+from kl_dist.checkpoint import sums, verify
+
+
+def made(width: int, blocks: int, vocabulary: int) -> KLShampoo:
+    """An optimizer after a step on made-up gradients."""
+    named = [
+        (f"matrix{i}", nn.Parameter(0.02 * torch.randn(shape))) for i, shape in enumerate(gpt_shapes(width, blocks))
+    ]
+    embedding = ("embedding", nn.Parameter(torch.randn(vocabulary, width)))
+    optimizer = KLShampoo([*named, embedding], lr=1e-3, adamw_names=("embedding",))
+    for _, parameter in [*named, embedding]:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def without_sums(state: dict[str, Any]) -> dict[str, Any]:
+    """A state as it was before there were checksums."""
+    entries = {
+        name: {key: x for key, x in one.items() if not verify.is_sums(key)} for name, one in state["state"].items()
+    }
+    groups = [{key: x for key, x in group.items() if key != sums.SAVED} for group in state["param_groups"]]
+    return {**state, "state": entries, "param_groups": groups}
+
+
+def seconds(work: Callable[[], Any], repeats: int) -> float:
+    """Median of CPU seconds."""
+    found = []
+    for _ in range(repeats):
+        began = time.process_time()
+        work()
+        found.append(time.process_time() - began)
+    return statistics.median(found)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    optimizer, target = (made(args.width, args.blocks, args.vocabulary) for _ in range(2))
+    held, rank = optimizer.parts.holdings, 0
+    size = sum(one.memory.nbytes for one in held)
+    making = seconds(lambda: sums.with_sums(held, 1, rank), args.repeats)
+    state = kl_dist.full_state_dict(optimizer)
+    largest = max((x for one in state["state"].values() for x in one.values()), key=lambda x: x.nbytes)
+    raw = bytes(largest.untyped_storage())
+    crc = seconds(lambda: zlib.crc32(raw), args.repeats) * size / len(raw)
+    with tempfile.TemporaryDirectory() as folder:
+        file, bare = Path(folder, "full.pt"), Path(folder, "bare.pt")
+        torch.save(state, file)
+        torch.save(without_sums(state), bare)
+        full = [
+            seconds(lambda path=path: kl_dist.load_full_state_dict(target, torch.load(path)), args.repeats)  # type: ignore[misc]
+            for path in (file, bare)
+        ]
+        dcp.save({"optimizer": optimizer.state_dict()}, checkpoint_id=f"{folder}/dcp")
+
+        def load(checked: bool) -> None:
+            places = {"optimizer": target.state_dict() if checked else without_sums(target.state_dict())}
+            dcp.load(places, checkpoint_id=f"{folder}/dcp")
+            if checked:
+                target.load_state_dict(places["optimizer"])
+
+        divided = [seconds(lambda checked=checked: load(checked), args.repeats) for checked in (True, False)]  # type: ignore[misc]
+    return {
+        "state_bytes": size,
+        "sums_seconds": making,
+        "sums_bytes_per_second": size / making,
+        "crc32_seconds": crc,
+        "full_load_seconds": full[0],
+        "full_load_without": full[1],
+        "dcp_load_seconds": divided[0],
+        "dcp_load_without": divided[1] - making,  # state_dict() makes them there too
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "width": args.width,
+        "blocks": args.blocks,
+        "vocabulary": args.vocabulary,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="a file to which a line of JSON is added")
+    args = parser.parse_args(argv)
+    logging_off()
+    found = measure(args)
+    print(json.dumps(found, indent=1))
+    if args.out is not None:
+        with args.out.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+
+
+def logging_off() -> None:
+    """Of what is loaded without checksums every load says so."""
+    import logging
+
+    logging.getLogger("kl_dist").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()

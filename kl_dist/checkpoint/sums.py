@@ -1,0 +1,208 @@
+"""Checksums that travel with the state, so that what was damaged or mixed up since it was saved is known by name.
+
+[Note: checksums] Each unit of the plan has one more entry, `sums`, which whoever holds the unit makes when the state is
+saved and compares when it is loaded: no rank needs another's part for it, at either end and in any layout.
+
+A matrix is held whole. Each of its tensors has a number,
+
+    h = salt + T t + sum_i w_i b_i  mod 2^64,
+
+b_i the 64-bit words of its memory and w_i odd weights that look random: one changed bit changes h for certain, since an
+odd number divides nothing of 2^64; any other damage does but for one chance in 2^60 or so. What AdamW keeps is cut
+anywhere between elements, so there each element has a byte of its own, the highest of
+
+    h_i = salt + T t + S step + A m_i + B v_i + P i  mod 2^32 (2^64 for float64),
+
+m_i and v_i the bits of its two moments, i its place in the parameter. A, B and S are such that one changed bit of them
+changes that byte for certain; of what is damaged otherwise one element in 256 is not noticed, and hardly ever two.
+
+The salt is a hash of the parameter's name and the key, so that two matrices do not change places, and t the number of
+steps that the optimizer had made, so that parts of two checkpoints do not pass for one. `t` and a checksum of the
+options stand in each group of the saved state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_dist.checkpoint.holdings import Holding
+from kl_dist.checkpoint.inventory import Entry
+from kl_dist.planning.boxes import Box, in_boxes
+
+SUMS = "sums"
+SAVED = "saved"
+"""The entry of a saved group with the steps made and the checksum of its options."""
+
+COLUMNS = 1024
+A, B, P = 0x9E3779B185EBCA6B, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
+S, T = 0x1027C4D1C386BBC5, 0xC2CE6F447ED4D57B
+
+Parts = Sequence[tuple[Tensor, Sequence[Box]]]
+"""What is at hand of a unit's tensors, each with its boxes, end to end in it."""
+
+
+# -- of tensors --------------------------------------------------------------------------------------------------------
+
+
+def total(x: Tensor) -> Tensor:
+    """sum_i w_i b_i mod 2^64 over the words of x's memory, as a 0-d int64 tensor; the same on every device."""
+    words = _words(x)
+    rows = len(words) // COLUMNS
+    body, rest = words[: rows * COLUMNS].view(rows, COLUMNS), words[rows * COLUMNS :]
+    across = _weights(min(COLUMNS, _power_above(len(words))), x.device)
+    down = _weights(_power_above(rows), x.device)
+    last = (rest * across[: len(rest)]).sum() * down[rows]
+    if not rows:
+        return last
+    # only CPUs multiply matrices of whole numbers
+    in_rows = torch.mv(body, across) if x.device.type == "cpu" else (body * across).sum(-1)
+    return (in_rows * down[:rows]).sum() + last
+
+
+def _words(x: Tensor) -> Tensor:
+    """The memory of x in words of 64 bits, zeros added at the end."""
+    raw = x.detach().contiguous().view(-1).view(torch.uint8)
+    missing = -len(raw) % 8
+    if missing or raw.storage_offset() % 8:
+        raw = torch.cat([raw, raw.new_zeros(missing)])
+    return raw.view(torch.int64)
+
+
+@lru_cache(maxsize=64)
+def _weights(count: int, device: torch.device) -> Tensor:
+    """Odd numbers that look random: SplitMix64 (Steele, Lea and Flood, 2014) of 1, 2, .."""
+    with torch.no_grad(), torch.inference_mode(False):
+        z = torch.arange(1, count + 1) * _signed(0x9E3779B97F4A7C15)
+        z = (z ^ ((z >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
+        z = (z ^ ((z >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
+        return (z ^ ((z >> 31) & (2**33 - 1)) | 1).to(device)
+
+
+def _power_above(count: int) -> int:
+    return 1 << count.bit_length()
+
+
+def check_bytes(first: Tensor, second: Tensor, boxes: Sequence[Box], shape: Sequence[int], base: int) -> Tensor:
+    """The byte of each element of AdamW's moments, uint8 (elements,), from what is held of them end to end in boxes."""
+    bits = 8 * first.element_size()
+    words = torch.int32 if bits == 32 else torch.int64
+    found = torch.empty(first.numel(), dtype=torch.uint8, device=first.device)
+    strides = torch.empty(tuple(shape), device="meta").stride()
+    pairs = zip(in_boxes(first, boxes), in_boxes(second, boxes), in_boxes(found, boxes), strict=True)
+    for (box, m), (_, v), (_, out) in pairs:
+        h = m.view(words) * _signed(A >> (64 - bits) | 1, bits)
+        h.add_(v.view(words), alpha=_signed(B >> (64 - bits) | 1, bits)).add_(_signed(base >> (64 - bits), bits))
+        for axis, ((start, stop), stride) in enumerate(zip(box, strides, strict=True)):
+            along = torch.arange(start, stop, device=h.device) * stride * _signed(P)
+            h.add_((along >> (64 - bits)).to(words).view(-1, *[1] * (len(box) - axis - 1)))
+        out.copy_(h.bitwise_right_shift_(bits - 8))
+    return found
+
+
+def _signed(value: int, bits: int = 64) -> int:
+    """A number mod 2^bits as torch's integers have it."""
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if value >> (bits - 1) else value
+
+
+@lru_cache(maxsize=65536)
+def _salt(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+# -- of units ----------------------------------------------------------------------------------------------------------
+
+
+def by_unit(held: Sequence[Holding]) -> Iterator[list[Holding]]:
+    """The holdings of each unit's tensors, in order."""
+    found: dict[int, list[Holding]] = {}
+    for holding in held:
+        if holding.entry.unit is not None:
+            found.setdefault(holding.entry.unit, []).append(holding)
+    yield from found.values()
+
+
+def entry_of(unit: Sequence[Holding]) -> Entry:
+    """The entry `sums` beside a unit's tensors."""
+    last = unit[-1].entry
+    assert last.unit is not None
+    key = last.key.removesuffix(last.field) + SUMS
+    if last.plan.units[last.unit].elementwise:
+        return Entry(last.parameter, key, SUMS, last.shape, torch.uint8, last.unit, last.plan)
+    return Entry(last.parameter, key, SUMS, (len(unit),), torch.int64, last.unit, last.plan)
+
+
+def sums_of(unit: Sequence[Holding], parts: Parts, steps: int, name: str) -> Tensor:
+    """What `sums` has of some boxes of a unit, whose parameter has this name in what is saved."""
+    salts = [_salt(f"{name} {holding.entry.key}") + T * steps for holding in unit]
+    if entry_of(unit).dtype is torch.uint8:
+        (step, _), (first, boxes), (second, _) = parts
+        base = salts[1] + S * int(step.view(-1)[0])
+        return check_bytes(first.contiguous(), second.contiguous(), boxes, unit[1].entry.shape, base)
+    totals = [total(tensor).to(parts[-1][0].device) for tensor, _ in parts]
+    return torch.stack(totals) + torch.tensor([_signed(salt) for salt in salts]).to(totals[0].device)
+
+
+def with_sums(held: Sequence[Holding], steps: int, rank: int) -> list[Holding]:
+    """Holdings, and beside each unit's its `sums`, made of what the memory has now."""
+    found: dict[int, Holding] = {}
+    for unit in by_unit(held):
+        entry = entry_of(unit)
+        boxes = entry.boxes(rank)
+        memory = torch.empty(0, dtype=entry.dtype, device=unit[-1].memory.device)
+        if boxes:
+            made = sums_of(unit, [(one.memory, one.boxes) for one in unit], steps, unit[0].name)
+            memory = made.clone()  # never written into since, which `verify` asks
+        found[id(unit[-1])] = Holding(unit[0].name, entry, boxes, memory)
+    return [one for holding in held for one in (holding, found.get(id(holding))) if one is not None]
+
+
+# -- of groups ---------------------------------------------------------------------------------------------------------
+
+
+def sealed(group: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """A group as it is saved: with the steps made, and a CRC-32 of each option by its name, as one text."""
+    return {**group, SAVED: {"steps": steps, "options": json.dumps(_digests(group))}}
+
+
+def resealed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict whose groups somebody was asked to change before it is saved."""
+    groups = [sealed(group, group[SAVED]["steps"]) if SAVED in group else group for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
+
+
+def changed_option(group: Mapping[str, Any]) -> str | None:
+    """Which option of a saved group is another than it was sealed with; what is not there any more counts for none.
+
+    Raises:
+        ValueError: the seal itself is damaged.
+    """
+    digests = json.loads(group[SAVED]["options"])
+    if not isinstance(digests, dict):
+        raise ValueError("no digests")
+    return next((key for key, digest in _digests(group).items() if digests.get(key) != digest), None)
+
+
+def _digests(group: Mapping[str, Any]) -> dict[str, int]:
+    """Of what parameters are called torch makes other lists."""
+    kept = {str(key): x for key, x in group.items() if key not in ("params", "param_names", SAVED)}
+    return {key: zlib.crc32(_said(x).encode()) for key, x in kept.items()}
+
+
+def _said(value: Any) -> str:
+    """A plain value, in the same words whatever became of its tuples and scalar tensors; of others nothing."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(sorted(f"{key}:{_said(x)}" for key, x in value.items())) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(_said, value)) + "]"
+    if isinstance(value, Tensor):
+        return _said(value.tolist())
+    return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else "?"

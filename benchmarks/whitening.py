@@ -26,7 +26,8 @@ from torch import Tensor
 from benchmarks import report
 from kl_dist.methods import Hyper, add_rule, averages, rule
 from kl_dist.methods.state import MatrixState
-from launch.options import METHOD_OF, Options, UsageError, parse, status_of
+from launch.endings import status_of
+from launch.options import METHOD_OF, Options, UsageError, parse
 from launch.ranks import joined_ranks
 from launch.train import Job
 

@@ -17,6 +17,7 @@ Where to look, from the top down; each line needs those below it alone:
     options.py     every option, its default and its check
     methods/       the maths, one update rule a file
     ranks.py       the ranks and their collectives, beside all of this
+    watch/         who is still there: a rank that has stopped is named and ends the job; for the jobs that train
 
 docs/algorithm.md tells of the methods, docs/partition.md of the plan, with a glossary.
 """

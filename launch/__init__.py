@@ -14,6 +14,7 @@ The files are the parts of a training job, each readable on its own:
     folders.py      the checkpoints of a run: the newest, those to keep, those to move aside
     identity.py     which run a folder is of, and the lock of the job that is at it
     signals.py      being asked to stop
+    endings.py      the exit statuses, and the words that go with them
     metrics.py      the progress bar, JSON lines and TensorBoard
     report.py       the loss curve and the closing words
 
@@ -26,7 +27,9 @@ the same model and text by other libraries' loops:
     train_lightning.py   a LightningModule and its data, started by LightningCLI
     train_deepspeed.py   the same with DeepSpeed's engine
     hf_trainer.py        a small GPT-2 under Hugging Face's Trainer: DeepSpeed, DDP, FSDP2
-    configs/             files for these: DDP and FSDP2, ZeRO 0 to 3
+    configs/             files for these: DDP and FSDP2, ZeRO 0 to 3; several hosts by Slurm, Kubernetes, a hostfile
+    multinode.sh         one host's share of any of these jobs on several hosts; it asks reach.py which interface leads
+                         to the others, and starts agent.py, which is torchrun with last words
     gpu.sh               all that only a GPU can tell, for a machine with one: tests, a step's cost, a comparison
 
 and of a comparison of many such jobs:

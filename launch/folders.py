@@ -20,6 +20,11 @@ def saved(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def step_of(checkpoint: Path) -> int:
+    """After which step it was saved, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def sweep(folder: Path) -> None:
     """Delete what interrupted saves and deletions left; a step that was being replaced is given its name back."""
     for path in [*folder.glob("step-*.deleting"), *folder.glob("step-*.partial")]:
@@ -39,7 +44,7 @@ def keep(folder: Path, count: int) -> None:
 
 def abandon(folder: Path, step: int) -> Path | None:
     """Move the checkpoints after `step` aside, for a run that goes on from there; where to, if there are any."""
-    return move_aside([path for path in saved(folder) if int(path.name[5:]) > step], folder, "abandoned")
+    return move_aside([path for path in saved(folder) if step_of(path) > step], folder, "abandoned")
 
 
 def move_aside(paths: Sequence[Path], folder: Path, stem: str) -> Path | None:

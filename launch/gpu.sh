@@ -70,6 +70,7 @@ study() {
         --run "--optimizer kl_shampoo --lr 3e-3 --adamw-lr 2e-3"
 }
 
-for part in ${*:-tests step refresh huggingface study}; do
+[ $# -gt 0 ] || set -- tests step refresh huggingface study
+for part in "$@"; do
     "$part"
 done

@@ -28,10 +28,10 @@ from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
 import deepspeed_integration  # noqa: F401 (makes the optimizers known to DeepSpeed)
 from kl_dist.huggingface import ConsolidateState, KLShampooFactory
+from launch import endings
 from launch.data import load_corpus, validation_starts
 from launch.model import gpt2
-from launch.options import UsageError, status_of
-from launch.ranks import leave
+from launch.options import UsageError
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs/hf_zero2.json"
 FSDP2 = {"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "SHARDED_STATE_DICT"}
@@ -188,8 +188,8 @@ def train(options: Options) -> Trainer:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line asks; returns the exit status."""
     given = None if arguments is None else list(arguments)
-    return status_of(lambda: train(CLI(Options, args=given, as_positional=False)))
+    return endings.status_of(lambda: train(CLI(Options, args=given, as_positional=False)))
 
 
 if __name__ == "__main__":
-    leave(main())
+    endings.process(main)

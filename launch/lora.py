@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import GPT2LMHeadModel
 
-from launch import train
+from launch import endings, train
 from launch.data import Corpus, library_manual, load_corpus, standard_library
 from launch.model import gpt2
 from launch.optimizers import ADAMW_BETAS, Trainer, blamed_on_set, kronecker
 from launch.options import METHOD_OF, Options, Rates, UsageError, option
-from launch.ranks import joined_ranks, leave
+from launch.ranks import joined_ranks
 
 ADAPTED = ("c_attn", "c_proj", "c_fc")
 """The modules of a GPT-2 that get an adapter: all matrices of its blocks."""
@@ -210,4 +210,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    endings.process(main)

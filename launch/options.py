@@ -11,7 +11,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, get_args, get_type_hints
@@ -23,16 +23,6 @@ from kl_dist import METHODS
 
 class UsageError(Exception):
     """Something the user asked for cannot be done; the message is one sentence for them, no traceback is needed."""
-
-
-def status_of(job: Callable[[], object]) -> int:
-    """Do a job; a mistake on its command line is one line of words. Returns the exit status."""
-    try:
-        job()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 class Rates(NamedTuple):
@@ -112,6 +102,9 @@ class Options:
         " the folder of one",
         nargs="?",
         const="newest",
+    )
+    patience: float = option(
+        300.0, "seconds after which a process that has stopped ends the job on all the others, with its name; 0: never"
     )
 
     def __post_init__(self) -> None:

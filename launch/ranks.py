@@ -7,16 +7,17 @@ here does the right thing, often nothing, for a single rank.
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from kl_dist.ranks import start_of_torchrun
+from kl_dist.watch import Watch
+from launch import endings
 from launch.options import UsageError
 
 
@@ -27,6 +28,7 @@ class Ranks:
     rank: int
     size: int
     device: torch.device
+    watch: Watch | None = None
 
     @property
     def first(self) -> bool:
@@ -38,6 +40,10 @@ class Ranks:
         if dist.is_initialized():
             dist.all_reduce(values)
         return values
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any rank."""
+        return self.sum(torch.tensor(float(here), device=self.device)).item() > 0
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank has to say, in rank order."""
@@ -51,6 +57,11 @@ class Ranks:
         """What the first rank has to say, on all of them."""
         return self.gather(value)[0]
 
+    def doing(self, what: str, unhurried: bool = False) -> None:
+        """Say what this rank is at, for the words about one that has stopped; see kl_dist.watch."""
+        if self.watch:
+            self.watch.doing(what, unhurried)
+
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next measures its work and not only its launch."""
         if self.device.type == "cuda":
@@ -58,8 +69,12 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def joined_ranks() -> Iterator[Ranks]:
-    """Join the process group `torchrun` announces, if any, and leave it at the end; one that is there is left alone."""
+def joined_ranks(patience: float = 0.0) -> Iterator[Ranks]:
+    """Join the process group `torchrun` announces, if any, and leave it at the end; one that is there is left alone.
+
+    Args:
+        patience: seconds after which a rank that has stopped ends the job; 0 to wait for it as long as torch does.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -78,13 +93,30 @@ def joined_ranks() -> Iterator[Ranks]:
         return
     store = _store_of_this_start()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    watch = Watch(store, rank, size, patience, endings.record, endings.LOST) if patience else None
+    if watch:
+        watch.start()
     if device.type == "cuda":
         dist.init_process_group("nccl", store=store, rank=rank, world_size=size, device_id=device)
     else:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    yield Ranks(rank, size, device, watch)
+    if watch:
+        watch.stop()
     # Not in a `finally`: a rank that fails must not wait here for the others; torchrun ends them when it exits.
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def watched(patience: float) -> Iterator[Watch | None]:
+    """Watch the ranks of a process group that is there already, for a job whose library has made it."""
+    watch = None
+    if patience and dist.is_initialized() and dist.get_world_size() > 1:
+        watch = Watch.of_the_job(patience, last_words=endings.record, status=endings.LOST)
+        watch.start()
+    yield watch
+    if watch:
+        watch.stop()
 
 
 def _store_of_this_start() -> dist.Store:
@@ -95,19 +127,3 @@ def _store_of_this_start() -> dist.Store:
     """
     store, _, _ = next(dist.rendezvous("env://"))
     return dist.PrefixStore(f"start-{start_of_torchrun()}", store)
-
-
-def leave(status: int) -> NoReturn:
-    """End the process, under a launcher without taking the interpreter apart.
-
-    Threads of gloo's may run until then: destroy_process_group leaves those of a group that anything still holds, an
-    optimizer or DeepSpeed (findings/torch_gloo_threads.sh). One that lets go of a tensor while the interpreter ends
-    aborts a process that has done all it had to.
-    """
-    if "RANK" not in os.environ:
-        sys.exit(status)
-    if status == 0 and dist.is_initialized():  # a rank that failed must not wait for the others
-        dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

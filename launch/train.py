@@ -21,17 +21,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from launch import checkpoint, folders, identity, report
+from launch import checkpoint, endings, folders, identity, report
 from launch.data import Corpus, load_corpus, training_starts, validation_starts, windows
-from launch.metrics import Log, Record, set_aside
+from launch.endings import Diverged, NotSaved
+from launch.metrics import Log, Record, opened_log, set_aside
 from launch.model import GPT, Model
 from launch.optimizers import Trainer, make_trainer
 from launch.options import Options, UsageError, parse
 from launch.parallel import clip_gradients, lay_out
-from launch.ranks import Ranks, joined_ranks, leave
+from launch.ranks import Ranks, joined_ranks
 from launch.signals import Asked
 
 VALIDATION_WINDOWS = 128
+PATIENT_STEPS = 10
+"""Steps in a row whose loss is not finite; then the run ends."""
 
 
 class Job:
@@ -42,10 +45,10 @@ class Job:
     deciding: tuple[str, ...] = ()
     """Those of them that decide how a run goes and that no other job has."""
 
-    def __init__(self, options: Options, ranks: Ranks) -> None:
+    def __init__(self, options: Options, ranks: Ranks, asked: Asked | None = None) -> None:
         self.options = options
         self.ranks = ranks
-        self.asked = Asked()
+        self.asked = asked or Asked()
         self.stopping = False  # after this step, because some rank was asked to
         self.corpus = self.read(options)
         torch.manual_seed(options.seed)
@@ -156,6 +159,7 @@ class Job:
     def save(self, step: int) -> Path | None:
         """The folder of the checkpoint; None where it could not be written, which is said and not fatal."""
         folder = self.options.folder / "checkpoint"
+        self.ranks.doing(f"saving step {step}", unhurried=True)
         try:
             return checkpoint.save(folder, step, self.options, self.ranks, self.model, self.trainer)
         except checkpoint.SaveError as error:
@@ -164,61 +168,87 @@ class Job:
             return None
 
 
-def run(job: Job) -> bool:
+def run(job: Job) -> None:
     """Train to the last step, looking at the validation loss and saving on the way, and report.
 
-    Returns:
-        Whether what was reached is saved.
+    Raises, on all ranks:
+        UsageError: there is nothing left to do.
+        Diverged: the loss is not finite any more.
+        NotSaved: what was reached could not be written.
     """
     with identity.alone(job.options.folder, job.ranks):
-        return _run(job)
+        _run(job)
 
 
-def _run(job: Job) -> bool:
+def _run(job: Job) -> None:
     options, ranks = job.options, job.ranks
     job.asked.listen()
     done = job.start()
     if done == options.steps and options.resume == "auto":  # it ended between its last checkpoint and its last words
         if ranks.first:
-            with Log(options.folder, options.steps, done) as log:
-                if log.records:
-                    finish(job, log, None)
-        return True
+            with Log(options.folder, options.steps, done) as ended:
+                if ended.records:
+                    finish(job, ended, None)
+        return
     if done >= options.steps:
         raise UsageError(f"this run is at step {done} of --steps {options.steps} already; there is nothing left to do")
-    if not ranks.first:
-        return train(job, done, None)[1] is not None
-    with Log(options.folder, options.steps, done) as log:
+    if ranks.any(job.asked.to_stop):
+        if ranks.first:
+            print(f"Stopped before step {done + 1}, as a signal asked; nothing has changed since.")
+        return
+    with opened_log(options.folder, options.steps, done, ranks) as log:
         last, saved = train(job, done, log)
+    if saved is None:
+        raise NotSaved(f"step {last} was reached, and its checkpoint was not written{last_saved(job)}")
+    if not log:
+        return
     if last < options.steps:
         print(f"Stopped after step {last}, as a signal asked. To go on, run the same with --resume.")
     else:
         finish(job, log, saved)
-    return saved is not None
 
 
 def train(job: Job, done: int, log: Log | None) -> tuple[int, Path | None]:
     """The loop, from step `done + 1` on; `log` is the first rank's. Returns the last step and its checkpoint."""
-    options = job.options
+    options, ranks = job.options, job.ranks
+    bad = 0  # steps in a row whose loss was not finite
     for step in range(done + 1, options.steps + 1):
+        ranks.doing(f"step {step}", unhurried=step == done + 1)  # the first compiles what is compiled
         record = job.train_step(step)
         last = step == options.steps
         if last or step % options.eval_every == 0:
+            ranks.doing(f"the validation loss after step {step}", unhurried=True)
             record["val_loss"] = job.validate()
         if log:
             log.record(record)
+        bad = 0 if math.isfinite(record["loss"]) else bad + 1
+        if bad == PATIENT_STEPS or (last and not math.isfinite(record["loss"] + record["val_loss"])):
+            raise Diverged(
+                f"The loss is {record['loss']} after step {step}; nothing was saved of it"
+                f"{last_saved(job, before=step - bad)}"
+            )
         if last or job.stopping:
             break
-        if options.checkpoint_every and step % options.checkpoint_every == 0:
+        if not bad and options.checkpoint_every and step % options.checkpoint_every == 0:
             job.save(step)
     return step, job.save(step)
+
+
+def last_saved(job: Job, before: int | None = None) -> str:
+    """Where to go on from, as a sentence's end: the newest whole checkpoint, of a step before some step if given."""
+    found = folders.saved(job.options.folder / "checkpoint")
+    good = [path for path in found if before is None or folders.step_of(path) < before]
+    return f". The last good checkpoint is {good[0]}" if good else ", and there is no earlier checkpoint"
 
 
 def finish(job: Job, log: Log, saved: Path | None) -> None:
     """Draw the picture and say what was done; the first rank's work."""
     options, name = job.options, job.corpus.name
     picture = options.folder / "loss.png"
-    report.draw(log.records, options, name, picture)
+    try:
+        report.draw(log.records, options, name, picture)
+    except OSError as error:
+        print(f"The loss curve could not be drawn: {error.strerror or error}", file=sys.stderr)
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
     print(report.closing_words(log.records, options, name, parameters, job.ranks.size))
     print(f"Loss curve  {picture}\nMetrics     {log.path}, and TensorBoard's in {options.folder / 'tensorboard'}")
@@ -229,19 +259,17 @@ def finish(job: Job, log: Log, saved: Path | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None, job: type[Job] = Job) -> int:
-    """Run the job that the command line asks for; returns the exit status."""
-    try:
+    """Run the job that the command line asks for; returns the exit status, of launch/endings.py."""
+
+    def started() -> None:
         options = parse(arguments, job.kind)
-        with joined_ranks() as ranks:
-            saved = run(job(options, ranks))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted; --resume continues from the last checkpoint, if one was saved.", file=sys.stderr)
-        return 130
-    return 0 if saved else 1
+        with joined_ranks(options.patience) as ranks:
+            asked = Asked()
+            asked.listen()  # from here on the ranks can tell each other
+            run(job(options, ranks, asked))
+
+    return endings.status_of(started)
 
 
 if __name__ == "__main__":
-    leave(main())
+    endings.process(main)

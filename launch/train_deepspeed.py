@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import deepspeed_integration  # noqa: F401 (makes the optimizers known to DeepSpeed)
+from launch import endings
 from launch.data import Corpus, load_corpus, training_starts, validation_starts, windows
+from launch.endings import Diverged
 from launch.model import GPT
-from launch.options import UsageError, status_of
-from launch.ranks import leave
+from launch.options import UsageError
+from launch.ranks import watched
 
 VALIDATION_WINDOWS = 128
 
@@ -51,6 +53,7 @@ class Options:
         data: a text file; by default the source of Python's standard library.
         out: folder of the metrics and of the checkpoint.
         resume: go on from the newest checkpoint in `out`.
+        patience: seconds after which a process that has stopped ends the job on all the others; 0: never.
         local_rank: set by the deepspeed launcher.
     """
 
@@ -64,6 +67,7 @@ class Options:
     data: str | None = None
     out: Path = Path("runs/deepspeed")
     resume: bool = False
+    patience: float = 300.0
     local_rank: int = -1
 
 
@@ -137,6 +141,17 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
 def train(options: Options) -> None:
     """Train to the last step, and save."""
     job = Job(options)
+    with watched(options.patience) as watch:
+        run(job, watch.doing if watch else lambda *_: None)
+
+
+def run(job: Job, doing: Callable[[str, bool], None]) -> None:
+    """The loop; `doing` is told what this rank is at, and whether that may take it long.
+
+    Raises:
+        Diverged: the loss is not finite, on all ranks.
+    """
+    options = job.options
     if options.resume:
         job.engine.load_checkpoint(str(options.out))
     first = job.rank == 0
@@ -145,27 +160,37 @@ def train(options: Options) -> None:
     began = job.engine.global_steps
     bar = tqdm(range(began + 1, options.steps + 1), disable=not first, unit="step")
     for step in bar:
+        doing(f"step {step}", step == began + 1)
         loss = job.step(step)
         bar.set_postfix(loss=f"{loss:.3f}")
         if first:
-            with (options.out / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, "loss": loss}) + "\n")
+            note(options.out, {"step": step, "loss": loss})
         if not math.isfinite(loss):
-            raise RuntimeError(f"the loss is {loss} at step {step}")
+            raise Diverged(f"The loss is {loss} at step {step}")
+    doing("the validation", True)
     found = job.validate()
+    doing("saving", True)
     job.engine.save_checkpoint(str(options.out))
     if first:
-        with (options.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": options.steps, "val_loss": found}) + "\n")
+        note(options.out, {"step": options.steps, "val_loss": found})
         what = f"ZeRO {job.engine.zero_optimization_stage()}, {job.ranks} processes, {options.steps} steps"
         print(f"{what}: validation loss {found:.4f} nats per byte")
+
+
+def note(folder: Path, record: dict[str, float]) -> None:
+    """Add a line to the metrics; a disk that is full does not end the run."""
+    try:
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        print(f"metrics.jsonl could not be written: {error.strerror or error}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line asks; returns the exit status."""
     given = None if arguments is None else list(arguments)
-    return status_of(lambda: train(CLI(Options, args=given, as_positional=False)))
+    return endings.status_of(lambda: train(CLI(Options, args=given, as_positional=False)))
 
 
 if __name__ == "__main__":
-    leave(main())
+    endings.process(main)

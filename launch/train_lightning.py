@@ -28,11 +28,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 import lightning_plugin  # noqa: F401 (makes the strategies known by name)
+from launch import endings
 from launch.data import Corpus, load_corpus, training_starts, validation_starts, windows
 from launch.model import GPT
 from launch.optimizers import ADAMW_BETAS, schedule
 from launch.options import DEFAULT_RATES, UsageError
-from launch.ranks import leave
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets, each windows x context, int64."""
@@ -209,13 +209,8 @@ class CLI(LightningCLI):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks for; returns the exit status."""
-    try:
-        CLI(arguments)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return endings.status_of(lambda: CLI(arguments))
 
 
 if __name__ == "__main__":
-    leave(main())
+    endings.process(main)

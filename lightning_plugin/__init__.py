@@ -11,7 +11,7 @@ Where to look:
     sharding.py       what FSDP2 shards where a module does not say; together.py who may call it, and when
     meeting.py        whether all ranks come to the same place; requeue.py Slurm's signal, answered by all together;
                       restarts.py a start after the first by torchrun --max-restarts
-    callbacks.py      a monitor and a summary; unwrapping.py finds the optimizer for them
+    callbacks.py      a monitor, a summary, a watch over the ranks; unwrapping.py finds the optimizer for them
     namespaces/       the classes, for lightning and for pytorch_lightning: all else is mixins that know neither
 
 docs/lightning.md is for users.
@@ -31,6 +31,7 @@ __all__ = [
     "KLShampooMonitor",
     "KLShampooStrategy",
     "PartitionSummary",
+    "Patience",
 ]
 
 

@@ -6,6 +6,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch.distributed as dist
+
+from kl_dist.watch import Watch
 from lightning_plugin.unwrapping import kl_shampoo_in
 
 
@@ -69,6 +72,47 @@ class SummarizesPartition:
         for optimizer in _optimizers(trainer):
             said = f"KLShampoo over {optimizer.plan.world_size} ranks:\n{optimizer.plan}"
             type(self)._say(f"{said}\n{optimizer.routes()}" if self.parameters else said)
+
+
+class HasPatience:
+    """Ends a fit on all ranks when one of them has stopped without a word, naming it: see kl_dist.watch.
+
+    A rank that is between two batches, for a checkpoint say, or validates may take ten times as long.
+
+    Args:
+        seconds: how long the others wait for it.
+    """
+
+    def __init__(self, seconds: float = 300.0) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self._watch: Watch | None = None
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.world_size > 1 and dist.is_initialized():
+            self._watch = Watch.of_the_job(self.seconds)
+            self._watch.start()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._doing(f"batch {batch_idx} of epoch {trainer.current_epoch}", unhurried=trainer.global_step == 0)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._doing(f"after batch {batch_idx} of epoch {trainer.current_epoch}", unhurried=True)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self._doing("the validation", unhurried=True)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+
+    def _doing(self, what: str, unhurried: bool) -> None:
+        if self._watch is not None:
+            self._watch.doing(what, unhurried)
 
 
 def _optimizers(trainer: Any) -> list[Any]:

@@ -25,6 +25,7 @@ LESS = {
     "python -m deepspeed_integration.universal": "",
     "launch/hf_trainer.py": GPT,
     "launch/lora.py": GPT + " --base-steps 4 --base {out}/base",
+    "launch/multinode.sh": GPT + " --port {port}",
     "launch/train_deepspeed.py": GPT,
     "launch/train_lightning.py": LIGHTNING,
 }

@@ -131,7 +131,7 @@ def without_launcher(group: dist.ProcessGroup) -> Ended:
 
 def test_it_is_refused_without_a_launcher(worlds: dict[int, World]) -> None:
     for rank in worlds[2].run(without_launcher, 2):
-        assert rank.status == 1
+        assert rank.status == 2
         assert "error: start this with torchrun, deepspeed, or accelerate launch" in rank.stderr
 
 
@@ -158,7 +158,7 @@ def test_it_is_refused_where_accelerate_takes_each_process_for_the_only_one(
     worlds: dict[int, World], text: Path, tmp_path: Path
 ) -> None:
     for rank in worlds[2].run(without_use_cpu, 2, f"{SIZES} --data {text} --out {tmp_path}"):
-        assert rank.status == 1
+        assert rank.status == 2
         assert "error: accelerate counts 1 process(es), the launcher 2: without GPUs" in rank.stderr
 
 

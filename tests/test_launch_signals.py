@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from launch import train
-from launch.ranks import leave
+from launch.endings import leave
 from tests.jobs import ROOT, TORCHRUN, Ended, begun, ended, here, on_ranks, started, text_in, workers_of
 from tests.test_launch_job import SIZES, command, records
 from tests.world import World
@@ -93,7 +93,7 @@ def test_under_torchrun_a_process_ends_with_the_status_of_the_job_and_nothing_it
 
 ENDS_BESIDE_GLOO = """
 import torch, torch.distributed as dist
-from launch.ranks import leave
+from launch.endings import leave
 dist.init_process_group("gloo")
 held = dist.group.WORLD
 for _ in range(200):

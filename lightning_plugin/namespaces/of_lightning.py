@@ -7,7 +7,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_plugin.callbacks import MonitorsKLShampoo, SummarizesPartition
+from lightning_plugin.callbacks import HasPatience, MonitorsKLShampoo, SummarizesPartition
 from lightning_plugin.ddp import UnderDDP
 from lightning_plugin.deepspeed import UnderDeepSpeed
 from lightning_plugin.fabric import FabricShards, FabricTrainsWithKLShampoo
@@ -81,6 +81,10 @@ class KLShampooFabricFSDP2Strategy(
 
 class KLShampooMonitor(MonitorsKLShampoo, Callback):
     """Logs how KLShampoo does."""
+
+
+class Patience(HasPatience, Callback):
+    """Ends a fit when a rank has stopped."""
 
 
 class PartitionSummary(SummarizesPartition, Callback):

@@ -1,16 +1,18 @@
-"""What the one-line change makes of a program that knows nothing of KL-Shampoo: its loss beside AdamW's, by the rate.
+"""The one-line change in programs that know nothing of KL-Shampoo: its strategy by name beside AdamW's, by the rate.
 
     OMP_NUM_THREADS=1 python -m benchmarks.by_name --out benchmarks/results/by_name.jsonl
     OMP_NUM_THREADS=1 python -m benchmarks.by_name --model litgpt --out benchmarks/results/by_name.jsonl
+    OMP_NUM_THREADS=1 python -m benchmarks.by_name --model digits --steps 300 --out benchmarks/results/by_name.jsonl
 
-A LightningModule with an untied output head and torch's AdamW, on one process; `--model litgpt` takes that library's
-GPT (2 layers of width 64 on bytes), where it is installed. Each line of the output is a run: the contender, AdamW's
-peak learning rate, the seed, and the validation loss in nats per byte. The contenders:
+LightningModules with torch's AdamW and a cosine schedule, on one process. `bytes` is the job's GPT with an untied
+output head; `litgpt` that library's (2 layers of width 64 on bytes), `digits` a small convolutional net on
+scikit-learn's handwritten digits, where these are installed. Each line of the output is a run: the contender, AdamW's
+peak learning rate, the seed, and the validation loss in nats per byte or picture. The contenders:
 
-    adamw           Lightning's own strategy
-    head a matrix   strategy="kl_shampoo" by name, but for an output head that KL-Shampoo serves
-    by name         strategy="kl_shampoo", which finds the output head
-    by the rule     the same, with lr five times AdamW's and adamw_lr half of that
+    adamw            Lightning's own strategy
+    head a matrix    strategy="kl_shampoo" by name, but for an output head that KL-Shampoo serves and AdamW's rate
+    at AdamW's rate  convert_lr="keep": the output head is found, the learning rate is AdamW's for all
+    by name          strategy="kl_shampoo" and nothing else: AdamW's learning rate is converted by the rule
 """
 
 from __future__ import annotations
@@ -19,20 +21,29 @@ import json
 import logging
 import warnings
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jsonargparse import CLI
-from lightning.pytorch import Trainer, seed_everything
-from torch import nn
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_plugin
 from launch.model import BYTES, GPT
 from launch.train_lightning import LanguageModel, TextData
 
 LAYERS, WIDTH, HEADS, CONTEXT = 2, 64, 4, 64
-CONTENDERS = ("adamw", "head a matrix", "by name", "by the rule")
+STRATEGIES: dict[str, dict[str, Any] | None] = {
+    "adamw": None,
+    "head a matrix": {"output_head": "", "convert_lr": "keep"},
+    "at AdamW's rate": {"convert_lr": "keep"},
+    "by name": {},
+}
+"""Of each contender, what KLShampooStrategy is told."""
 
 
 def model_of(name: str) -> nn.Module:
@@ -54,15 +65,53 @@ class Program(LanguageModel):
         self.gpt = made  # type: ignore[assignment]
 
 
-def strategy_of(contender: str, lr: float) -> Any:
-    if contender == "adamw":
-        return "auto"
-    told: dict[str, dict[str, Any]] = {
-        "head a matrix": {"output_head": ""},
-        "by name": {},
-        "by the rule": {"lr": 5 * lr, "adamw_lr": 2.5 * lr},
+class Digits(LightningModule):
+    """Three convolutions and a linear classifier, batch normalisation between, on 8 x 8 pictures of 10 digits."""
+
+    def __init__(self, lr: float) -> None:
+        super().__init__()
+        self.lr = lr
+        widths = (1, 16, 32, 64)
+        convolutions = [
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
+            for a, b in pairwise(widths)
+        ]
+        self.net = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(widths[-1], 10))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1], label_smoothing=0.1)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        loss = F.cross_entropy(self.net(batch[0]), batch[1], label_smoothing=0.1)
+        self.log("val_loss", loss, batch_size=len(batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def digits_data(batch_size: int, seed: int) -> dict[str, DataLoader]:
+    """1,200 of the pictures to train on, noise added; the other 597, likewise, to validate."""
+    data = import_module("sklearn.datasets").load_digits()
+    pictures = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
+    generator = torch.Generator().manual_seed(0)
+    pictures += 0.3 * torch.randn(pictures.shape, generator=generator)
+    everything = TensorDataset(pictures, torch.tensor(data.target))
+    order = torch.randperm(len(everything), generator=generator).tolist()
+    trained = torch.utils.data.Subset(everything, order[:1200])
+    validated = torch.utils.data.Subset(everything, order[1200:])
+    shuffled = torch.Generator().manual_seed(seed)
+    return {
+        "train_dataloaders": DataLoader(trained, batch_size, shuffle=True, generator=shuffled),
+        "val_dataloaders": DataLoader(validated, 597),
     }
-    return lightning_plugin.KLShampooStrategy(**told[contender])
+
+
+def strategy_of(contender: str) -> Any:
+    told = STRATEGIES[contender]
+    return "auto" if told is None else lightning_plugin.KLShampooStrategy(**told)
 
 
 def loss_of(contender: str, model: str, lr: float, seed: int, steps: int, batch_size: int) -> float:
@@ -77,30 +126,37 @@ def loss_of(contender: str, model: str, lr: float, seed: int, steps: int, batch_
         enable_model_summary=False,
         max_steps=steps,
         gradient_clip_val=1.0,
-        strategy=strategy_of(contender, lr),
+        strategy=strategy_of(contender),
     )
-    data = TextData(context=CONTEXT, batch_size=batch_size, steps=steps, seed=seed)
-    trainer.fit(Program(model_of(model), lr), data)
+    if model == "digits":
+        trainer.fit(module := Digits(lr), **digits_data(batch_size, seed))  # type: ignore[arg-type]
+        # after the last step, which need not end an epoch
+        trainer.validate(module, digits_data(batch_size, seed)["val_dataloaders"], verbose=False)
+    else:
+        data = TextData(context=CONTEXT, batch_size=batch_size, steps=steps, seed=seed)
+        trainer.fit(Program(model_of(model), lr), data)
     return float(trainer.callback_metrics["val_loss"])
 
 
 def main(
     out: Path | None = None,
-    model: Literal["bytes", "litgpt"] = "bytes",
+    model: Literal["bytes", "litgpt", "digits"] = "bytes",
     steps: int = 150,
     batch_size: int = 16,
     lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3),
     seeds: int = 3,
+    contenders: tuple[str, ...] = tuple(STRATEGIES),
 ) -> None:
     """Run all contenders.
 
     Args:
         out: file that a line of each run is added to.
-        model: the job's byte-level GPT, or litgpt's.
+        model: the job's byte-level GPT, litgpt's, or a convolutional net.
         steps: of each run.
-        batch_size: windows of a step.
+        batch_size: windows or pictures of a step.
         lrs: AdamW's peak learning rates.
         seeds: how many.
+        contenders: which.
     """
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -108,7 +164,7 @@ def main(
         logging.getLogger(name).setLevel(logging.ERROR)
     for lr in lrs:
         for seed in range(seeds):
-            for contender in CONTENDERS:
+            for contender in contenders:
                 found = loss_of(contender, model, lr, seed, steps, batch_size)
                 settings = {"model": model, "steps": steps, "batch_size": batch_size, "torch": torch.__version__}
                 line = {"contender": contender, "lr": lr, "seed": seed, "val_loss": round(found, 4), **settings}

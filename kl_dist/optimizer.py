@@ -56,7 +56,7 @@ class KLShampoo(StateDicts):
         params: a model, which `kl_dist.param_groups` divides; or parameters, (name, parameter) pairs as
             `model.named_parameters()` gives them, or parameter groups. Of these two or more dimensions are served by
             `method`, all others by AdamW.
-        lr: learning rate of matrices, and of AdamW unless `adamw_lr` is given.
+        lr: learning rate of matrices unless `matrix_lr` is given, and of AdamW unless `adamw_lr` is.
         betas: weights of the old momentum and the old second moments. None: (0.9, 0.9), for the other methods
             (0.95, 0.95), for recipe "paper" (0.9, 0.98); "muon" has (0.85, 0.95) and (0.95, 0.95).
         eps: added to denominators; relative to the gradients' scale for matrices under "fresh".
@@ -84,7 +84,8 @@ class KLShampoo(StateDicts):
         compute_dtype: what projections, grams and back-projections of float32 state are multiplied in: "float32",
             "tf32", "bfloat16" or "bf16x3" (kl_dist.methods.products). None: TF32 on CUDA devices that have it, else
             float32 ("paper": "float32"). Refreshes stay in float32.
-        adamw_lr: AdamW's learning rate while `lr` has its constructed value; schedules move both in proportion.
+        matrix_lr: the matrices' learning rate while `lr` has its constructed value; schedules move both in proportion.
+        adamw_lr: AdamW's, likewise.
         adamw_betas: None: `betas` where given, else (0.9, 0.95).
         adamw_names: names of parameters that AdamW serves though they have two dimensions or more.
         on_nonfinite: "skip" leaves out a step with a NaN or Inf gradient on all ranks alike, and starts state anew
@@ -128,6 +129,7 @@ class KLShampoo(StateDicts):
         shampoo_exponent: float | None = None,
         adjust_lr_fn: str | None = None,
         compute_dtype: str | None = None,
+        matrix_lr: float | None = None,
         adamw_lr: float | None = None,
         adamw_betas: tuple[float, float] | None = None,
         adamw_names: Sequence[str] | None = None,

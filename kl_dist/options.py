@@ -68,6 +68,7 @@ DEFAULTS: dict[str, Any] = {
     "shampoo_exponent": None,
     "adjust_lr_fn": None,
     "compute_dtype": None,
+    "matrix_lr": None,
     "adamw_lr": None,
     "adamw_betas": None,
     "adamw_names": None,
@@ -85,8 +86,8 @@ STRUCTURAL = (
 )
 """What the plan and the shapes of the state follow from, and so what must not change once they are made."""
 
-CAME_LATER = ("polar", "adjust_lr_fn", "compute_dtype")
-"""What a state saved earlier does not know: there the option stays as it is here."""
+CAME_LATER = ("polar", "adjust_lr_fn", "compute_dtype", "matrix_lr")
+"""What a state saved earlier does not know: there the option stays as it is here, but for `matrix_lr`, which goes."""
 
 _NOT_OURS = {
     "amsgrad": "no method here has it",
@@ -181,9 +182,10 @@ def resolve(group: dict[str, Any]) -> None:
         raise TypeError(
             'matrices is a dict such as {"batch": (0,), "rows": (1,), "columns": (2,)}, or one of names to such'
         )
-    if group["adamw_lr"] is not None and number(group["lr"]) == 0:
-        raise ValueError("adamw_lr is kept in proportion to lr, so lr must not be 0 where adamw_lr is given")
     group.setdefault("base_lr", number(group["lr"]))
+    for key in ("matrix_lr", "adamw_lr"):
+        if group[key] is not None and float(group["base_lr"]) == 0:
+            raise ValueError(f"{key} is kept in proportion to lr, so lr must not be 0 where {key} is given")
 
 
 def describe(group: Mapping[str, Any]) -> str:
@@ -206,8 +208,10 @@ def number(value: float | Tensor) -> float:
 
 def check_numbers(group: Mapping[str, Any]) -> None:
     """The checks on what schedulers and users may change between steps."""
-    for key in ("lr", "eps", "weight_decay", "adamw_lr", "base_lr"):
-        if key not in ("adamw_lr", "base_lr") or group.get(key) is not None:
+    for key in ("lr", "eps", "weight_decay"):
+        _check_number(key, group[key], 0.0, math.inf)
+    for key in ("matrix_lr", "adamw_lr", "base_lr"):
+        if group.get(key) is not None:
             _check_number(key, group[key], 0.0, math.inf)
     for key in ("betas", "adamw_betas"):
         pair = group[key]

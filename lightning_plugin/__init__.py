@@ -4,7 +4,8 @@ Where to look:
 
     registration.py   the strategies' names
     options.py        what a strategy is given for the optimizer
-    conversion.py     KLShampoo out of the AdamW that a module configures; schedulers.py hands its schedules over
+    conversion.py     KLShampoo out of the AdamW that a module configures; schedulers.py hands its schedules over,
+                      rates.py says which learning rates become of AdamW's
     trainer.py        what makes a Trainer's strategy train with it; ddp.py, fsdp2.py and deepspeed.py what each adds
     fabric.py         the same for Fabric
     restoring.py      optimizer state out of checkpoints

@@ -1,8 +1,9 @@
 """AdamW, as a module's `configure_optimizers` gives it, converted to KLShampoo: same groups, same schedules.
 
-What carries over as it is: the groups with all their keys, learning rates, weight decays, eps, hooks. Betas that are
-still AdamW's default (0.9, 0.999) become KLShampoo's for the matrices, for which they are far too slow; AdamW keeps
-them for what it goes on serving. Other optimizers are refused, never quietly kept.
+What carries over as it is: the groups with all their keys, schedules, weight decays, eps, hooks. Matrices and what
+AdamW goes on serving get rates in proportion to AdamW's: rates.py. Betas that are still AdamW's default (0.9, 0.999)
+become KLShampoo's for the matrices, for which they are far too slow; AdamW keeps them for what it goes on serving.
+Other optimizers are refused, never quietly kept.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from kl_dist import KLShampoo, modules, options
 from kl_dist.groups import check_names
 from kl_dist.modules import shape_of
 from kl_dist.planning.matrices import names_of
+from lightning_plugin import rates
 from lightning_plugin.schedulers import hand_over
 
 _IMPLEMENTATION = {"foreach", "fused", "capturable", "decoupled_weight_decay"}
@@ -45,7 +47,7 @@ def convert(
         optimizer: torch's AdamW, or Adam without weight decay; those whose numbers mean something else (Adam with
             weight decay, SGD) only where `given` has its own. KLShampoo is returned as it is.
         module: has the parameters; tells their names, and which are embeddings, output head or stacks of experts.
-        given: options of KLShampoo that go before what the optimizer has, and `output_head`.
+        given: options of KLShampoo that go before what the optimizer has, `output_head` and `convert_lr`.
         schedulers: those of `optimizer` drive KLShampoo afterwards.
         kind: of optimizer to make: KLShampoo, or one that takes its options and groups.
 
@@ -85,12 +87,8 @@ def announcement(before: Optimizer | None, after: Any, module: nn.Module, given:
     said = [f"{what}, where each parameter goes:", after.routes()]
     about_head = None if kept else modules.look_up(module, given.get("output_head")).about_head
     said += [about_head] if about_head else []
-    if not kept and "lr" not in given and type(before) in (AdamW, Adam):
-        lr = _usual_lr(after)
-        said.append(
-            f"the matrices train at {type(before).__name__}'s learning rate, {lr:g}; where all of a model is trained"
-            f" their best is about five times that: give the strategy lr={5 * lr:g}, adamw_lr={2.5 * lr:g}"
-        )
+    if before is not None and not kept and (about_rates := rates.about(before, _usual_lr(after), module, given)):
+        said.append(about_rates)
     for number, group in enumerate(() if kept else after.param_groups):
         usual = options.recipe_defaults(group["method"], group["recipe"])["betas"]
         if group["betas"] != usual and group["betas"] == group["adamw_betas"]:
@@ -126,7 +124,8 @@ class _Conversion:
     given: Mapping[str, Any]
     names: Mapping[int, str]  # of the module's parameters, by their ids
     said: modules.Said  # of embeddings, the output head, experts and their like
-    factor: float  # new learning rates over old ones
+    factor: float  # new learning rates over old ones, of groups and schedules
+    ratios: rates.Ratios | None  # of what is trained over the groups' learning rates
 
     @classmethod
     def of(cls, optimizer: Optimizer, module: nn.Module, given: Mapping[str, Any]) -> _Conversion:
@@ -135,12 +134,13 @@ class _Conversion:
         names = {id(p): name.replace("_orig_mod.", "") for name, p in module.named_parameters()}
         check_names("adamw_names", given.get("adamw_names", ()), names.values())
         check_names("matrices", names_of(given.get("matrices")), names.values())
-        return cls(optimizer, given, names, modules.look_up(module, given.get("output_head")), factor)
+        said = modules.look_up(module, given.get("output_head"))
+        return cls(optimizer, given, names, said, factor, rates.by_rule(module, given))
 
     @property
     def defaults(self) -> dict[str, Any]:
         """What KLShampoo is constructed with for all groups, and those that are added later begin with."""
-        own = ("lr", "weight_decay", "output_head", "adamw_names")
+        own = ("lr", "matrix_lr", "adamw_lr", "weight_decay", "output_head", "adamw_names", "convert_lr")
         lr = self.lr(_usual_lr(self.optimizer))
         return {**({"lr": lr} if lr else {}), **{key: x for key, x in self.given.items() if key not in own}}
 
@@ -153,23 +153,24 @@ class _Conversion:
         return {**self.group(filled).made_with, "lr": filled["lr"] if "lr" in group else self.lr(filled["lr"])}
 
     def group(self, group: Mapping[str, Any]) -> _Group:
-        """It is constructed with the learning rate that its schedule begins from: `adamw_lr` keeps in proportion."""
+        """It is constructed with the learning rate that its schedule begins from: its others keep in proportion."""
         left = {"params", "param_names", *_IMPLEMENTATION, *_CHANGES_THE_UPDATE}
         if "dampening" in group:
             left |= _OF_SGD
         made = {key: group[key] for key in group.keys() & options.DEFAULTS.keys() - left - _SHARED}
         named = [(self.names.get(id(p), name), p) for name, p in _named(group)]
         begins = self.lr(group.get("initial_lr", group["lr"]))
+        made = {**rates.of_group(self.ratios, float(begins)), **made}
         made |= {"params": named, "lr": begins, "weight_decay": self.weight_decay(group), **self.betas(group)}
         made |= self.served(named, group.get("matrices", self.given.get("matrices")))
         if "eps" in group and "eps" not in self.given:
             made["eps"] = group["eps"]
-        if "adamw_lr" in self.given:
+        for key in self.given.keys() & {"matrix_lr", "adamw_lr"}:
             usual = float(self.given.get("lr", _usual_lr(self.optimizer)))
-            made["adamw_lr"] = float(self.given["adamw_lr"]) * float(begins) / usual
+            made[key] = float(self.given[key]) * float(begins) / usual
         keeps = {key: x for key, x in group.items() if key not in left | options.DEFAULTS.keys()}
-        rates = {key: self.lr(group[key]) for key in ("lr", "initial_lr", "max_lr", "min_lr") if key in group}
-        return _Group(made, {**keeps, **rates})
+        now = {key: self.lr(group[key]) for key in ("lr", "initial_lr", "max_lr", "min_lr") if key in group}
+        return _Group(made, {**keeps, **now})
 
     def lr(self, old: Any) -> Any:
         return old if self.factor == 1 else old * self.factor
@@ -258,6 +259,8 @@ def _check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
 
 def _check_not_given_twice(optimizer: Optimizer, given: Mapping[str, Any]) -> None:
     for key, value in given.items():
+        if key == "convert_lr":
+            continue
         if key == "method" and all(group["method"] in (value, "adamw") for group in optimizer.param_groups):
             continue
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch.nn.parallel import DistributedDataParallel
 
 from kl_dist import METHODS, options
+from lightning_plugin import rates
 
 Pair = tuple[float, float]
 
@@ -24,7 +25,11 @@ class TakesOptimizerOptions:
 
     Args:
         lr: learning rate of matrices, and of AdamW unless `adamw_lr` is given. Where the module's optimizer has several
-            groups or a schedule, all are scaled by lr over its own.
+            groups or a schedule, all are scaled by lr over its own. Without it they stay as they are, and `convert_lr`
+            says what is made of them.
+        convert_lr: what an AdamW's learning rate becomes where `lr` is not given: "rule", five times as much for
+            matrices and half of that for AdamW's share (kl_dist.methods: Method.lr_over_adamw), or "keep". None: by the
+            rule, unless most of the module is frozen.
         betas: weights of the old momentum and of the old second moments.
         eps: added to denominators; relative to the gradients' scale for matrices under recipe "fresh".
         weight_decay: decoupled; in place of the module's, but for groups it has set to 0 beside others.
@@ -46,7 +51,8 @@ class TakesOptimizerOptions:
         shampoo_exponent: p of method "shampoo".
         adjust_lr_fn: the scale of method "muon": "original" or "match_rms_adamw".
         compute_dtype: what most products are computed in: "float32", "tf32", "bfloat16" or "bf16x3".
-        adamw_lr: AdamW's learning rate where the matrices have `lr`.
+        matrix_lr: the matrices' learning rate where the groups have `lr`, or AdamW's.
+        adamw_lr: what AdamW serves, likewise.
         adamw_betas: AdamW's betas.
         adamw_names: parameters, by name, that AdamW serves beside embeddings, output head and what is no matrix.
         on_nonfinite: "skip" leaves out a step with a NaN or Inf gradient on all ranks alike; "raise".
@@ -81,6 +87,8 @@ class TakesOptimizerOptions:
         shampoo_exponent: float | None = None,
         adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
         compute_dtype: Literal["float32", "tf32", "bfloat16", "bf16x3"] | None = None,
+        convert_lr: Literal["rule", "keep"] | None = None,
+        matrix_lr: float | None = None,
         adamw_lr: float | None = None,
         adamw_betas: Pair | None = None,
         adamw_names: list[str] | None = None,
@@ -90,7 +98,7 @@ class TakesOptimizerOptions:
         **parent: Any,
     ) -> None:
         given = locals()
-        known = (*options.DEFAULTS, "on_nonfinite", "output_head")
+        known = (*options.DEFAULTS, "on_nonfinite", "output_head", "convert_lr")
         self.optimizer_options: dict[str, Any] = {key: given[key] for key in known if given[key] is not None}
         _check(self.optimizer_options)
         if optimizer_checkpoint not in ("strict", "partial", "ignore"):
@@ -115,3 +123,7 @@ def _check(given: Mapping[str, Any]) -> None:
     options.resolve(group)
     if given.get("on_nonfinite", "skip") not in ("skip", "raise"):
         raise ValueError(f'on_nonfinite is "skip" or "raise", not {given["on_nonfinite"]!r}')
+    if given.get("convert_lr", "rule") not in rates.WAYS:
+        raise ValueError(f'convert_lr is "rule" or "keep", not {given["convert_lr"]!r}')
+    if given.get("convert_lr") == "rule" and given.keys() & {"lr", "matrix_lr"}:
+        raise ValueError("convert_lr='rule' makes the matrices' learning rate of AdamW's: leave out lr and matrix_lr")

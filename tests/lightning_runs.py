@@ -23,7 +23,9 @@ from tests.models import Weights
 from tests.sharded import SAMPLES, layers, loss_of, tokens_of, weights_of
 
 STEPS = 12
-LR, DECAY = 1e-2, 0.02
+LR, DECAY = 2e-3, 0.02
+BY_RULE = {"lr": LR, "matrix_lr": 5 * LR, "adamw_lr": 2.5 * LR}
+"""What AdamW's learning rate becomes where the strategy says nothing of it: lightning_plugin.rates."""
 SMOOTH = {"betas": (0.9, 0.9), "adamw_betas": (0.9, 0.999)}
 """What AdamW's default betas become."""
 
@@ -198,7 +200,8 @@ def alone(
 
 def plain(model: Any, **options: Any) -> KLShampoo:
     """What AdamW is converted to."""
-    given = {"lr": LR, "weight_decay": DECAY, "adamw_names": ("embedding.weight",), **SMOOTH, **options}
+    rates = BY_RULE if options.keys().isdisjoint(BY_RULE) else {}
+    given = {**rates, "weight_decay": DECAY, "adamw_names": ("embedding.weight",), **SMOOTH, **options}
     return KLShampoo(model.named_parameters(), **given)
 
 

@@ -103,7 +103,7 @@ def test_plain_torch_trains_it_at_any_number_of_ranks(world):
 
 def in_lightning(group: dist.ProcessGroup, namespace: str) -> tuple[Weights, Weights]:
     weights = lightning_runs.fit(group, added(), namespace=namespace)
-    return weights, lightning_runs.alone(method=NAME, betas=BETAS)
+    return weights, lightning_runs.alone(method=NAME, betas=BETAS, lr=lightning_runs.LR)
 
 
 @pytest.mark.parametrize("namespace", ["lightning.pytorch", pytest.param("pytorch_lightning", marks=pytest.mark.full)])

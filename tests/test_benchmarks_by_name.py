@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from torch.optim import AdamW
+
 from benchmarks import by_name
 from lightning_plugin.conversion import convert
 from tests.lightning_runs import adamw
@@ -19,8 +23,25 @@ def test_a_line_of_each_contender_and_no_two_of_them_train_alike(tmp_path: Path)
         [*command, "--batch_size", "2", "--lrs", "[2e-3]", "--seeds", "1"], cwd=ROOT, check=True, timeout=180
     )
     lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
-    assert [line["contender"] for line in lines] == list(by_name.CONTENDERS)
+    assert [line["contender"] for line in lines] == list(by_name.STRATEGIES)
     assert len({line["val_loss"] for line in lines}) == 4 and all(4 < line["val_loss"] < 6 for line in lines)
+
+
+def test_the_convolutional_net_has_matrices_of_its_convolutions_and_a_loss() -> None:
+    program = by_name.Digits(2e-3)
+    loss = program.training_step([torch.randn(32, 1, 8, 8), torch.arange(32) % 10], 0)
+    assert 2 < float(loss.detach()) < 4
+    plan = convert(AdamW(program.parameters()), program, {}).plan
+    served = {plan.parameters[unit.parameter].name for unit in plan.units if not unit.elementwise}
+    assert served == {"net.0.0.weight", "net.1.0.weight", "net.2.0.weight", "net.4.weight"}
+
+
+def test_the_digits_are_divided_alike_for_every_seed() -> None:
+    pytest.importorskip("sklearn")
+    one, other = (by_name.digits_data(16, seed) for seed in (0, 1))
+    assert len(one["train_dataloaders"].dataset) == 1200
+    (pictures, _), (others, _) = next(iter(one["val_dataloaders"])), next(iter(other["val_dataloaders"]))
+    assert torch.equal(pictures, others) and pictures.shape == (597, 1, 8, 8)
 
 
 def test_the_program_says_nothing_of_its_head() -> None:

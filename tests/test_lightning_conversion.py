@@ -75,17 +75,6 @@ def test_betas_that_were_set_are_kept_and_told(net):
     assert "were set" not in announcement(before, convert(before, net, {}), net, {})
 
 
-def test_the_rate_that_matrices_would_do_better_with_is_told_where_none_is_given(net):
-    def said(made, given):
-        return announcement(made, convert(made, net, given), net, given)
-
-    assert "AdamW's learning rate, 0.002; " in said(AdamW(net.parameters(), lr=2e-3), {})
-    assert "lr=0.01, adamw_lr=0.005" in said(AdamW(net.parameters(), lr=2e-3), {})
-    assert "about five times" not in said(AdamW(net.parameters(), lr=2e-3), {"lr": 2e-3})
-    assert "about five times" not in said(SGD(net.parameters(), lr=2e-3), {"lr": 1e-2, "weight_decay": 0.0})
-    assert "about five times" not in said(KLShampoo(net.named_parameters(), lr=2e-3), {})
-
-
 def test_betas_given_to_the_strategy_go_before(net):
     given = {"betas": (0.7, 0.75), "adamw_betas": (0.5, 0.6)}
     (group,) = convert(AdamW(net.parameters(), betas=(0.8, 0.97)), net, given).param_groups
@@ -115,6 +104,7 @@ OPTIONS = {
         "shampoo_exponent": 0.3,
         "adjust_lr_fn": "original",
         "compute_dtype": "bfloat16",
+        "matrix_lr": 1e-2,
         "adamw_lr": 1e-4,
         "adamw_betas": (0.7, 0.8),
         "adamw_names": ("body.weight",),
@@ -334,12 +324,13 @@ def test_the_converted_optimizer_trains_as_one_made_by_hand(net):
     twin.load_state_dict(net.state_dict())
     found = convert(AdamW(net.parameters(), lr=1e-2), net, {})
     named = list(twin.named_parameters())
-    ours = KLShampoo(named, lr=1e-2, betas=(0.9, 0.9), adamw_betas=(0.9, 0.999), adamw_names=["embedding.weight"])
+    rates = {"lr": 5e-2, "adamw_lr": 2.5e-2}
+    ours = KLShampoo(named, **rates, betas=(0.9, 0.9), adamw_betas=(0.9, 0.999), adamw_names=["embedding.weight"])
     for i in range(5):
         step(net, found, i)
         step(twin, ours, i)
     pairs = zip(net.parameters(), twin.parameters(), strict=True)
-    assert all(torch.equal(p, q) for p, q in pairs)
+    assert all(torch.allclose(p, q, rtol=1e-5, atol=1e-7) for p, q in pairs)  # 5 x 1e-2 is rounded otherwise
 
 
 @pytest.mark.parametrize("make", [AdamW, KLShampoo])

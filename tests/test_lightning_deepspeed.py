@@ -17,7 +17,7 @@ from kl_dist import KLShampoo, clip_grad_norm_
 from kl_dist.options import TORCH_ADAMW_BETAS, recipe_defaults
 from lightning_plugin import KLShampooDeepSpeedStrategy
 from tests.deepspeed_runs import deepspeed_here, weights_of
-from tests.lightning_runs import LR, STEPS, adamw, alone, launched, module, pytorch, rows, trainer
+from tests.lightning_runs import BY_RULE, LR, STEPS, adamw, alone, launched, module, pytorch, rows, trainer
 from tests.models import METHODS, deviation, same_bits
 from tests.noise import NOISE, float32_limit
 from tests.products import product
@@ -44,6 +44,7 @@ def clipped(optimizer, step):
 
 REFERENCES = {
     **{method: {"method": method, "betas": recipe_defaults(method, "fresh")["betas"]} for method in METHODS},
+    "shampoo": {"method": "shampoo", "betas": recipe_defaults("shampoo", "fresh")["betas"], "lr": LR},
     "scheduled": {"lr": 2 * LR, "schedule": of_reference},
     "clipped": {"change": clipped},
 }
@@ -218,7 +219,7 @@ def nothing(made):
 
 
 def from_the_entry(type_: str = "KLShampoo", **more) -> dict:
-    params = {"lr": LR, "weight_decay": 0.02, "betas": TORCH_ADAMW_BETAS, "adamw_names": ["net.embedding.weight"]}
+    params = {**BY_RULE, "weight_decay": 0.02, "betas": TORCH_ADAMW_BETAS, "adamw_names": ["net.embedding.weight"]}
     return {"optimizer": {"type": type_, "params": params}, "zero_optimization": {"stage": 2}, **more}
 
 

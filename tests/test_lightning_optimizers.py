@@ -33,7 +33,7 @@ class Adversaries:
         self.automatic_optimization, self.toggles = False, toggles
 
     def configure_optimizers(self):
-        return [AdamW(part.parameters(), lr=1e-2) for part in (self.generator, self.critic)]
+        return [AdamW(part.parameters(), lr=2e-3) for part in (self.generator, self.critic)]
 
     def training_step(self: Any, batch, batch_idx):
         noise, real = batch.double(), torch.sin(batch.double())
@@ -71,7 +71,8 @@ def adversaries_alone():
     made = type("Made", (Adversaries, nn.Module), {})()
     parts = (made.generator, made.critic)
     optimizers = [
-        KLShampoo(part.named_parameters(), lr=1e-2, adamw_betas=(0.9, 0.999), betas=(0.9, 0.9)) for part in parts
+        KLShampoo(part.named_parameters(), lr=1e-2, adamw_lr=5e-3, adamw_betas=(0.9, 0.999), betas=(0.9, 0.9))
+        for part in parts
     ]
     for batch in rows(1, 0):
         noise, real = batch.double(), torch.sin(batch.double())

@@ -8,7 +8,7 @@ import torch
 
 from kl_dist import KLShampoo, clip_grad_norm_, clip_grad_value_
 from kl_dist.options import recipe_defaults
-from tests.lightning_runs import DECAY, LR, SMOOTH, adamw, alone, fit, on_ranks
+from tests.lightning_runs import BY_RULE, DECAY, LR, SMOOTH, adamw, alone, fit, on_ranks
 from tests.models import METHODS, deviation, same_bits
 from tests.noise import NOISE, float32_limit
 from tests.products import product
@@ -25,7 +25,7 @@ YARDSTICKS = {"lightning kl_shampoo": lambda seed: alone(torch.float32, NOISE if
 def ours(module: Any) -> KLShampoo:
     """KLShampoo from `configure_optimizers` itself, as AdamW would be converted."""
     named = module.named_parameters()
-    return KLShampoo(named, lr=LR, weight_decay=DECAY, adamw_names=("net.embedding.weight",), **SMOOTH)
+    return KLShampoo(named, **BY_RULE, weight_decay=DECAY, adamw_names=("net.embedding.weight",), **SMOOTH)
 
 
 @product(
@@ -49,7 +49,8 @@ def test_one_device_trains_alike(worlds, strategy):
 @product(method=[method for method in METHODS if method != "kl_shampoo"], variant=VARIANTS)
 def test_every_method_has_its_strategies(worlds, method, variant):
     found = on_ranks(worlds, 2, fit, method + variant)
-    assert deviation(found[0], alone(method=method, betas=recipe_defaults(method, "fresh")["betas"])) <= DOUBLE
+    rates = {"lr": LR} if method == "shampoo" else BY_RULE
+    assert deviation(found[0], alone(method=method, betas=recipe_defaults(method, "fresh")["betas"], **rates)) <= DOUBLE
 
 
 def test_options_of_the_strategy_reach_the_optimizer(worlds):

@@ -107,6 +107,16 @@ def test_a_loaded_schedule_keeps_the_ratio_of_learning_rates():
     assert same(values(params), values(resumed))
 
 
+def test_a_state_of_before_matrix_lr_loads_as_it_was():
+    params = parameters()
+    opt = KLShampoo(params.items(), lr=1e-2)
+    saved = opt.state_dict()
+    del saved["param_groups"][0]["matrix_lr"]
+    other = KLShampoo(parameters().items(), lr=1e-2, matrix_lr=5e-2)
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["matrix_lr"] is None
+
+
 def test_a_state_dict_is_plain_data():
     params = parameters()
     opt = KLShampoo(params.items())

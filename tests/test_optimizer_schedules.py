@@ -39,24 +39,27 @@ def moves_under(schedule: str | None, **options) -> tuple[list[float], list[dict
     return lrs, moves
 
 
-@pytest.mark.parametrize("adamw_lr", [None, 1e-3])
+@pytest.mark.parametrize(
+    "own", [{}, {"adamw_lr": 1e-3}, {"matrix_lr": 3e-2}, {"matrix_lr": 3e-2, "adamw_lr": 1e-3}], ids=str
+)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedules_scale_every_update(schedule, adamw_lr):
+def test_schedules_scale_every_update(schedule, own):
     """The rates are those that AdamW gets, and as gradients do not depend on weights, updates are in proportion.
 
-    `adamw_lr` is what AdamW gets while `lr` has its constructed value, and both move alike.
+    `matrix_lr` and `adamw_lr` are what each gets while `lr` has its constructed value, and both move alike.
     """
     theirs = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1e-2)
     scheduler = SCHEDULES[schedule](theirs)
-    steady = moves_under(None, adamw_lr=adamw_lr)[1]
-    for lr, moved, expected in zip(*moves_under(schedule, adamw_lr=adamw_lr), steady, strict=True):
+    steady = moves_under(None, **own)[1]
+    for lr, moved, expected in zip(*moves_under(schedule, **own), steady, strict=True):
         assert lr == theirs.param_groups[0]["lr"]
         assert furthest(moved, {name: x * (lr / 1e-2) for name, x in expected.items()}) < 1e-14
         theirs.step()
         scheduler.step(*[1.0] * (schedule == "ReduceLROnPlateau"))
     plain = moves_under(None)[1]
-    for name in ("vector", "scalar"):
-        assert torch.allclose(steady[0][name], plain[0][name] * (adamw_lr or 1e-2) / 1e-2)
+    for name in steady[0]:
+        alone = own.get("adamw_lr" if name in ("vector", "scalar") else "matrix_lr", 1e-2)
+        assert torch.allclose(steady[0][name], plain[0][name] * alone / 1e-2)
 
 
 def test_one_cycle_moves_the_first_beta_and_keeps_the_second():

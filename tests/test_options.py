@@ -26,6 +26,7 @@ BAD_OPTIONS: list[tuple[dict, type[Exception], str]] = [
     *((dict(eps=x), ValueError, "^eps must") for x in (-1e-8, NAN, INF)),
     *((dict(weight_decay=x), ValueError, "^weight_decay must") for x in (-0.1, NAN, INF)),
     *((dict(adamw_lr=x), ValueError, "^adamw_lr must") for x in (-0.1, NAN, INF)),
+    *((dict(matrix_lr=x), ValueError, "^matrix_lr must") for x in (-0.1, NAN, INF)),
     *((dict(betas=(x, 0.9)), ValueError, r"^betas\[0\] must be at least 0 and below 1") for x in (-0.1, 1.0, NAN, INF)),
     *((dict(betas=(0.9, x)), ValueError, r"^betas\[1\] must") for x in (-0.1, 1.0, NAN, INF)),
     (dict(betas=(0.9, 0.0)), ValueError, r"^betas\[1\] must be above 0 with method 'kl_shampoo'"),
@@ -61,6 +62,7 @@ BAD_OPTIONS: list[tuple[dict, type[Exception], str]] = [
     (dict(long_side="diag"), ValueError, "unknown long_side 'diag'.*'diagonal'"),
     (dict(matrices=(0, 1)), TypeError, "^matrices is a dict"),
     (dict(lr=0.0, adamw_lr=0.1), ValueError, "lr must not be 0 where adamw_lr is given"),
+    (dict(lr=0.0, matrix_lr=0.1), ValueError, "lr must not be 0 where matrix_lr is given"),
 ]
 UNKNOWN = [
     *((word, "no option '{}'") for word in ("amsgrad", "maximize", "fused", "foreach", "capturable", "differentiable")),

@@ -362,7 +362,7 @@ def load(
 def take_options(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
     """Every option of the saved groups, as torch.optim does; those that shape the state are the same already."""
     for group, other in zip(groups, saved, strict=True):
-        group.update(_taken(other))
+        group.update({"matrix_lr": None, **_taken(other)})
 
 
 def _taken(saved: Mapping[str, Any]) -> dict[str, Any]:

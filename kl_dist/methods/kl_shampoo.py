@@ -95,4 +95,4 @@ FRESH = Rule(
     defaults=MappingProxyType({"betas": (0.9, 0.9)}),
 )
 PAPER = as_released(allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released)
-METHOD = Method("KL-Shampoo", {"fresh": FRESH, "paper": PAPER, "compact": compact(FRESH, "fresh")})
+METHOD = Method("KL-Shampoo", {"fresh": FRESH, "paper": PAPER, "compact": compact(FRESH, "fresh")}, lr_over_adamw=5.0)

@@ -62,4 +62,4 @@ def update_as_released(state: KLSOAPState, grad: Tensor, hyper: Hyper, spare: Te
 
 FRESH = Rule(allocate, start, update, kl_factors.refresh, polar=True)
 PAPER = as_released(allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released)
-METHOD = Method("KL-SOAP", {"fresh": FRESH, "paper": PAPER})
+METHOD = Method("KL-SOAP", {"fresh": FRESH, "paper": PAPER}, lr_over_adamw=5.0)

@@ -162,4 +162,4 @@ TORCHS = {**NOTHING_KEPT, "betas": (0.95, 0.95), "adjust_lr_fn": "original", "ne
 FRESH = Rule(allocate, start, update, None, flops=flops, working_copies=3, defaults=TUNED)
 PAPER = Rule(allocate, start, update_as_released, None, flops=flops, working_copies=3, defaults=TORCHS)
 NORMUON = Rule(allocate_with_neurons, start, update_of_neurons, None, flops=flops, working_copies=3, defaults=TUNED)
-METHOD = Method("KL-Muon", {"fresh": FRESH, "paper": PAPER, "normuon": NORMUON})
+METHOD = Method("KL-Muon", {"fresh": FRESH, "paper": PAPER, "normuon": NORMUON}, lr_over_adamw=5.0)

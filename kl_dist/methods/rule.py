@@ -66,6 +66,7 @@ class Method:
 
     title: str  # as people write it; without its hyphens, what a DeepSpeed config calls it
     rules: Mapping[str, Rule]  # by recipe
+    lr_over_adamw: float = 1.0  # its best learning rate over AdamW's, where that was measured: docs/learning.md
 
     @property
     def called(self) -> str:

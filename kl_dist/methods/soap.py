@@ -121,4 +121,4 @@ def refresh_as_released(state: SOAPState, hyper: Hyper) -> None:
 
 FRESH = Rule(allocate, start, update, kl_factors.refresh, polar=True)
 PAPER = as_released(allocate, start_as_released, update_as_released, refresh_as_released)
-METHOD = Method("SOAP", {"fresh": FRESH, "paper": PAPER})
+METHOD = Method("SOAP", {"fresh": FRESH, "paper": PAPER}, lr_over_adamw=5.0)

@@ -315,11 +315,13 @@ def _moved_on(journeys: Sequence[Journey], free: list[Room]) -> list[Journey]:
 def step_size(group: Mapping[str, Any], method: str) -> tuple[float, float]:
     """(keep, lr) of W <- keep W - lr U.
 
-    `adamw_lr` is AdamW's learning rate when `lr` has the value it was constructed with; schedules move both alike.
+    `matrix_lr` and `adamw_lr` are the learning rates when `lr` has the value it was constructed with; schedules of `lr`
+    move them alike.
     """
     lr = number(group["lr"])
-    if method == ELEMENTWISE and group["adamw_lr"] is not None:
-        lr = number(group["adamw_lr"]) * lr / group["base_lr"]
+    own = group["adamw_lr" if method == ELEMENTWISE else "matrix_lr"]
+    if own is not None:
+        lr = number(own) * lr / group["base_lr"]
     keep = 1 - lr * number(group["weight_decay"])
     decays_last = method != ELEMENTWISE and rule(method, group["recipe"]).decays_last
     return keep, lr * keep if decays_last else lr

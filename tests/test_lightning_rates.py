@@ -1,0 +1,173 @@
+"""What a converted AdamW's learning rate becomes: by the rule for whole models, or its own."""
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import lr_scheduler as schedules
+
+from kl_dist import KLShampoo
+from kl_dist.methods import METHODS
+from kl_dist.step.engine import step_size
+from lightning_plugin import KLShampooStrategy
+from lightning_plugin.conversion import announcement, convert
+from tests.test_lightning_conversion import Net, step
+
+
+def rates(optimizer: KLShampoo, group: int = 0) -> tuple[float, float]:
+    """What matrices and AdamW's share are trained at now."""
+    of = optimizer.param_groups[group]
+    return step_size(of, of["method"])[1], step_size(of, "adamw")[1]
+
+
+def said(before: Optimizer, net: nn.Module, given: dict) -> str:
+    return announcement(before, convert(before, net, given), net, given)
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.mark.parametrize("make", [AdamW, Adam])
+def test_matrices_take_five_times_the_rate_and_adamws_share_half_of_that(net, make):
+    found = convert(make(net.parameters(), lr=2e-3), net, {})
+    assert rates(found) == pytest.approx((1e-2, 5e-3)) and found.param_groups[0]["lr"] == 2e-3
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"convert_lr": "keep"}, (2e-3, 2e-3)),
+        ({"convert_lr": "keep", "adamw_lr": 1e-3}, (2e-3, 1e-3)),
+        ({"convert_lr": "rule", "adamw_lr": 1e-3}, (1e-2, 1e-3)),
+        ({"adamw_lr": 1e-3}, (1e-2, 1e-3)),
+        ({"lr": 4e-3}, (4e-3, 4e-3)),
+        ({"lr": 4e-3, "adamw_lr": 1e-3}, (4e-3, 1e-3)),
+        ({"matrix_lr": 4e-3}, (4e-3, 2e-3)),
+        ({"method": "muon"}, (1e-2, 5e-3)),
+        ({"method": "shampoo"}, (2e-3, 2e-3)),  # grafted onto AdamW's step
+    ],
+    ids=str,
+)
+def test_what_the_strategy_is_told_goes_before_the_rule(net, given, expected):
+    given = KLShampooStrategy(**given).optimizer_options
+    assert rates(convert(AdamW(net.parameters(), lr=2e-3), net, given)) == pytest.approx(expected)
+
+
+def test_sgds_rate_which_means_something_else_is_not_converted(net):
+    found = convert(SGD(net.parameters(), lr=0.1), net, {"lr": 1e-2, "weight_decay": 0.0})
+    assert rates(found) == pytest.approx((1e-2, 1e-2))
+
+
+def test_a_method_of_ones_own_keeps_adamws_rate_until_it_says_another():
+    assert {name: method.lr_over_adamw for name, method in METHODS.items()} == {
+        **dict.fromkeys(("kl_shampoo", "kl_soap", "soap", "muon"), 5.0),
+        "shampoo": 1.0,
+    }
+    assert type(METHODS["soap"])("One's own", {}).lr_over_adamw == 1.0
+
+
+def test_groups_keep_their_proportions_and_options_of_their_own(net):
+    groups = [
+        {"params": net.body.parameters(), "lr": 1e-3},
+        {"params": net.embedding.parameters()},
+        {"params": net.head.parameters(), "matrix_lr": 7e-3},
+    ]
+    found = convert(AdamW(groups, lr=2e-3), net, {})
+    assert [rates(found, i) for i in range(3)] == [
+        pytest.approx((5e-3, 2.5e-3)),
+        pytest.approx((1e-2, 5e-3)),
+        pytest.approx((7e-3, 5e-3)),
+    ]
+
+
+def test_schedules_and_rates_set_by_hand_move_both_and_stay_adamws(net):
+    optimizer = AdamW(net.parameters(), lr=2e-3)
+    warmup = schedules.LambdaLR(optimizer, lambda done: min(1.0, done / 4))
+    found = convert(optimizer, net, {}, [warmup])
+    assert rates(found) == (0, 0)
+    for done in range(1, 5):
+        step(net, found)
+        warmup.step()
+        assert rates(found) == pytest.approx((1e-2 * done / 4, 5e-3 * done / 4))
+    assert warmup.get_last_lr() == [2e-3]
+    for group in optimizer.param_groups:  # as litgpt sets them, at each step
+        group["lr"] = 1e-3
+    assert rates(found) == pytest.approx((5e-3, 2.5e-3))
+
+
+def test_adamw_made_with_a_rate_of_zero_has_the_rules_ratio_once_it_is_set(net):
+    optimizer = AdamW(net.parameters(), lr=0.0)
+    found = convert(optimizer, net, {})
+    assert rates(found) == (0, 0)
+    optimizer.param_groups[0]["lr"] = 2e-3
+    assert rates(found) == pytest.approx((1e-2, 5e-3))
+
+
+def test_a_schedule_of_ones_own_goes_on_for_it_is_not_touched(net):
+    class Own:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        def step(self):
+            self.optimizer.param_groups[0]["lr"] /= 2
+
+    optimizer = AdamW(net.parameters(), lr=2e-3)
+    schedule = Own(optimizer)
+    found = convert(optimizer, net, {}, [schedule])
+    schedule.step()
+    assert rates(found) == pytest.approx((5e-3, 2.5e-3))
+
+
+def test_groups_that_are_added_later_follow_the_rule(net):
+    found = convert(AdamW(net.body.parameters(), lr=2e-3), net, {})
+    found.add_param_group({"params": [net.embedding.weight], "lr": 1e-4})
+    found.add_param_group({"params": net.head.parameters()})
+    assert rates(found, 1) == pytest.approx((5e-4, 2.5e-4)) and rates(found, 2) == pytest.approx((1e-2, 5e-3))
+
+
+@pytest.mark.parametrize("kept", ["body", "head"])
+def test_where_most_is_frozen_adamws_rate_stays_unless_told(net, kept):
+    """Of 28 + 30 + 21 numbers of a model, as where adapters or a new head are trained."""
+    for name, part in net.named_children():
+        part.requires_grad_(name == kept)
+
+    def adamw():
+        return AdamW(net.parameters(), lr=2e-3)
+
+    assert rates(convert(adamw(), net, {})) == (2e-3, 2e-3)
+    assert rates(convert(adamw(), net, {"convert_lr": "rule"})) == pytest.approx((1e-2, 5e-3))
+    net.embedding.requires_grad_(True)
+    assert rates(convert(adamw(), net, {})) == pytest.approx((1e-2, 5e-3))
+
+
+def test_one_line_tells_the_rates_and_how_to_have_others(net):
+    def lines(given, make=AdamW):
+        found = said(make(net.parameters(), lr=2e-3), net, given).splitlines()
+        return [line for line in found if line.startswith("learning rates")]
+
+    (line,) = lines({})
+    assert "0.01 for matrices and 0.005 for what AdamW serves, in proportion to AdamW's 0.002" in line
+    assert "convert_lr='keep'" in line
+    assert "0.001 for what AdamW serves" in lines({"adamw_lr": 1e-3})[0]
+    assert "in proportion to Adam's" in lines({}, Adam)[0]
+    assert lines({"method": "shampoo"}) == ["learning rates are AdamW's own, 0.002"]
+    net.embedding.requires_grad_(False)
+    net.body.requires_grad_(False)
+    (line,) = lines({})
+    assert line.startswith(
+        "learning rates are AdamW's own, 0.002, since most of the module is frozen: convert_lr='rule'"
+    )
+    assert not lines({"lr": 1e-2}) and not lines({"convert_lr": "keep"}) and not lines({"matrix_lr": 1e-2})
+    made = KLShampoo(net.named_parameters(), lr=2e-3)
+    assert "learning rates" not in announcement(made, convert(made, net, {"convert_lr": "keep"}), net, {})
+
+
+def test_what_convert_lr_cannot_be_is_said():
+    with pytest.raises(ValueError, match='convert_lr is "rule" or "keep", not \'rules\''):
+        KLShampooStrategy(convert_lr="rules")
+    for told in ({"lr": 1e-2}, {"matrix_lr": 1e-2}):
+        with pytest.raises(ValueError, match="leave out lr and matrix_lr"):
+            KLShampooStrategy(convert_lr="rule", **told)

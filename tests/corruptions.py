@@ -1,9 +1,12 @@
-"""What happens to files: seeded damage to bytes and to folders, for the tests of what is on disk."""
+"""What happens to files: seeded damage to bytes and to folders, and a stranger's, for the tests of what is on disk."""
 
 import json
+import os
+import pickle
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 from kl_dist.checkpoint.manifest import MANIFEST
 
@@ -76,3 +79,21 @@ def manifest_damage(folder: Path, chance: random.Random, kind: str) -> str:
 
 
 MANIFESTS = ("without an entry", "with one more", "of two exchanged", "with nothing")
+
+
+class Stranger:
+    """What pickle would run if it were let: it is harmless, and makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def estrange(folder: Path, proof: Path) -> None:
+    """Have a folder of torch.distributed.checkpoint make the folder `proof` when torch reads it."""
+    path = folder / ".metadata"
+    found = pickle.loads(path.read_bytes())
+    found.planner_data["mine"] = Stranger(proof)
+    path.write_bytes(pickle.dumps(found))

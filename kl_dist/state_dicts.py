@@ -118,16 +118,18 @@ class StateDicts(torch.optim.Optimizer):
                 raise too, until another state is loaded.
         """
         self._check_followed()
-        load.check_options(state_dict)
-        state_dict = copy.copy(state_dict)  # a hook may put something else into it
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = before(self, state_dict) or state_dict
+        given, state_dict = state_dict, copy.copy(state_dict)  # a hook may put something else into it
         frozen = groups.frozen_names(self.param_groups)
         try:
+            load.check_options(given)
+            for before in self._optimizer_load_state_dict_pre_hooks.values():
+                state_dict = before(self, state_dict) or state_dict
             saved = load.load(state_dict, self.param_groups, self._holdings, self._ranks, frozen)
-        except load.InPlaceError as problem:
+        except ValueError as problem:
+            if not isinstance(problem, load.InPlaceError) and not load.was_read_here(given, self._holdings):
+                raise
             self._running.failure = RuntimeError(str(problem))  # for the next step of all ranks, if one is made
-            raise
+            raise load.in_place(problem) from None
         self.state = shown.show(self._holdings, groups.by_name(self.param_groups), saved.own)
         self._took_up(saved.steps)
         for after in self._optimizer_load_state_dict_post_hooks.values():

@@ -1,5 +1,6 @@
-"""Runs in every layout that stop, are saved, and go on elsewhere: what the tests of checkpoints share."""
+"""What tests of checkpoints share: runs in every layout that stop, are saved, and go on elsewhere; small optimizers."""
 
+import copy
 import math
 from typing import Any
 
@@ -91,3 +92,33 @@ def furthest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
         elif not torch.equal(x, y):
             return float("inf")
     return worst
+
+
+# -- on one process ----------------------------------------------------------------------------------------------------
+
+SHAPES = {"wide": (70, 140), "square": (5, 5), "vector": (6,), "scalar": (), "nothing": (0, 3)}
+
+
+def make(shapes: dict[str, tuple[int, ...]] = SHAPES, steps: int = 3, **options: Any) -> KLShampoo:
+    """An optimizer that has made some steps."""
+    generator = torch.Generator().manual_seed(0)
+    named = [(name, nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
+    optimizer = KLShampoo(named, lr=1e-2, **options)
+    for _ in range(steps):
+        for _, parameter in named:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    return optimizer
+
+
+def state_of(optimizer: KLShampoo) -> dict[str, Tensor]:
+    names = {
+        parameter: name
+        for g in optimizer.param_groups
+        for name, parameter in zip(g["param_names"], g["params"], strict=True)
+    }
+    return {f"{names[p]} {key}": x.clone() for p, entry in optimizer.state.items() for key, x in entry.items()}
+
+
+def options_of(optimizer: KLShampoo) -> list[dict[str, Any]]:
+    return copy.deepcopy([{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups])

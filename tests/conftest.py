@@ -10,6 +10,7 @@ from tests.world import World, forget, import_once
 POOLS = {"world", "worlds"}
 IMPORTED = {
     "test_deepspeed": ("deepspeed",),
+    "test_faults_files": ("deepspeed",),
     "test_huggingface": ("transformers.trainer", "accelerate"),
     "test_launch": ("jsonargparse", "lightning.pytorch", "transformers.trainer", "deepspeed", "peft"),
     "test_lightning": ("lightning.pytorch", "pytorch_lightning"),

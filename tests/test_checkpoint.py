@@ -15,34 +15,8 @@ from torch import Tensor, nn
 from kl_dist import KLShampoo, full_state_dict, load_full_state_dict
 from kl_dist.checkpoint.inventory import inventory
 from kl_dist.planning.boxes import boxes_of_range
+from tests.checkpoints import SHAPES, make, options_of, state_of
 from tests.models import METHODS, same_bits, small_buckets
-
-SHAPES = {"wide": (70, 140), "square": (5, 5), "vector": (6,), "scalar": (), "nothing": (0, 3)}
-
-
-def make(shapes: dict[str, tuple[int, ...]] = SHAPES, steps: int = 3, **options: Any) -> KLShampoo:
-    """An optimizer that has made some steps."""
-    generator = torch.Generator().manual_seed(0)
-    named = [(name, nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
-    optimizer = KLShampoo(named, lr=1e-2, **options)
-    for _ in range(steps):
-        for _, parameter in named:
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        optimizer.step()
-    return optimizer
-
-
-def state_of(optimizer: KLShampoo) -> dict[str, Tensor]:
-    names = {
-        parameter: name
-        for g in optimizer.param_groups
-        for name, parameter in zip(g["param_names"], g["params"], strict=True)
-    }
-    return {f"{names[p]} {key}": x.clone() for p, entry in optimizer.state.items() for key, x in entry.items()}
-
-
-def options_of(optimizer: KLShampoo) -> list[dict[str, Any]]:
-    return copy.deepcopy([{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups])
 
 
 def plain(optimizer: KLShampoo) -> dict[str, Any]:

@@ -1,17 +1,19 @@
 """Checkpoints of DeepSpeed's engine with our optimizer: exact, at another world size too, or refused by name."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 
 from tests.deepspeed_runs import alone, config, deepspeed_here, engine_of, noisy, train, weights_of
-from tests.models import Weights, deviation, same_bits
+from tests.models import Weights, deviation, raising, same_bits
 from tests.noise import float32_limit
 from tests.world import World
 
@@ -191,6 +193,60 @@ def test_damaged_state_is_refused_by_name_and_leaves_the_run_as_it_was(worlds, c
         for (error, same), victim in zip(found, victims, strict=True):
             assert str(victim) in error and "load_optimizer_states=False" in error and same
         assert deviation(weights, reference(**{**SCHEDULED, "steps": 3})) <= float32_limit("deepspeed scheduled")
+
+
+class Cut(Exception):
+    """The end of a process between the two halves of a save."""
+
+
+def cut_between_the_halves(group, name: str, folder: str) -> None:
+    """A run is saved, goes on, and is saved to the same tag; that save ends before DeepSpeed's half of it."""
+    with deepspeed_here(group) as deepspeed:
+        engine = made(deepspeed, group, name)
+        train(engine, range(2))
+        engine.save_checkpoint(folder, f"global_step{STOP}")
+        train(engine, range(2, 3))
+        with mock.patch.object(type(engine), "_create_checkpoint_file", side_effect=Cut), raising(Cut, ""):
+            engine.save_checkpoint(folder, f"global_step{STOP}")
+        engine.destroy()
+
+
+@pytest.mark.parametrize("name", ["stage 0", "stage 2", "stage 3"])
+def test_halves_of_two_saves_are_refused_and_leave_the_run_as_it_was(worlds, name, tmp_path):
+    """One that was cut short, and one with our folder of an earlier step."""
+    worlds[2].run(cut_between_the_halves, 2, name, str(tmp_path / "cut"), timeout=120)
+    for found, _ in worlds[2].run(loading_fails, 2, name, [str(tmp_path / "cut")], timeout=120):
+        ((error, same),) = found
+        assert (
+            "are of two saves, of which one was cut short" in error and "load_optimizer_states=False" in error and same
+        )
+
+
+def kept_out(group, name: str, folder: str) -> tuple[dict, dict]:
+    """What the client gave to a save, and what a load gives back."""
+    with deepspeed_here(group) as deepspeed:
+        engine = made(deepspeed, group, name)
+        given = {"epoch": 3}
+        engine.save_checkpoint(folder, client_state=given)
+        _, found = engine.load_checkpoint(folder)
+        engine.destroy()
+        return given, found
+
+
+def test_the_identity_of_a_save_is_not_the_clients(worlds, tmp_path):
+    for given, found in worlds[2].run(kept_out, 2, "stage 1", str(tmp_path), timeout=120):
+        assert given == {"epoch": 3} and found["epoch"] == 3 and not [key for key in found if "kl_dist" in key]
+
+
+def test_a_checkpoint_without_an_identity_loads(worlds, checkpoints, tmp_path):
+    """Of DeepSpeed's files alone nothing is said then; the state has its checksums."""
+    folder, expected = checkpoints.lend("stage 2", tmp_path / "saved")
+    path = folder / f"global_step{STOP}" / "kl_dist" / "manifest.json"
+    said = json.loads(path.read_text())
+    del said["about"]["save"]
+    path.write_text(json.dumps(said, indent=1, sort_keys=True))
+    found = worlds[2].run(resumed, 2, "stage 2", str(folder), timeout=120)[0]
+    assert same_bits(found.stopped, expected.stopped) and same_bits(found.ended, expected.ended)
 
 
 def saved_with_soap(group, folder: str) -> None:

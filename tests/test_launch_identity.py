@@ -11,6 +11,7 @@ import pytest
 from kl_dist.checkpoint import manifest
 from launch import checkpoint, identity
 from launch.options import UsageError
+from tests.corruptions import estrange
 from tests.jobs import begun, on_ranks, started, text_in
 from tests.test_launch_checkpoint import ALONE, job, save
 from tests.test_launch_job import SIZES
@@ -134,3 +135,16 @@ def test_nothing_but_the_manifests_files_and_no_link(tmp_path: Path) -> None:
     (path / "__0_0.distcp").symlink_to(tmp_path / "elsewhere")
     fault = manifest.fault(path)
     assert fault is not None and "__0_0.distcp is a link" in fault
+
+
+def test_a_strangers_checkpoint_whose_manifest_fits_is_refused_and_nothing_of_it_is_run(tmp_path: Path) -> None:
+    path = save(tmp_path, 2)
+    about, proof = manifest.about(path), tmp_path / "run"
+    estrange(path, proof)
+    sums = manifest.checksums(path, [one.name for one in path.iterdir() if one.name != manifest.MANIFEST])
+    (path / manifest.MANIFEST).write_text(json.dumps({"about": about, "files": sums}, indent=1, sort_keys=True))
+    options, model, trainer = job()
+    assert checkpoint.choose(tmp_path, "auto", ALONE) == path
+    with pytest.raises(UsageError, match=r"names posix\.mkdir, which torch\.distributed\.checkpoint does not write"):
+        checkpoint.load(path, options, ALONE, model, trainer)
+    assert not proof.exists()

@@ -1,5 +1,6 @@
 """Checkpoints under our strategies: exact at the same number of devices, within rounding at another, or refused."""
 
+import shutil
 from functools import cache, partial
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch.optim import AdamW
 
 from kl_dist import KLShampoo, load_full_state_dict
+from tests.corruptions import estrange
 from tests.lightning_runs import (
     DECAY,
     LR,
@@ -126,6 +128,15 @@ def shard_all(made: Any) -> None:
 
     if not isinstance(made.net, FSDPModule):
         fully_shard(made.net, mesh=made.device_mesh["data_parallel"])
+
+
+def test_a_strangers_folder_is_refused_and_nothing_of_it_is_run(worlds, saved, tmp_path):
+    folder, proof = tmp_path / "half.ckpt", tmp_path / "run"
+    shutil.copytree(saved("fsdp2 distributed", 2, torch.float32), folder)
+    estrange(folder, proof)
+    errors = worlds[2].run_expecting_errors(rest, 2, FORMATS["fsdp2 distributed"], str(folder), torch.float32)
+    assert all("posix.mkdir, which torch.distributed.checkpoint does not write" in str(error) for error in errors)
+    assert not proof.exists()
 
 
 OF_ADAMW = {

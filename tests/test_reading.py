@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from kl_dist.checkpoint import reading
 from kl_dist.checkpoint.verify import is_sums
+from tests.checkpoints import make, state_of
 from tests.models import same_bits
-from tests.test_checkpoint import make, state_of
 
 SAID: list[str] = []
 

@@ -12,8 +12,9 @@ from kl_dist import KLShampoo, full_state_dict, load_full_state_dict
 from kl_dist.checkpoint import sums
 from kl_dist.checkpoint.verify import is_sums
 from kl_dist.planning.boxes import boxes_of_range, whole
+from tests.checkpoints import make, options_of, state_of
 from tests.models import METHODS, same_bits
-from tests.test_checkpoint import make, options_of, plain, state_of
+from tests.test_checkpoint import plain
 
 WORD = 1 << 64
 

@@ -311,6 +311,25 @@ def _is_in_place(holding: Holding, saved: Saved) -> bool:
     return bool(mine.numel()) and mine.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
 
 
+def was_read_here(state: Any, held: Sequence[Holding]) -> bool:
+    """Whether torch.distributed.checkpoint has read a state into what is here: its checksums were written since."""
+    own = {holding.memory.untyped_storage().data_ptr() for holding in held if holding.memory.numel()}
+    entries = state.get("state") if isinstance(state, Mapping) else None
+    for one in entries.values() if isinstance(entries, Mapping) else ():
+        tensors = {key: x for key, x in one.items() if isinstance(x, Tensor)} if isinstance(one, Mapping) else {}
+        written = any(verify.is_sums(str(key)) and _here(x)._version for key, x in tensors.items())
+        if written and any(_here(x).untyped_storage().data_ptr() in own for x in tensors.values()):
+            return True
+    return False
+
+
+def in_place(problem: ValueError) -> InPlaceError:
+    """The same, with what it means for the state that is here."""
+    if isinstance(problem, InPlaceError):
+        return problem
+    return InPlaceError(f"{problem}. It was read into the state that is here, which is a mixture now")
+
+
 # -- copying -----------------------------------------------------------------------------------------------------------
 
 
@@ -341,9 +360,7 @@ def load(
     wanted = check_all(held, saved, frozen)
     if saved.local:
         check_division(state[ORIGIN], here)
-    for unit, problem in faults(wanted, saved):
-        if any(_is_in_place(one, saved) for one in unit):
-            raise InPlaceError(f"{problem}. It was read into the state that is here, which is a mixture now")
+    for _, problem in faults(wanted, saved):
         raise ValueError(problem)
     for holding in wanted:
         if holding.entry.constant is not None or not holding.memory.numel():

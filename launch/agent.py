@@ -80,7 +80,8 @@ def last_words(name: str, failures: dict[int, ProcessFailure]) -> tuple[str, int
         words = f"killed by {first.signal_name()}"
     elif first.error_file == "<N/A>":
         words = f"ended with status {first.exitcode}; what it said stands above"
-    return f"{where}rank {rank} on {socket.gethostname()}: {words}", status
+    name = f"rank {rank} on {socket.gethostname()}"
+    return (f"{name}:\n{where}" if where else f"{name}: {words}"), status
 
 
 class Store:

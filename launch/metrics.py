@@ -7,6 +7,7 @@ that continues reads it back, without the lines that a crash left behind the las
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -42,6 +43,8 @@ class Log:
         self._file = self._open()
         self._unwritten = b""
         self._said: set[str] = set()
+        self._hook = threading.excepthook
+        threading.excepthook = self._of_the_board
         self._board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         # A bar that goes to a file gets a line every ten seconds, not one every step.
         self._bar = tqdm(total=steps, initial=done, unit="step", mininterval=0.2 if sys.stderr.isatty() else 10)
@@ -89,6 +92,11 @@ class Log:
                 board.add_scalar(name, value, step)
             self._board = board
 
+    def _of_the_board(self, failed: threading.ExceptHookArgs) -> None:
+        """What ends TensorBoard's thread is told of by the next call."""
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard")):
+            self._hook(failed)
+
     @contextmanager
     def _going_on(self, what: str) -> Iterator[None]:
         try:
@@ -109,6 +117,7 @@ class Log:
         with self._going_on(str(self.path)):
             self._write()
         os.close(self._file)
+        threading.excepthook = self._hook
 
 
 @contextmanager

@@ -198,14 +198,12 @@ def _run(job: Job) -> None:
         return
     with opened_log(options.folder, options.steps, done, ranks) as log:
         last, saved = train(job, done, log)
-    if saved is None:
-        raise NotSaved(f"step {last} was reached, and its checkpoint was not written{last_saved(job)}")
-    if not log:
-        return
-    if last < options.steps:
-        print(f"Stopped after step {last}, as a signal asked. To go on, run the same with --resume.")
-    else:
+    if log and last == options.steps:
         finish(job, log, saved)
+    if saved is None:
+        raise NotSaved(f"Step {last} was reached, and its checkpoint was not written{last_saved(job)}")
+    if log and last < options.steps:
+        print(f"Stopped after step {last}, as a signal asked. To go on, run the same with --resume.")
 
 
 def train(job: Job, done: int, log: Log | None) -> tuple[int, Path | None]:

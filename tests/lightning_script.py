@@ -1,8 +1,8 @@
 """A script that trains with Lightning, for tests that launch it as users do: `python -m tests.lightning_script JSON`.
 
 The JSON: `trainer` (its arguments), `out` (a folder: weights of the end go to weights.pt), `steps`, and of what goes
-wrong `how` ("raise", "kill", "signal") on which `rank` at which `step`, the others being `asleep` for so many seconds;
-under torchrun in its first `starts` alone, which is 1.
+wrong `how` ("raise", "kill", "signal", "stop") on which `rank` at which `step`, the others being `asleep` for so many
+seconds; under torchrun in its first `starts` alone, which is 1. With `patience` they watch each other.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+import lightning_plugin
 from tests.lightning_runs import OfLayers, rows
 from tests.sharded import weights_of
 
@@ -50,6 +51,9 @@ def misbehave(how: str) -> None:
         raise ArithmeticError("the original error")
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if how == "stop":
+        time.sleep(1)  # until the others have heard of it
+        os.kill(os.getpid(), signal.SIGSTOP)
     if how == "signal":
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.2)
@@ -59,6 +63,8 @@ def main() -> None:
     given = json.loads(sys.argv[1])
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     quiet |= {"enable_model_summary": False, "max_epochs": 1, "devices": 2, "default_root_dir": given["out"]}
+    if "patience" in given:
+        quiet |= {"callbacks": [lightning_plugin.Patience(given["patience"])]}
     if given.get("saves"):
         quiet |= {"callbacks": [pl.callbacks.OnExceptionCheckpoint(given["out"])], "enable_checkpointing": True}
     pl.Trainer(**{**quiet, **given["trainer"]}).fit(Layers(given))

@@ -2,12 +2,17 @@
 
 import functools
 import json
+import os
+import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.jobs import ROOT, TORCHRUN, Start, free_port, on_ranks, started, text_in
-from tests.world import World
+from tests.jobs import ROOT, TORCHRUN, Start, begun, ended, free_port, on_ranks, started, text_in, workers_of
+from tests.test_launch_kills import wait_for
+from tests.world import World, patience
 
 SCRIPT = "launch/train_deepspeed.py"
 SIZES = "--layers 1 --width 32 --heads 2 --context 32"
@@ -58,6 +63,28 @@ def test_the_deepspeed_launcher_starts_the_same_training(worlds: dict[int, World
     here = on_ranks(worlds, "launch.train_deepspeed", 2, flags(tmp_path / "here", text, 2, "--steps 4"))
     assert here.status == 0, here.stderr
     assert len(losses(tmp_path / "here")) == 5 and losses(tmp_path / "started") == losses(tmp_path / "here")
+
+
+@pytest.mark.full
+def test_a_rank_that_is_stopped_is_named_and_ends_the_job(tmp_path: Path, text: Path) -> None:
+    job = f"{SCRIPT} {flags(tmp_path, text, 2, '--steps 100000')} --patience {3 * patience()}"
+    with begun(f"{TORCHRUN} 2 {job}") as process:
+        assert wait_for(lambda: (tmp_path / "metrics.jsonl").exists(), process.process)
+        time.sleep(patience())
+        os.kill(workers_of(process.process.pid)[1], signal.SIGSTOP)
+        done = ended(process)
+    assert done.status != 0
+    assert re.search(r"rank 1 \(.*, pid \d+, step \d+\) has not been heard of since", done.stderr), done.stderr
+
+
+def test_a_loss_that_is_not_finite_ends_the_job_with_its_own_status(
+    worlds: dict[int, World], tmp_path: Path, text: Path
+) -> None:
+    config = json.loads((ROOT / "launch/configs/zero1.json").read_text())
+    config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e30, "torch_adam": True}}
+    (tmp_path / "wild.json").write_text(json.dumps(config))
+    done = on_ranks(worlds, "launch.train_deepspeed", 2, flags(tmp_path, text, tmp_path / "wild.json", "--steps 40"))
+    assert done.status == 3 and "The loss is nan at step" in done.stderr, done.stderr
 
 
 def test_a_batch_that_does_not_divide_is_refused(launch: Start, tmp_path: Path, text: Path) -> None:

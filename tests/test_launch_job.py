@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from launch.endings import NOT_SAVED
 from tests.jobs import TORCHRUN, Ended, Start, here, on_ranks, started, text_in
 from tests.world import World
 
@@ -230,7 +231,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(
 ) -> None:
     flags = f"{RUN} --width 128 --data {text} --out {tmp_path}"
     ranks = worlds[2].run(limited, 2, flags) if processes == 2 else [limited(None, flags)]
-    assert [rank.status for rank in ranks] == [1] * processes
+    assert [rank.status for rank in ranks] == [NOT_SAVED] * processes
     assert len(records(tmp_path)) == STEPS
     for step in (3, 6):
         assert f"The checkpoint of step {step} was not written:" in ranks[0].stderr

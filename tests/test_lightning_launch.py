@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -152,6 +153,17 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_the_second_start_trains_to_t
     assert done.status == 0, done.stderr
     assert "exitcode: -9" in done.stderr
     assert_trained(tmp_path)
+
+
+@pytest.mark.parametrize("strategy", ["kl_shampoo", pytest.param("kl_shampoo_deepspeed", marks=full)])
+def test_a_rank_that_is_stopped_is_named_by_the_callback_and_ends_the_job(strategy: str, tmp_path: Path) -> None:
+    """torchrun then kills what is stopped."""
+    waits = 2 * patience()
+    job = script(tmp_path, strategy, how="stop", rank=1, step=3, patience=waits)
+    with begun([*TORCHRUN, "--standalone", "--nproc-per-node=2", *job]) as process:
+        done = ended(process)
+    assert done.status != 0
+    assert re.search(r"rank 1 \(.*, pid \d+, .*\) has not been heard of since", done.stderr), done.stderr
 
 
 def met_in_three_starts(group: dist.ProcessGroup, port: int) -> list[bool]:

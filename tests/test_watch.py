@@ -38,6 +38,11 @@ CASES = {
     "two silent": ([heard(silent=40), heard(silent=31), heard()], True, "rank 1"),
     "silent in a save": ([heard(), heard(silent=31, unhurried=True)], True, "rank 1"),
     "late": ([heard(still=31, **WAITS), heard(still=31, **LATE)], True, "rank 1 (a host, pid 1, step 7) has not come"),
+    "late, and silent already": (
+        [heard(still=31, **WAITS), heard(silent=20, still=31, **LATE)],
+        True,
+        "rank 1 (a host, pid 1, step 7) has not been heard of since",
+    ),
     "late where": ([heard(still=31, **WAITS), heard(still=31, **LATE)], True, "it is at here.py:1 wait"),
     "not late yet": ([heard(still=31, **WAITS), heard(still=29, **LATE)], None, ""),
     "others still move": ([heard(still=1, **WAITS), heard(still=31, **LATE)], None, ""),
@@ -124,7 +129,7 @@ def rank_of(how: str, seconds: float, port: int, rank: int, folder: str) -> None
             elif how == "stuck":
                 time.sleep(600)
             elif how == "stop":
-                time.sleep(seconds / 2)  # by then it has been heard of
+                time.sleep(seconds / 4)  # by then it has been heard of
                 os.kill(os.getpid(), signal.SIGSTOP)
             elif how == "slow save":
                 watch.doing("saving", unhurried=True)

@@ -54,8 +54,7 @@ def verdict(heard: Mapping[int, Heard], now: float, patience: float) -> Verdict 
     here = {rank: one for rank, one in heard.items() if one.sign is None or not one.sign.left}
     silent = [rank for rank, one in here.items() if now - one.since > patience * (LONG if one.sign is None else 1)]
     if silent:
-        told = [f"{_name(rank, here[rank])} has not been heard of since {at(here[rank].since, now)}" for rank in silent]
-        return Verdict("; ".join(told), final=True)
+        return Verdict("; ".join(_silent(rank, here[rank], now) for rank in silent), final=True)
     signs = {rank: one.sign for rank, one in here.items() if one.sign is not None}
     if len(signs) < len(here) or any(now - one.moved <= patience for one in here.values()):
         return None
@@ -63,8 +62,8 @@ def verdict(heard: Mapping[int, Heard], now: float, patience: float) -> Verdict 
     if not late:
         return None
     told = [
-        f"{_name(rank, here[rank])} has not come to what the others wait for since {at(here[rank].moved, now)}: "
-        f"it is at {signs[rank].where}"
+        # its last sign cannot say where it is now
+        (_silent if now - here[rank].since > patience / 2 else _late)(rank, here[rank], now)
         for rank in late
     ]
     over = any(now - here[rank].moved > patience * LONG for rank in late)
@@ -88,6 +87,17 @@ def behind(signs: Mapping[int, Sign]) -> list[int]:
         for group, count in sign.counts.items():
             most[group] = max(count, most.get(group, 0))
     return [rank for rank, sign in signs.items() if any(count < most[group] for group, count in sign.counts.items())]
+
+
+def _silent(rank: int, heard: Heard, now: float) -> str:
+    return f"{_name(rank, heard)} has not been heard of since {at(heard.since, now)}"
+
+
+def _late(rank: int, heard: Heard, now: float) -> str:
+    where = heard.sign.where if heard.sign else ""
+    return (
+        f"{_name(rank, heard)} has not come to what the others wait for since {at(heard.moved, now)}: it is at {where}"
+    )
 
 
 def _name(rank: int, heard: Heard) -> str:

@@ -190,9 +190,9 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         """Which parameter is trained by which method, a line each."""
         return self._attached.routes()
 
-    def stats(self, all_ranks: bool = False) -> dict[str, Any]:
+    def stats(self, all_ranks: bool = False, matrices: bool = False) -> dict[str, Any]:
         """As `KLShampoo.stats`, the steps that DeepSpeed has left out counted in; a collective with `all_ranks`."""
-        found = self._attached.stats(all_ranks)
+        found = self._attached.stats(all_ranks, matrices)
         return {**found, "skipped_steps": found["skipped_steps"] + self._engine.skipped_steps}
 
     @property

@@ -77,6 +77,23 @@ class Consolidating:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
 
 
+class LogsStats:
+    """Mixin of a Trainer: KLShampoo's numbers of all ranks stand beside the loss, wherever that is reported.
+
+    "kl_shampoo/update_rms" and the like, as `KLShampoo.stats(all_ranks=True)` has them, in TensorBoard, W&B or what
+    else `report_to` names.
+    """
+
+    def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
+        trainer: Any = self
+        optimizer = _unwrapped(getattr(trainer, "optimizer", None))
+        if isinstance(optimizer, KLShampoo) and "loss" in logs:  # a line of training, which all ranks log
+            found = optimizer.stats(all_ranks=True)
+            numbers = {name: float(x) for name, x in found.items() if isinstance(x, (int, float))}
+            logs = logs | {f"kl_shampoo/{name}": x for name, x in numbers.items()}
+        super().log(logs, *arguments, **named)  # type: ignore[misc]
+
+
 def _refuse_saves_apart(args: TrainingArguments) -> None:
     if args.world_size > 1 and getattr(args, "enable_jit_checkpoint", False):
         raise ValueError(
@@ -123,9 +140,14 @@ def consolidate(optimizer: Any, here: bool) -> None:
     Args:
         optimizer: KLShampoo as it is or as accelerate has wrapped it; others, and one of sharded parameters, are left.
     """
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
+    optimizer = _unwrapped(optimizer)
     if isinstance(optimizer, KLShampoo) and not optimizer.is_sharded:
         for rank, writes in enumerate(optimizer.parts.ranks.gather_objects(here and not optimizer.is_consolidated)):
             if writes:
                 optimizer.consolidate_state_dict(to=rank)
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -396,18 +396,25 @@ class KLShampoo(StateDicts):
         """A table of every parameter: its shape, the method that serves it, as which matrices, and who owns them."""
         return routing_table(self.plan)
 
-    def stats(self, all_ranks: bool = False) -> dict[str, Any]:
+    def stats(self, all_ranks: bool = False, matrices: bool = False) -> dict[str, Any]:
         """A few numbers, cheaply; `condition` and `update_rms` wait for the device.
 
         `skipped_steps`, `restarts` (of matrices, or parameters under AdamW, whose state was damaged), `refreshes` and
         `refresh_seconds` (host time), `fallbacks` (decompositions computed another way), `condition` (largest ratio of
         eigenvalues of a Kronecker factor, None without any), `update_rms` (of the last step's updates of matrices,
-        before the learning rate; None without any), `update_elements` in them.
+        before the learning rate; None without any), `update_elements` in them, `wait_seconds` (host time in which
+        exchanges were waited for and nothing was computed).
 
         Args:
             all_ranks: False is of this rank; True of all of them, and a collective: counters are added up, of times
                 the largest, and `refresh_balance` is the largest refresh time over the mean.
+            matrices: also of each matrix, or block of one, by name, under "matrices": condition, effective rank and
+                quantiles of the eigenvalues of each side, RMS of update and weight (kl_dist.step.stats.of_matrices).
         """
         mine = stats.of_rank(self._running)
         found = stats.of_all(self._ranks.gather_objects(mine)) if all_ranks else mine
+        if matrices:
+            named = stats.of_matrices(self._running)
+            told = self._ranks.gather_objects(named) if all_ranks else [named]
+            found["matrices"] = {name: said for one in reversed(told) for name, said in one.items()}
         return {"skipped_steps": self._skipped, "restarts": self._restarts, **found}

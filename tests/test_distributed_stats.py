@@ -16,7 +16,7 @@ def said(group, method: str, steps: int = 3):
     for step in range(steps):
         backward(model, samples(step))
         optimizer.step()
-    return optimizer.stats(), optimizer.stats(all_ranks=True)
+    return optimizer.stats(matrices=True), optimizer.stats(all_ranks=True, matrices=True)
 
 
 def measured(method: str, steps: int = 3) -> float:
@@ -56,3 +56,54 @@ def test_all_ranks_together_say_what_one_process_says(world, method):
 def test_the_update_rms_is_that_of_what_the_matrices_move_by(world, method):
     (alone,) = world.run(said, 1, method)
     assert alone[0]["update_rms"] == pytest.approx(measured(method), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_matrix_is_said_to_be_what_one_process_says_it_is(world, method):
+    (alone,) = world.run(said, 1, method)
+    found = world.run(said, 3, method)
+    wanted = alone[0]["matrices"]
+    assert all(both[1]["matrices"].keys() == wanted.keys() for both in found)
+    assert {name for mine, _ in found for name in mine["matrices"]} == wanted.keys()
+    for name, numbers in found[0][1]["matrices"].items():
+        assert numbers.keys() == wanted[name].keys()
+        for key, value in numbers.items():
+            assert value == pytest.approx(wanted[name][key], rel=1e-6), (name, key)
+
+
+def numbers_of(parameter: torch.nn.Parameter, optimizer: KLShampoo) -> dict:
+    return optimizer.stats(matrices=True)["matrices"]["W"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_numbers_of_a_matrix_are_what_their_names_say(method):
+    parameter = torch.nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    optimizer = KLShampoo([("W", parameter)], lr=1.0, weight_decay=0.0, method=method, blocking="none")
+    for step in range(5):
+        parameter.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        before = parameter.detach().clone()
+        optimizer.step()
+    numbers = numbers_of(parameter, optimizer)
+    assert numbers["weight_rms"] == pytest.approx(float(parameter.detach().square().mean().sqrt()))
+    assert numbers["update_rms"] == pytest.approx(float((parameter.detach() - before).square().mean().sqrt()))
+    state = optimizer.state[parameter]
+    sides = [key.split(".")[1] for key in state if key.startswith("bases.")]
+    assert {key.split(".")[1] for key in numbers if "." in key} == set(sides)
+    for side in sides:
+        values = state.get(f"eigenvalues.{side}", state[f"factors.{side}"].diagonal())
+        p = values / values.sum()
+        assert numbers[f"condition.{side}"] == pytest.approx(float(values.max() / values.min()))
+        assert numbers[f"effective_rank.{side}"] == pytest.approx(
+            float(torch.distributions.Categorical(p).entropy().exp())
+        )
+        assert 1 <= numbers[f"effective_rank.{side}"] <= len(values)
+        low, *_, high = numbers[f"eigenvalues.{side}"]
+        assert low * values.mean() == pytest.approx(float(values.min())) and high >= 1 >= low
+
+
+def test_before_the_first_gradient_a_factor_has_full_effective_rank():
+    parameter = torch.nn.Parameter(torch.ones(6, 4))
+    numbers = numbers_of(parameter, KLShampoo([("W", parameter)], blocking="none"))
+    assert (
+        numbers["effective_rank.0"] == pytest.approx(6) and numbers["condition.1"] == 1 and "update_rms" not in numbers
+    )

@@ -342,3 +342,38 @@ def unknown_to_each_other(group: dist.ProcessGroup) -> None:
 def test_processes_that_accelerate_does_not_know_of_are_refused(worlds):
     with raising(ValueError, r"torch has 2 ranks here and Accelerate says 1, .* make Accelerator\(cpu=True\)"):
         worlds[2].run(unknown_to_each_other, 2)
+
+
+def run_with_stats(group: dist.ProcessGroup, folder: Path) -> list[dict[str, Any]]:
+    from transformers import Trainer, TrainingArguments
+
+    from kl_dist.huggingface import Consolidating, KLShampooFactory, LogsStats
+
+    class Told(LogsStats, Consolidating, Trainer):
+        pass
+
+    with as_started(group, "huggingface"):
+        given = {"max_steps": 4, "logging_steps": 2, "save_strategy": "no", "per_device_train_batch_size": 2}
+        given |= {"report_to": ["tensorboard"], "use_cpu": True, "disable_tqdm": True}
+        trainer = Told(
+            model=Learner(),
+            args=TrainingArguments(str(folder), **given),
+            train_dataset=samples(),
+            optimizer_cls_and_kwargs=(KLShampooFactory, OPTIONS),
+        )
+        trainer.train()
+        return trainer.state.log_history
+
+
+def test_numbers_of_the_optimizer_stand_beside_the_loss_in_every_report(worlds, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first, second = worlds[2].run(run_with_stats, 2, tmp_path, timeout=120)
+    lines = [line for line in first if "loss" in line]
+    assert len(lines) == 2 and all(0.05 < line["kl_shampoo/update_rms"] < 1 for line in lines)
+    assert [line["kl_shampoo/update_rms"] for line in second if "loss" in line] == [
+        line["kl_shampoo/update_rms"] for line in lines
+    ]
+    (events,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
+    board = EventAccumulator(str(events)).Reload()
+    assert {"train/kl_shampoo/update_rms", "train/kl_shampoo/restarts"} <= set(board.Tags()["scalars"])

@@ -59,6 +59,11 @@ class LocalShards:
             self._views[id(piece)] = view
         return view
 
+    def rms(self, parameter: int) -> float:
+        """The root mean square of what this rank has of a parameter's weights; 0 of nothing. Waits for the device."""
+        shard = local_shard(self.parameters[parameter])
+        return float(torch.linalg.vector_norm(shard, dtype=torch.float64)) / max(1, shard.numel()) ** 0.5
+
     def scale_gradients(self, factor: Tensor) -> None:
         """G <- factor G (0-D), in place."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]

@@ -67,11 +67,13 @@ class Engine:
         self.failure: Exception | None = None  # of this rank, not yet raised: see [Note: failures]
         self.refreshes = 0
         self.refresh_seconds = 0.0
+        self.wait_seconds = 0.0  # of exchanges, as far as nothing was computed meanwhile
         self.idle_steps = 0  # in a row, without any gradient
         self.updates: list[Updates] = []  # of the last step
         if previous is not None:
             self.failure, self.idle_steps = previous.failure, previous.idle_steps
             self.refreshes, self.refresh_seconds = previous.refreshes, previous.refresh_seconds
+            self.wait_seconds = previous.wait_seconds
 
     def agree(self, problem: Exception | None, moved: bool, steps: int) -> list[Presence] | None:
         """What all ranks know of this step before it changes anything: see [Note: agreement].
@@ -183,7 +185,7 @@ class Engine:
             self._attempt(trips.pack_gradients, self.shards, room)
             trip = trips.send_gradients(room)
             yield
-            trip.wait()
+            self._wait(trip)
         gradients = partial(trips.read_gradient, shards=self.shards, room=room)
         self._attempt(self._compute, stacks, presences, gradients, trips.updates(room))
         self._attempt(trips.pack_updates, room)
@@ -195,15 +197,20 @@ class Engine:
         self._attempt(self._refresh, stacks, presences)
         if trips.sharded:
             yield
-            trip.wait()
+            self._wait(trip)
             legs = [trips.spread_updates(room, leg) for leg in range(min(LEGS_AT_A_TIME, trips.legs))]
         for leg in range(trips.legs):
             if trips.replicated:
                 yield
-            legs[leg].wait()
+            self._wait(legs[leg])
             self._attempt(self._apply, trips, room, leg, presences)
             if leg + LEGS_AT_A_TIME < trips.legs:
                 legs.append(trips.spread_updates(room, leg + LEGS_AT_A_TIME))
+
+    def _wait(self, exchange: Exchange) -> None:
+        began = time.perf_counter()
+        exchange.wait()
+        self.wait_seconds += time.perf_counter() - began
 
     def _sights(self) -> Iterator[Sight]:
         for trips in self.trips:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kl_dist.methods import fallbacks
 from kl_dist.step.engine import Engine
 from kl_dist.step.stacks import unit_states
+
+QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
 
 def of_rank(engine: Engine) -> dict[str, Any]:
@@ -28,11 +31,53 @@ def of_rank(engine: Engine) -> dict[str, Any]:
     return {
         "refreshes": engine.refreshes,
         "refresh_seconds": engine.refresh_seconds,
+        "wait_seconds": engine.wait_seconds,
         "fallbacks": fallbacks.read(),
         "condition": float(torch.stack(ratios).amax()) if ratios else None,
         "update_rms": float(torch.cat(norms).norm()) / math.sqrt(elements) if elements else None,
         "update_elements": elements,
     }
+
+
+def of_matrices(engine: Engine) -> dict[str, dict[str, Any]]:
+    """Of every matrix or block that this rank owns, by name; waits for the device.
+
+    For each side k that keeps a factor, `condition.k`, the ratio of its eigenvalues; `effective_rank.k`, exp of the
+    entropy of eigenvalues that add up to 1 (Roy and Vetterli, 2007), from 1 to d_k; `eigenvalues.k`, the quantiles 0,
+    10, 50, 90 and 100 % of eigenvalues of unit mean. `update_rms` of the last step, before the learning rate, and
+    `weight_rms`, of what this rank has of the parameter. Method "shampoo" keeps no eigenvalues, and Muon no factors.
+    """
+    moved = {i: norm for made in engine.updates for i, norm in zip(made.indices, made.norms.tolist(), strict=True)}
+    weights: dict[int, float] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for stack in (stack for bucket in engine.stacks for stack in bucket):
+        for row, (index, unit) in enumerate(zip(stack.indices, stack.units, strict=True)):
+            if unit.elementwise:
+                continue
+            if unit.parameter not in weights:
+                weights[unit.parameter] = engine.shards.rms(unit.parameter)
+            said: dict[str, Any] = {"weight_rms": weights[unit.parameter]}
+            if index in moved:
+                said["update_rms"] = moved[index] / math.sqrt(unit.numel)
+            for side, values in _eigenvalues(stack.state.row(row)):
+                share = values / values.sum()
+                entropy = -torch.special.xlogy(share, share).sum()
+                quantiles = torch.tensor(QUANTILES, dtype=values.dtype, device=values.device)
+                said[f"condition.{side}"] = float(values.amax() / values.amin())
+                said[f"effective_rank.{side}"] = float(entropy.exp())
+                said[f"eigenvalues.{side}"] = (values / values.mean()).quantile(quantiles).tolist()
+            found[unit.name] = said
+    return found
+
+
+def _eigenvalues(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(side, eigenvalues in float64) of a matrix: those it keeps, or the diagonal of what is in an eigenbasis."""
+    kept = {name.split(".")[1]: x for name, x in state.items() if name.startswith("eigenvalues.")}
+    if not kept:
+        sides = [name.split(".")[1] for name in state if name.startswith("bases.")]
+        kept = {side: state[f"factors.{side}"].diagonal() for side in sides}
+    for side, values in kept.items():
+        yield side, values.double().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def of_all(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -49,6 +94,7 @@ def of_all(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "refreshes": sum(one["refreshes"] for one in ranks),
         "refresh_seconds": max(seconds),
+        "wait_seconds": max(one["wait_seconds"] for one in ranks),
         "refresh_balance": max(seconds) * len(seconds) / sum(seconds) if sum(seconds) else 1.0,
         "fallbacks": dict(computed_otherwise),
         "condition": max((one["condition"] for one in ranks if one["condition"] is not None), default=None),

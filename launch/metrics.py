@@ -51,7 +51,10 @@ class Log:
         self._validation = ""
 
     def record(self, record: Record) -> None:
-        """Add one step: its step, loss, lr, tokens, seconds, optimizer_seconds, and val_loss where it was measured."""
+        """Add one step: its step, loss, lr, tokens, seconds, optimizer_seconds, and val_loss where it was measured.
+
+        There also `optimizer`, what KLShampoo says of itself, and `memory`, the first rank's peak in bytes.
+        """
         self.records.append(record)
         self._unwritten += _line(record)
         with self._going_on(str(self.path)):
@@ -59,7 +62,9 @@ class Log:
         before = self.records[-2]["tokens"] if len(self.records) > 1 else 0
         speed = (record["tokens"] - before) / record["seconds"]
         values = {name: record[name] for name in ("loss", "val_loss", "lr", "optimizer_seconds") if name in record}
-        self._show(values | {"tokens_per_second": speed}, record["step"])
+        said = record.get("optimizer", {})
+        numbers = {f"optimizer/{name}": x for name, x in said.items() if isinstance(x, (int, float))}
+        self._show(values | {"tokens_per_second": speed} | numbers, record["step"])
         if "val_loss" in record:
             self._validation = f"validation {record['val_loss']:.3f}, "
         self._bar.set_postfix_str(

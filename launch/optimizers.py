@@ -51,6 +51,11 @@ class Trainer:
             optimizer.step()
         return self.groups[0]["lr"]
 
+    def numbers(self) -> dict[str, Any]:
+        """What KLShampoo says of itself over all ranks, matrix by matrix; a collective. Empty of other optimizers."""
+        ours = next((one for one in self.optimizers if isinstance(one, KLShampoo)), None)
+        return {} if ours is None else ours.stats(all_ranks=True, matrices=True)
+
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad()

@@ -7,6 +7,8 @@ here does the right thing, often nothing, for a single rank.
 
 import contextlib
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +63,13 @@ class Ranks:
         """Say what this rank is at, for the words about one that has stopped; see kl_dist.watch."""
         if self.watch:
             self.watch.doing(what, unhurried)
+
+    def peak_memory(self) -> int:
+        """Bytes that this rank had at most so far: on its device, or on a CPU of all of its process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next measures its work and not only its launch."""

@@ -217,6 +217,7 @@ def train(job: Job, done: int, log: Log | None) -> tuple[int, Path | None]:
         if last or step % options.eval_every == 0:
             ranks.doing(f"the validation loss after step {step}", unhurried=True)
             record["val_loss"] = job.validate()
+            record |= {"optimizer": job.trainer.numbers(), "memory": job.ranks.peak_memory()}
         if log:
             log.record(record)
         bad = 0 if math.isfinite(record["loss"]) else bad + 1

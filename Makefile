@@ -30,7 +30,7 @@ demo:
 	$(RUN) torch.distributed.run --standalone --nproc-per-node "$$gpus" launch/train.py $(ARGS)
 
 checked:
-	@.ci/environment "$(ENVIRONMENT)" "$(PYTHON)" job,dev,lightning,deepspeed,huggingface,docs
+	@.ci/environment "$(ENVIRONMENT)" "$(PYTHON)" job,dev,plan,lightning,deepspeed,huggingface,docs
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy

@@ -28,6 +28,7 @@ from torch import Tensor
 import kl_dist
 from benchmarks.report import Line, append, machine
 from kl_dist import options
+from kl_dist.cli.models import BUILT_IN, options_of
 from kl_dist.planning.boxes import whole
 from kl_dist.planning.plan import Plan
 from kl_dist.ranks import Exchange, Ranks, Team
@@ -35,37 +36,7 @@ from kl_dist.step.agreement import Presence
 from kl_dist.step.engine import Engine
 from kl_dist.step.stacks import MatrixStack
 
-Shapes = dict[str, tuple[int, ...]]
-
-
-def gpt2(width: int, layers: int) -> Shapes:
-    """Names and shapes of GPT-2, the head tied to the embedding."""
-    d = width
-    block = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.up": (4 * d, d), "mlp.down": (d, 4 * d)}
-    found: Shapes = {"wte": (50257, d), "wpe": (1024, d), "ln_f.weight": (d,), "ln_f.bias": (d,)}
-    for i in range(layers):
-        for name, shape in block.items():
-            found |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[:1]}
-        found |= {f"h.{i}.{norm}.{part}": (d,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
-    return found
-
-
-def llama(width: int, feed_forward: int, layers: int, keys: int, vocabulary: int = 128256) -> Shapes:
-    """Names and shapes of Llama 3; `keys` is the width of keys and values."""
-    d, f = width, feed_forward
-    attention = {"q": (d, d), "k": (keys, d), "v": (keys, d), "o": (d, d)}
-    block = attention | {"gate": (f, d), "up": (f, d), "down": (d, f), "norm_1": (d,), "norm_2": (d,)}
-    found: Shapes = {"embed": (vocabulary, d), "head": (vocabulary, d), "norm": (d,)}
-    return found | {f"layers.{i}.{name}": shape for i in range(layers) for name, shape in block.items()}
-
-
-MODELS = {
-    "gpt2": gpt2(768, 12),
-    "gpt2-xl": gpt2(1600, 48),
-    "llama-8b": llama(4096, 14336, 32, 1024),
-    "llama-70b": llama(8192, 28672, 80, 1024),
-}
-EMBEDDINGS = ("wte", "wpe", "embed", "head")
+MODELS = ("gpt2", "gpt2-xl", "llama-8b", "llama-70b")
 
 
 class Case(NamedTuple):
@@ -191,10 +162,9 @@ def host_seconds(plan: Plan, group: dict[str, Any], steps: int) -> dict[str, flo
 
 def measure(case: Case, steps: int) -> Line:
     """A plan and its numbers; of ranks' numbers those of rank 0, which has as much to do as any."""
-    shapes = MODELS[case.model]
-    names = tuple(name for name in EMBEDDINGS if name in shapes)
+    shapes = BUILT_IN[case.model]
     found: Line = {"model": case.model, "layout": case.layout, "ranks": case.ranks, "largest": case.largest}
-    given: dict[str, Any] = {"adamw_names": names, "max_preconditioner_dim": case.largest}
+    given: dict[str, Any] = {**options_of(shapes), "max_preconditioner_dim": case.largest}
     began = time.process_time()
     plan = kl_dist.plan(shapes, case.ranks, shard_size=case.shard_size, dtype=torch.bfloat16, **given)
     digest = plan.digest()

@@ -8,6 +8,7 @@ Where to look, from the top down; each line needs those below it alone:
                    Accelerate, huggingface.py are functions on it
     state_dicts.py the half of that shell which is saved, loaded and copied
     torchtitan.py  the container of optimizers that torchtitan builds; imported by nothing in here
+    cli/           the command kl-shampoo, which plans for ranks that are not there; imported by nothing in here
     checkpoint/    what is saved, and how it comes back at another world size or in another layout
     step/          one step: agree, bring gradients to the owners, update, refresh, bring updates back
     layouts/       where parameters live: whole, DTensors, fragments of flat memory

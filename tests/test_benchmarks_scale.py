@@ -21,10 +21,3 @@ def test_a_case_is_planned_and_stepped_in_a_process_of_its_own(
     assert line["host_agree_seconds"] > 0 and line["host_run_seconds"] > 0
     assert f"| {line['balance']:.2f} |" in capsys.readouterr().out
     assert "error" in scale.measured(case, 1, limit=0.01)
-
-
-def test_the_models_have_the_sizes_of_their_names() -> None:
-    def billions(name: str) -> float:
-        return sum(scale.torch.Size(shape).numel() for shape in scale.MODELS[name].values()) / 1e9
-
-    assert [round(billions(name), 2) for name in scale.MODELS] == [0.12, 1.56, 8.03, 70.55]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kl_dist.cli import report
+from kl_dist.cli.main import main
 from tests.jobs import on_ranks, text_in
 from tests.models import raising
 from tests.world import World
@@ -92,6 +93,14 @@ def test_what_is_no_run_is_refused(tmp_path, text, complaint):
     with raising(ValueError, complaint):
         report.write(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_the_command_says_where_the_page_is_and_ends_with_two_where_there_is_no_run(run, tmp_path, capsys):
+    main(["report", str(run), "--out", str(tmp_path / "page.html")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
+    with pytest.raises(SystemExit) as left:
+        main(["report", str(tmp_path)])
+    assert left.value.code == 2 and "give the folder of a run" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here to look at the page with")

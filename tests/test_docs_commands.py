@@ -23,6 +23,7 @@ LESS = {
     "make test": "ARGS=tests/test_boxes.py",
     "pip install .": "--no-deps --no-build-isolation --target {out}",
     "python -m deepspeed_integration.universal": "",
+    "kl-shampoo plan": "--largest 1 --png {out}/plan.png",
     "launch/hf_trainer.py": GPT,
     "launch/lora.py": GPT + " --base-steps 4 --base {out}/base",
     "launch/multinode.sh": GPT + " --port {port}",

@@ -1,10 +1,12 @@
 """What is shipped: the wheel holds the packages that a user imports, and nothing of how they are made."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,23 @@ def test_the_wheel_is_named_after_the_version_in_the_code(wheel: Path) -> None:
 
     assert wheel.name == f"kl_shampoo-{__version__}-py3-none-any.whl"
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_command_runs_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+    """Installed beside the environment's libraries, from a folder that knows nothing of the checkout."""
+    installed = tmp_path / "installed"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", installed]
+    subprocess.run([*install, wheel], check=True, capture_output=True, timeout=120)
+    elsewhere = {**os.environ, "PYTHONPATH": str(installed)}
+    run = partial(subprocess.run, capture_output=True, text=True, cwd=tmp_path, env=elsewhere, timeout=120)
+    where = run([sys.executable, "-c", "import kl_dist; print(kl_dist.__file__)"])
+    assert Path(where.stdout.strip()).is_relative_to(installed)
+    command = installed / "bin" / "kl-shampoo"
+    done = run([command, "plan", "gpt2", "--world", "4", "--largest", "1", "--png", tmp_path / "plan.png"])
+    assert done.returncode == 0, done.stderr
+    assert "144 matrices, ddp, 4 ranks" in done.stdout and (tmp_path / "plan.png").exists()
+    refused = run([command, "plan", "gpt5"])
+    assert refused.returncode == 2 and refused.stderr.startswith("error: no model 'gpt5'")
 
 
 def test_every_direct_dependency_of_the_two_commands_is_pinned() -> None:

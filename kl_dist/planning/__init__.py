@@ -3,5 +3,5 @@
 In the order of the thought: `matrices` reads a tensor as matrices and cuts them into blocks, `units` makes units of
 those, `costs` weighs them, `ownership` gives each an owner, `partition` says among how many, `slices` divides what
 AdamW serves, `buckets` says what travels together, `boxes` and `traffic` which piece goes where; `plan` is all of it,
-and `making` makes it.
+`making` makes it, and `links` says what of it crosses nodes.
 """

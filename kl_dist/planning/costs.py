@@ -7,6 +7,7 @@ written, which counts FLOPS_PER_BYTE.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -18,12 +19,28 @@ FLOPS_PER_BYTE = 16  # what a processor computes in float32 while it moves one b
 REFRESH_COPIES = 4.5  # as large as the Kronecker factors of one side of a stack, that a refresh holds at its peak
 
 
-def matrix_cost(method: str, recipe: str, block: Block, dtype: torch.dtype, every: int, polar_steps: int) -> float:
-    """Flops per step of one block, refreshes divided by `every`, bytes counted as flops."""
+class Work(NamedTuple):
+    """What one block, or a slice, asks for."""
+
+    products: float  # flops in every step
+    refresh: float  # flops in every T-th
+    moved: float  # bytes of memory read and written in every step
+
+    def cost(self, every: int) -> float:
+        """Flops per step, refreshes divided by `every`, bytes counted as flops."""
+        return self.products + self.refresh / every + FLOPS_PER_BYTE * self.moved
+
+
+def matrix_work(method: str, recipe: str, block: Block, dtype: torch.dtype, polar_steps: int) -> Work:
+    """Of one block."""
     flops = rule(method, recipe).flops(block.shape, block.sides)
     moved = 2 * state_bytes(method, recipe, block.shape, block.sides, dtype) + 2 * block.numel * dtype.itemsize
-    products = flops.update + polar.flops(block.shape, polar_steps) + flops.refresh / every
-    return products + FLOPS_PER_BYTE * moved
+    return Work(flops.update + polar.flops(block.shape, polar_steps), flops.refresh, moved)
+
+
+def matrix_cost(method: str, recipe: str, block: Block, dtype: torch.dtype, every: int, polar_steps: int) -> float:
+    """Flops per step of one block, refreshes divided by `every`, bytes counted as flops."""
+    return matrix_work(method, recipe, block, dtype, polar_steps).cost(every)
 
 
 def update_bytes(method: str, recipe: str, block: Block, dtype: torch.dtype, polar_steps: int) -> int:

@@ -57,7 +57,7 @@ class Plan:
 
     def room_bytes(self, rank: int) -> int:
         """Bytes of the buffers that buckets travel through on a rank."""
-        return sum(map(sum, rooms_of(*self._travelling(rank))))
+        return sum(map(sum, rooms_of(*self.travelling(rank))))
 
     def working_bytes(self, rank: int) -> int:
         """Bytes that a step allocates at its peak on a rank, and gives back."""
@@ -69,7 +69,7 @@ class Plan:
 
     def bytes_of(self, rank: int) -> Bytes:
         """Bytes a rank sends and receives in the buckets of a step, by the trip."""
-        return bytes_of(*self._travelling(rank))
+        return bytes_of(*self.travelling(rank))
 
     def sent_bytes(self, rank: int) -> int:
         """Bytes a rank sends per step, padding and all-reduces included; all-gathers counted as rings.
@@ -82,7 +82,8 @@ class Plan:
         agreement = round((self.world_size - 1) * 2 * 4 * (self.agreement_size + 1) / self.world_size)
         return found.gradients_sent + found.updates_sent + agreement
 
-    def _travelling(self, rank: int) -> tuple[list[Traffic], list[Any]]:
+    def travelling(self, rank: int) -> tuple[list[Traffic], list[Any]]:
+        """What a rank sends and receives, by bucket, and in which dtype."""
         traffics = [self.traffic(number, rank) for number in range(len(self.buckets))]
         return traffics, [bucket.dtype for bucket in self.buckets]
 

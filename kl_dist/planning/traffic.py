@@ -288,13 +288,13 @@ def bytes_of(traffics: Sequence[Traffic], dtypes: Sequence[torch.dtype]) -> Byte
         here = traffic.position
         sent = traffic.outgoing.numel - traffic.outgoing.lengths[here]
         received = traffic.incoming.numel - traffic.incoming.lengths[here]
-        passed, came, padding = _along_the_column(traffic) if traffic.replicas > 1 else (0, 0, 0)
+        passed, came, padding = along_the_column(traffic) if traffic.replicas > 1 else (0, 0, 0)
         found = (sent, received, received + passed, sent + came, padding)
         total = Bytes(*(a + dtype.itemsize * b for a, b in zip(total, found, strict=True)))
     return total
 
 
-def _along_the_column(traffic: Traffic) -> tuple[int, int, int]:
+def along_the_column(traffic: Traffic) -> tuple[int, int, int]:
     """Elements that a rank sends and receives there, and those that are padding."""
     successor = (traffic.place + 1) % traffic.replicas
     passed = came = padding = 0

@@ -1,0 +1,157 @@
+"""How fast a machine computes and communicates: presets by data sheet, and this CPU, measured on the spot."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from kl_dist import KLShampoo
+from kl_dist.methods.linalg import QR_SLOWNESS
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one rank, and of the links between ranks."""
+
+    name: str
+    flops: float  # of matrix products, per second
+    refresh_flops: float  # of a refresh as kl_dist.planning.costs counts them, per second
+    memory: float  # bytes per second, read and written
+    within: float  # bytes per second that a rank sends to others of its node
+    between: float  # and to those of other nodes
+    latency: float  # seconds that an exchange takes beside its bytes
+    host: float = 0.0  # seconds that a step takes whatever is computed; 0 where a device hides them
+    cores: int | None = None  # ranks of a node that compute at a time; None: all of them
+
+    def sharing(self, ranks: int) -> float:
+        """How many times as long a rank computes where so many stand on its node."""
+        return max(1.0, ranks / self.cores) if self.cores else 1.0
+
+
+PRESETS = {
+    "h100": Machine(
+        "H100 SXM, half of what its data sheet says: TF32, HBM3, NVLink 4, 400 Gb/s a rank",
+        flops=250e12,
+        refresh_flops=25e12,
+        memory=1.7e12,
+        within=225e9,
+        between=25e9,
+        latency=20e-6,
+    ),
+}
+"""[Note: presets] No H100 was at hand: products at half of 494 TFLOP/s, links at half of their speed. A refresh's flops
+are float64 factorisations of one matrix beside another; docs/gpu.md's H200 made a tenth of its products' rate of them.
+"""
+
+REPEATS = 5
+SECONDS = 0.05  # of one repetition, about
+
+
+def this_cpu(side: int, ranks: int = 1, matrices: int = 8) -> Machine:
+    """Rates of this CPU, one thread a rank, on matrices of `side` x `side` in float32; takes a few seconds.
+
+    Links, and a step's own time with so many tiny `matrices` a rank, are measured between two processes by gloo, where
+    `ranks` are more than one.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        products = _products(side)
+        refresh = _refresh(side, products)
+        memory = _memory()
+        latency, bandwidth, host = _links(matrices) if ranks > 1 else (0.0, 1e9, _host(matrices))
+    finally:
+        torch.set_num_threads(threads)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    rates = (products, refresh, memory, bandwidth, bandwidth, latency)
+    return Machine(f"this CPU, one thread of {cores}", *rates, host=host, cores=cores or 1)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """CPU seconds of one call, the median of a few: what else runs on the machine does not count."""
+    work()
+    began = time.process_time()
+    work()
+    count = max(1, round(SECONDS / max(time.process_time() - began, 1e-9)))
+    found = []
+    for _ in range(REPEATS):
+        began = time.process_time()
+        for _ in range(count):
+            work()
+        found.append((time.process_time() - began) / count)
+    return median(found)
+
+
+def _products(side: int) -> float:
+    a, b, out = (torch.randn(8, side, side) for _ in range(3))
+    return 8 * 2 * side**3 / _seconds(lambda: torch.bmm(a, b, out=out))
+
+
+def _refresh(side: int, products: float) -> float:
+    """Of a matrix's side: QR, the products P O and Q O, and half of its momentum's, as `flops_in_eigenbasis` counts."""
+    factor = torch.eye(side) + 0.01 * torch.randn(side, side)
+    qr = _seconds(lambda: torch.linalg.qr(factor))
+    counted = (8 / 3 * QR_SLOWNESS + 6) * side**3
+    return counted / (qr + 6 * side**3 / products)
+
+
+def _memory() -> float:
+    x, y = torch.randn(1 << 22), torch.randn(1 << 22)
+    return 3 * x.nbytes / _seconds(lambda: x.add_(y))
+
+
+def _host(matrices: int) -> float:
+    """CPU seconds of a step whose matrices have hardly anything to compute; a collective, where there are ranks."""
+    some = torch.arange(16.0).sin().view(4, 4)  # the same on every rank
+    parameters = [torch.nn.Parameter(some.clone()) for _ in range(matrices)]
+    optimizer = KLShampoo(parameters, compare_every=1 << 30)
+    for parameter in parameters:
+        parameter.grad = some.clone()
+    found = []
+    for _ in range(4 * REPEATS):
+        began = time.process_time()
+        optimizer.step()
+        found.append(time.process_time() - began)
+    return median(found)
+
+
+# -- two processes -----------------------------------------------------------------------------------------------------
+
+SMALL, LARGE = 1 << 10, 16 << 20
+
+
+def _links(matrices: int) -> tuple[float, float, float]:
+    """Seconds of a small exchange, bytes per second of a large one, and seconds of a step with nothing to compute."""
+    with TemporaryDirectory() as folder:
+        mp.spawn(_exchange, (f"{folder}/store", matrices), nprocs=2)
+        small, large, host = map(float, Path(f"{folder}/store.0").read_text().split())
+    return small, LARGE / max(large - small, 1e-9), host
+
+
+def _exchange(rank: int, store: str, matrices: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    found = []
+    for nbytes in (SMALL, LARGE):
+        mine, room = torch.zeros(nbytes // 4), torch.zeros(2, nbytes // 4)
+        times = []
+        for _ in range(2 * REPEATS):
+            dist.barrier()
+            began = time.perf_counter()
+            dist.all_gather(list(room), mine)
+            times.append(time.perf_counter() - began)
+        found.append(min(times))
+    found.append(_host(2 * matrices))  # of which each rank has half
+    Path(f"{store}.{rank}").write_text(" ".join(map(str, found)))
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # threads of gloo's that outlive the group abort an interpreter that is taken apart

@@ -4,7 +4,7 @@
     OUT/job.lock    locked while a job is at it; says which
 
 The lock is the system's (flock) and goes with the process that has it, however that ends: what a dead job has left is
-taken over. Between machines it holds where the file system passes it on, as NFS does from version 4 on.
+taken over. Between machines it holds where the file system passes it on, as Linux's NFS does by its manual.
 """
 
 import fcntl

@@ -124,7 +124,8 @@ def _difference(unit: Sequence[Holding], given: Tensor, wanted: Tensor) -> str |
     later = apart[0] * pow(T, -1, 1 << 64) % (1 << 64)
     later -= (later >> 63) << 64
     if len(set(apart)) == 1 and abs(later) < 1 << 40:
-        when = f"{abs(later)} steps {'later' if later > 0 else 'earlier'} than its param_groups"
+        apart_by = "1 step" if abs(later) == 1 else f"{abs(later)} steps"
+        when = f"{apart_by} {'later' if later > 0 else 'earlier'} than its param_groups"
         return f"the state of parameter {name!r} was saved {when}: parts of several saves lie together"
     key = next(key for key, x in zip(keys, apart, strict=True) if x)
     return f"state {key!r} of parameter {name!r} is not as it was saved: its checksum is another one"

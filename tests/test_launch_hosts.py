@@ -28,7 +28,7 @@ SIZES = "--layers 1 --width 16 --heads 2 --context 16"
 PLAIN = f"launch/train.py {SIZES} --tokens-per-step 192 --warmup 1 --eval-every 3"
 SIX = f"{PLAIN} --steps {STEPS}"
 LONG = f"{PLAIN} --steps 100000 --checkpoint-every 10 --keep 3"
-SOON = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5", "LAST_CALL": "5"}
+SOON = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
 TOLERANCE = 1e-4  # of one process against several, in float32: as in test_launch_job.py
 
 
@@ -227,7 +227,9 @@ def test_a_host_that_is_killed_and_comes_again_goes_on_from_the_newest_checkpoin
     assert calm.status == 0, calm.stderr
     out = tmp_path / "killed"
     said = [
-        words(host, f"{job} --out {out} --checkpoint-every 10 --keep 3 --resume auto", "1:2", max_restarts=3)
+        words(
+            host, f"{job} --out {out} --checkpoint-every 10 --keep 3 --resume auto", "1:2", max_restarts=3, last_call=5
+        )
         for host in (0, 1)
     ]
     with Hosts(2) as hosts, contextlib.ExitStack() as stack:

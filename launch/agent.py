@@ -10,7 +10,6 @@ that process's.
 
 import contextlib
 import json
-import math
 import os
 import signal
 import socket
@@ -35,8 +34,8 @@ GRACE = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
 """Seconds from a signal to the end of the processes; then they are killed."""
 
 LOST_STORE = "the store on the head, {}, does not answer any more: the head has ended, or this host is cut off from it"
-LOST, KILLED = 5, 128 + signal.SIGKILL
-"""Statuses of a process that ended because another did: see launch/endings.py."""
+LOST = 5
+"""Status of a process that ended because another did: see launch/endings.py."""
 LINGER = 5.0
 """Seconds that the head stays at most, with the store, for the others to read there that all is over."""
 
@@ -92,12 +91,13 @@ class Store:
         self.host, self.endpoint, self.nodes, self.timeout = host, endpoint, nodes, timeout
         self.hosts = range(int(nodes.split(":")[-1]))
         self._told: list[tuple[int, str]] = []  # failures, as far as they are known
+        self.killed = False  # this host's processes, for want of the others
         limit = timedelta(seconds=timeout)
         # One daemon serves all stores of a process at a port: torchrun's rendezvous shares it.
         self._keys = dist.TCPStore(
             head, int(port), is_master=host == 0, multi_tenant=True, wait_for_workers=False, timeout=limit
         )
-        for one in self.hosts if host == 0 else ():
+        for one in self.hosts if host == 0 else (host,):
             self._keys.set(f"left/{one}", "[0, null]")
         self._keys.set(f"came/{host}", "")
 
@@ -140,19 +140,27 @@ class Store:
                     self._keys.get("came/0")
                     answered[0] = time.monotonic()
                     time.sleep(1)
-                _kill_after(GRACE)
-                answered[0] = math.inf
+                time.sleep(GRACE)
+                self._kill()
+                answered[0] = time.monotonic()
 
         def see_to_the_store() -> None:
             # no call to the store can tell: its own time limit does not hold where nothing comes back at all
             while time.monotonic() - answered[0] < self.timeout + GRACE:
                 time.sleep(1)
-            _kill_after(0)
+            self._kill()
             print(LOST_STORE.format(self.endpoint), file=sys.stderr, flush=True)
             os._exit(LOST)
 
         for job in (follow, see_to_the_store):
             threading.Thread(target=job, daemon=True).start()
+
+    def _kill(self) -> None:
+        """End this host's processes, those that are stopped too."""
+        self.killed = True
+        for pid in children(os.getpid()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def cause(self) -> tuple[int, str] | None:
         """What ended another host, for one whose processes ended with it: what is not a consequence itself, if any."""
@@ -165,14 +173,6 @@ class Store:
                     break
                 time.sleep(0.1)
         return found[0] if found else None
-
-
-def _kill_after(seconds: float) -> None:
-    """End this host's processes, those that are stopped too."""
-    time.sleep(seconds)
-    for pid in children(os.getpid()):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words, status = "", 0
     except ChildFailedError as error:
         words, status = last_words(error.name, error.failures)
-        if store and (status == KILLED or (status == LOST and "has ended" in words)):
+        if store and (store.killed or status == LOST):
             status, words = store.cause() or (status, words)
     except RendezvousTimeoutError:
         assert store is not None

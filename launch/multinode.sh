@@ -21,6 +21,7 @@ usage: launch/multinode.sh --nodes N|MIN:MAX --node-rank K --head ADDRESS [optio
   --port PORT               of the store, on the head (default: 29400)
   --max-restarts R          how often to start all processes again after one failed (default: 0)
   --logs FOLDER             what each process says, in a file of its own, besides the console
+  --last-call SECONDS       once MIN hosts are there, how long to wait for more (default: 15)
   --timeout SECONDS         how long to wait for the head and for the other hosts (default: 300)
   --dry-run                 say what would be done, and do not
 WORDS
@@ -36,7 +37,7 @@ whole() {
 }
 
 nodes='' node_rank='' head='' hostfile='' logs='' dry_run=''
-nproc=auto port=29400 max_restarts=0 timeout=300
+nproc=auto port=29400 max_restarts=0 timeout=300 last_call=15
 while [ $# -gt 0 ]; do
     case $1 in
         --) break ;;
@@ -61,6 +62,7 @@ while [ $# -gt 0 ]; do
         --max-restarts) max_restarts=$value ;;
         --logs) logs=$value ;;
         --timeout) timeout=$value ;;
+        --last-call) last_call=$value ;;
         *) fail "$name is no option; --help lists them" ;;
     esac
 done
@@ -84,7 +86,7 @@ for given in "--nodes $nodes" "--node-rank $node_rank" "--head $head"; do
 done
 min_nodes=${nodes%:*} max_nodes=${nodes#*:}
 whole --nodes "$min_nodes" && whole --nodes "$max_nodes" && whole --node-rank "$node_rank"
-whole --port "$port" && whole --max-restarts "$max_restarts" && whole --timeout "$timeout"
+whole --port "$port" && whole --max-restarts "$max_restarts" && whole --timeout "$timeout" && whole --last-call "$last_call"
 [ "$nproc" = auto ] || whole --nproc-per-node "$nproc"
 [ "$min_nodes" -ge 1 ] && [ "$max_nodes" -ge "$min_nodes" ] || fail "--nodes $nodes: at least 1, and MIN no more than MAX"
 [ "$node_rank" -lt "$max_nodes" ] || fail "--node-rank $node_rank: of $max_nodes hosts the last is $((max_nodes - 1))"
@@ -120,7 +122,7 @@ WORDS
 
 set -- --nnodes "$nodes" --node-rank "$node_rank" --nproc-per-node "$nproc" --max-restarts "$max_restarts" \
     --rdzv-backend c10d --rdzv-endpoint "$head_address:$port" --rdzv-id multinode --local-addr "$local_address" \
-    --rdzv-conf "is_host=$is_host,join_timeout=$timeout,read_timeout=$((timeout < 60 ? timeout : 60)),last_call_timeout=${LAST_CALL:-15}" \
+    --rdzv-conf "is_host=$is_host,join_timeout=$timeout,read_timeout=$((timeout < 60 ? timeout : 60)),last_call_timeout=$last_call" \
     --monitor-interval 1 "$@"
 [ -z "$logs" ] || set -- --log-dir "$logs/host$node_rank" --redirects 3 --tee 3 "$@"
 if [ -n "$dry_run" ]; then

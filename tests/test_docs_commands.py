@@ -26,7 +26,7 @@ LESS = {
     "kl-shampoo plan": "--largest 1 --png {out}/plan.png",
     "launch/hf_trainer.py": GPT,
     "launch/lora.py": GPT + " --base-steps 4 --base {out}/base",
-    "launch/multinode.sh": GPT + " --port {port}",
+    "launch/multinode.sh": GPT,
     "launch/train_deepspeed.py": GPT,
     "launch/train_lightning.py": LIGHTNING,
 }
@@ -51,6 +51,7 @@ def ran(line: str, folder: Path) -> str:
 def shortened(line: str, folder: Path) -> str:
     (more,) = (more for part, more in LESS.items() if part in line)
     line = line.replace("deepspeed --num_gpus", f"deepspeed --master_port {free_port()} --num_gpus")
+    line = line.replace("multinode.sh ", f"multinode.sh --port {free_port()} ")
     line = line.replace("torchrun ", "torchrun --standalone ")
     return f"{line} {more}".format(text=text_in(folder), out=shlex.quote(str(folder / "out")))
 

@@ -28,7 +28,7 @@ SIZES = "--layers 1 --width 16 --heads 2 --context 16"
 PLAIN = f"launch/train.py {SIZES} --tokens-per-step 192 --warmup 1 --eval-every 3"
 SIX = f"{PLAIN} --steps {STEPS}"
 LONG = f"{PLAIN} --steps 100000 --checkpoint-every 10 --keep 3"
-SOON = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5", "LAST_CALL": "5"}
+SOON = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
 TOLERANCE = 1e-4  # of one process against several, in float32: as in test_launch_job.py
 
 
@@ -96,21 +96,24 @@ def test_a_host_that_does_not_come_is_named_within_the_timeout() -> None:
     assert done.status == 1 and last_line(done) == "host 1 of 2 did not come within 4 s"
 
 
-def test_two_hosts_train_as_two_processes_of_one_and_as_one(worlds: dict[int, World], tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=slow)])
+def test_hosts_train_as_processes_of_one_do_and_as_a_single_one(
+    count: int, worlds: dict[int, World], tmp_path: Path
+) -> None:
     job = f"{SIX} --data {text_in(tmp_path)} --out {tmp_path}"
-    for processes in (1, 2):
+    for processes in (1, count):
         done = on_ranks(worlds, "launch.train", processes, f"{job}/{processes}".removeprefix("launch/train.py "))
         assert done.status == 0, done.stderr
-    with Hosts(2) as hosts:
+    with Hosts(count) as hosts:
         ends = ran(hosts, f"{job}/hosts", logs=tmp_path / "logs")
-    assert [end.status for end in ends] == [0, 0], ends
-    assert "2 processes" in ends[0].stdout + ends[1].stdout
+    assert [end.status for end in ends] == [0] * count, ends
+    assert f"{count} processes" in "".join(end.stdout for end in ends)
     assert losses(tmp_path / "hosts") == pytest.approx(losses(tmp_path / "1"), rel=TOLERANCE)
-    alone, found, together = (saved_tensors(tmp_path / name, STEPS) for name in ("1", "hosts", "2"))
+    alone, found, together = (saved_tensors(tmp_path / name, STEPS) for name in ("1", "hosts", str(count)))
     assert same_bits(found, together)
     assert deviation(weights_in(found), weights_in(alone)) < 1e-3
     logs = sorted(path.relative_to(tmp_path / "logs").parts[0] for path in (tmp_path / "logs").rglob("stdout.log"))
-    assert logs == ["host0", "host1"]
+    assert logs == [f"host{host}" for host in range(count)]
 
 
 @slow
@@ -226,10 +229,8 @@ def test_a_host_that_is_killed_and_comes_again_goes_on_from_the_newest_checkpoin
     calm = on_ranks(worlds, "launch.train", 1, f"{job} --out {tmp_path / 'calm'}".removeprefix("launch/train.py "))
     assert calm.status == 0, calm.stderr
     out = tmp_path / "killed"
-    said = [
-        words(host, f"{job} --out {out} --checkpoint-every 10 --keep 3 --resume auto", "1:2", max_restarts=3)
-        for host in (0, 1)
-    ]
+    job = f"{job} --out {out} --checkpoint-every 10 --keep 3 --resume auto"
+    said = [words(host, job, "1:2", max_restarts=3, last_call=5) for host in range(2)]
     with Hosts(2) as hosts, contextlib.ExitStack() as stack:
         first, second = (stack.enter_context(hosts.begun(host, line, **SOON)) for host, line in enumerate(said))
         assert wait_for(lambda: newest_step(out) >= 20, first.process)

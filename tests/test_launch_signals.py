@@ -58,6 +58,18 @@ def test_a_signal_to_one_process_saves_and_stops_between_two_steps(
     assert_goes_on(stopped, tmp_path, worlds, processes, flags)
 
 
+@pytest.mark.full
+def test_a_signal_to_torchrun_saves_and_stops_too(worlds: dict[int, World], flags: str, tmp_path: Path) -> None:
+    """torchrun passes it on, and ends in a traceback, which is its own."""
+    with begun(command(2, f"{flags} --steps 100000")) as job:
+        wait_for_records(job.process, tmp_path / "metrics.jsonl")
+        job.process.terminate()
+        stopped = ended(job)
+    assert stopped.status != 0 and "[rank" not in stopped.stderr, stopped.stderr
+    assert stopped.stderr.count("Traceback") == 1 and "SignalException" in stopped.stderr
+    assert_goes_on(stopped, tmp_path, worlds, 2, flags)
+
+
 def wait_for_records(process: subprocess.Popen, metrics: Path) -> None:
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
         time.sleep(0.02)

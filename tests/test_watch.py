@@ -60,6 +60,7 @@ CASES = {
         "rank 1",
     ),
     "left": ([heard(), heard(silent=99, still=99, left=True, **LATE)], None, ""),
+    "all left": ([heard(silent=99, still=99, left=True)], None, ""),
     "not come": ([heard(), Heard(NOW - 31, NOW - 31)], None, ""),
     "not come for long": ([heard(), Heard(NOW - 31 * LONG, NOW)], True, "rank 1 has not been heard of"),
 }

@@ -56,7 +56,7 @@ def verdict(heard: Mapping[int, Heard], now: float, patience: float) -> Verdict 
     if silent:
         return Verdict("; ".join(_silent(rank, here[rank], now) for rank in silent), final=True)
     signs = {rank: one.sign for rank, one in here.items() if one.sign is not None}
-    if len(signs) < len(here) or any(now - one.moved <= patience for one in here.values()):
+    if not signs or len(signs) < len(here) or any(now - one.moved <= patience for one in here.values()):
         return None
     late = behind(signs)
     if not late:

@@ -75,3 +75,23 @@ def test_every_direct_dependency_of_the_two_commands_is_pinned() -> None:
     assert "torch" in wanted and "jsonargparse" in wanted
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert wanted <= {line.split("==")[0] for line in lines}
+
+
+def test_the_package_imports_torch_and_no_other_library() -> None:
+    """Nor what torch leaves until it is needed: with these `import kl_dist` would take seconds more."""
+    late = ("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo")
+    others = (
+        "lightning",
+        "pytorch_lightning",
+        "deepspeed",
+        "transformers",
+        "accelerate",
+        "jsonargparse",
+        "rich",
+        "matplotlib",
+    )
+    code = "import torch, sys; before = set(sys.modules); import kl_dist; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = done.stdout.split()
+    assert "kl_dist.optimizer" in imported
+    assert not {name for name in imported if name.split(".")[0] in others or name.startswith(late)}

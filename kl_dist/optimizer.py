@@ -342,6 +342,8 @@ class KLShampoo(StateDicts):
         """
         self._running.start_anew(bad)
         what = describe_damage(self.plan, bad)
+        if self._on_nonfinite == "raise":
+            self._running.pass_over()
         if any(map(self.plan.is_computed_twice, bad)):
             self._running.failure = RuntimeError(f"{what}, on some replicas at least: resume from a checkpoint")
             self._ranks.raise_together(self._running.failure)
@@ -411,10 +413,5 @@ class KLShampoo(StateDicts):
             matrices: also of each matrix, or block of one, by name, under "matrices": condition, effective rank and
                 quantiles of the eigenvalues of each side, RMS of update and weight (kl_dist.step.stats.of_matrices).
         """
-        mine = stats.of_rank(self._running)
-        found = stats.of_all(self._ranks.gather_objects(mine)) if all_ranks else mine
-        if matrices:
-            named = stats.of_matrices(self._running)
-            told = self._ranks.gather_objects(named) if all_ranks else [named]
-            found["matrices"] = {name: said for one in reversed(told) for name, said in one.items()}
-        return {"skipped_steps": self._skipped, "restarts": self._restarts, **found}
+        counted = {"skipped_steps": self._skipped, "restarts": self._restarts}
+        return counted | stats.of(self._running, self._ranks if all_ranks else None, matrices)

@@ -11,10 +11,22 @@ import torch
 from torch import Tensor
 
 from kl_dist.methods import fallbacks
+from kl_dist.ranks import Ranks
 from kl_dist.step.engine import Engine
 from kl_dist.step.stacks import unit_states
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
+
+
+def of(engine: Engine, ranks: Ranks | None, matrices: bool) -> dict[str, Any]:
+    """Of this rank, or of all together, which is a collective of `ranks`; see `KLShampoo.stats`."""
+    mine = of_rank(engine)
+    found = mine if ranks is None else of_all(ranks.gather_objects(mine))
+    if matrices:
+        named = of_matrices(engine)
+        told = [named] if ranks is None else ranks.gather_objects(named)
+        found["matrices"] = {name: said for one in reversed(told) for name, said in one.items()}
+    return found
 
 
 def of_rank(engine: Engine) -> dict[str, Any]:

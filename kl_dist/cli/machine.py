@@ -48,9 +48,8 @@ PRESETS = {
         latency=20e-6,
     ),
 }
-"""[Note: presets] No H100 was at hand: products at half of 494 TFLOP/s, links at half of their speed. A refresh's flops
-are float64 factorisations of one matrix beside another; docs/gpu.md's H200 made a tenth of its products' rate of them.
-"""
+"""[Note: presets] No H100 was at hand: products at half of 494 TFLOP/s, memory and links at half of their speed. Of a
+refresh the rate is an H200's (docs/gpu.md): the 1.48 Tflop that are counted for GPT-2 124M's took it 62 ms."""
 
 REPEATS = 5
 SECONDS = 0.05  # of one repetition, about

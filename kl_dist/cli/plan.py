@@ -62,7 +62,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked for; `planned` answers it, for other options or another world too."""
+    """What is asked for; `plan` and `forecast` answer it, `growth` for other worlds too."""
 
     model: Model
     world_size: int

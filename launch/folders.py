@@ -25,6 +25,12 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def last(folder: Path, before: int | None = None) -> str:
+    """Where to go on from, as a sentence's end: the newest checkpoint, of a step before some step if given."""
+    good = [path for path in saved(folder) if before is None or step_of(path) < before]
+    return f". The last good checkpoint is {good[0]}" if good else ", and there is no earlier checkpoint"
+
+
 def sweep(folder: Path) -> None:
     """Delete what interrupted saves and deletions left; a step that was being replaced is given its name back."""
     for path in [*folder.glob("step-*.deleting"), *folder.glob("step-*.partial")]:

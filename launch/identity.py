@@ -64,7 +64,7 @@ def _locked(folder: Path) -> tuple[IO[str] | None, str | None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a+")
     except OSError as error:
-        return None, f"--out {folder}: {error.strerror}"
+        return None, f"--out {folder} cannot be written: {error.strerror}"
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

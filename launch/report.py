@@ -1,6 +1,7 @@
 """The end of a run: the loss curve as a picture, and a few plain sentences."""
 
 import math
+import sys
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -64,6 +65,22 @@ def draw(records: list[Record], options: Options, text: str, path: Path) -> None
     axes.legend(frameon=False)
     figure.savefig(path)
     plt.close(figure)
+
+
+def finish(records: list[Record], options: Options, text: str, parameters: int, ranks: int, saved: Path | None) -> None:
+    """Draw the picture, where there is room for it, and say what was done, and where it is."""
+    picture = options.folder / "loss.png"
+    try:
+        draw(records, options, text, picture)
+    except OSError as error:
+        print(f"The loss curve could not be drawn: {error.strerror or error}", file=sys.stderr)
+    print(closing_words(records, options, text, parameters, ranks))
+    metrics, board = options.folder / "metrics.jsonl", options.folder / "tensorboard"
+    print(f"Loss curve  {picture}\nMetrics     {metrics}, and TensorBoard's in {board}")
+    if saved is not None:
+        print(f"Checkpoint  {saved}")
+    other = "kl_shampoo" if options.optimizer == "adamw" else "adamw"
+    print(f"\nTo compare, run the same with --optimizer {other}.")
 
 
 def closing_words(records: list[Record], options: Options, text: str, parameters: int, ranks: int) -> str:

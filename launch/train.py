@@ -201,7 +201,9 @@ def _run(job: Job) -> None:
     if log and last == options.steps:
         finish(job, log, saved)
     if saved is None:
-        raise NotSaved(f"Step {last} was reached, and its checkpoint was not written{last_saved(job)}")
+        raise NotSaved(
+            f"Step {last} was reached, and its checkpoint was not written{folders.last(options.folder / 'checkpoint')}"
+        )
     if log and last < options.steps:
         print(f"Stopped after step {last}, as a signal asked. To go on, run the same with --resume.")
 
@@ -222,10 +224,8 @@ def train(job: Job, done: int, log: Log | None) -> tuple[int, Path | None]:
             log.record(record)
         bad = 0 if math.isfinite(record["loss"]) else bad + 1
         if bad == PATIENT_STEPS or (last and not math.isfinite(record["loss"] + record["val_loss"])):
-            raise Diverged(
-                f"The loss is {record['loss']} after step {step}; nothing was saved of it"
-                f"{last_saved(job, before=step - bad)}"
-            )
+            kept = folders.last(options.folder / "checkpoint", before=step - bad)
+            raise Diverged(f"The loss is {record['loss']} after step {step}; nothing was saved of it{kept}")
         if last or job.stopping:
             break
         if not bad and options.checkpoint_every and step % options.checkpoint_every == 0:
@@ -233,28 +233,10 @@ def train(job: Job, done: int, log: Log | None) -> tuple[int, Path | None]:
     return step, job.save(step)
 
 
-def last_saved(job: Job, before: int | None = None) -> str:
-    """Where to go on from, as a sentence's end: the newest whole checkpoint, of a step before some step if given."""
-    found = folders.saved(job.options.folder / "checkpoint")
-    good = [path for path in found if before is None or folders.step_of(path) < before]
-    return f". The last good checkpoint is {good[0]}" if good else ", and there is no earlier checkpoint"
-
-
 def finish(job: Job, log: Log, saved: Path | None) -> None:
     """Draw the picture and say what was done; the first rank's work."""
-    options, name = job.options, job.corpus.name
-    picture = options.folder / "loss.png"
-    try:
-        report.draw(log.records, options, name, picture)
-    except OSError as error:
-        print(f"The loss curve could not be drawn: {error.strerror or error}", file=sys.stderr)
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
-    print(report.closing_words(log.records, options, name, parameters, job.ranks.size))
-    print(f"Loss curve  {picture}\nMetrics     {log.path}, and TensorBoard's in {options.folder / 'tensorboard'}")
-    if saved is not None:
-        print(f"Checkpoint  {saved}")
-    other = "kl_shampoo" if options.optimizer == "adamw" else "adamw"
-    print(f"\nTo compare, run the same with --optimizer {other}.")
+    report.finish(log.records, job.options, job.corpus.name, parameters, job.ranks.size, saved)
 
 
 def main(arguments: Sequence[str] | None = None, job: type[Job] = Job) -> int:

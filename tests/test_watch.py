@@ -177,6 +177,7 @@ def test_a_rank_that_stops_is_named_and_ends_the_job(how: str, tmp_path: Path) -
     first, second = two_ranks(how, tmp_path)
     assert first.status and second.status, (first, second)
     assert "rank 1 (" in first.err and ENDS[how] in first.err, first
+    assert how != "stuck" or ENDS[how] in second.err, "told by the first, through the store"
     assert "done" not in first.out + second.out
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from kl_dist import KLShampoo
 from tests.counting import Counter
@@ -210,3 +211,30 @@ def taken_up(group, named: bool, named_then: bool) -> None:
 @pytest.mark.parametrize(("named", "named_then"), [(True, False), (False, True)])
 def test_ranks_load_states_of_named_parameters_into_nameless_ones_and_back(world, named, named_then):
     world.run(taken_up, 2, named, named_then)
+
+
+def of_rows_or_columns(group, dim: int) -> KLShampoo:
+    """Under AdamW, a square parameter of which each of two ranks has half: as many elements by rows as by columns."""
+    mesh = dist.init_device_mesh("cpu", (2,))
+    whole = torch.arange(16.0).view(4, 4)
+    sharded = distribute_tensor(whole, mesh, [Shard(dim)])
+    parameter = torch.nn.Parameter(sharded)
+    parameter.grad = distribute_tensor(whole / 16, mesh, [Shard(dim)])
+    optimizer = KLShampoo([("table", parameter)], adamw_names=["table"])
+    optimizer.step()
+    return optimizer
+
+
+def load_columns_for_rows(group) -> None:
+    saved = of_rows_or_columns(group, 0).local_state_dict()
+    optimizer = of_rows_or_columns(group, 1)
+    before = [x.clone() for x in state_tensors(optimizer)]
+    try:
+        optimizer.load_state_dict(saved)
+    finally:
+        assert same(before, state_tensors(optimizer))
+
+
+def test_the_state_of_ranks_that_held_other_parts_of_as_many_elements_is_refused(worlds):
+    with raising(ValueError, "saved by ranks that held other parts of it .another layout"):
+        worlds[2].run(load_columns_for_rows, 2)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from kl_dist import KLShampoo
 from tests.counting import Counter
@@ -213,21 +212,21 @@ def test_ranks_load_states_of_named_parameters_into_nameless_ones_and_back(world
     world.run(taken_up, 2, named, named_then)
 
 
-def of_rows_or_columns(group, dim: int) -> KLShampoo:
-    """Under AdamW, a square parameter of which each of two ranks has half: as many elements by rows as by columns."""
-    mesh = dist.init_device_mesh("cpu", (2,))
-    whole = torch.arange(16.0).view(4, 4)
-    sharded = distribute_tensor(whole, mesh, [Shard(dim)])
-    parameter = torch.nn.Parameter(sharded)
-    parameter.grad = distribute_tensor(whole / 16, mesh, [Shard(dim)])
-    optimizer = KLShampoo([("table", parameter)], adamw_names=["table"])
+def with_slices_in_buckets_of(group, bucket_bytes: int) -> KLShampoo:
+    """A vector of which each of two ranks has half: the first and the second one, or every other quarter."""
+    parameter = torch.nn.Parameter(torch.arange(1024.0))
+    with small_buckets(bucket_bytes):
+        optimizer = KLShampoo([("vector", parameter)], process_group=group)
+    parameter.grad = torch.arange(1024.0)
     optimizer.step()
     return optimizer
 
 
-def load_columns_for_rows(group) -> None:
-    saved = of_rows_or_columns(group, 0).local_state_dict()
-    optimizer = of_rows_or_columns(group, 1)
+def load_of_another_division(group) -> None:
+    saved = with_slices_in_buckets_of(group, 2048).local_state_dict()
+    optimizer = with_slices_in_buckets_of(group, 2**20)
+    (mine,), (theirs,) = (x["state"].values() for x in (optimizer.local_state_dict(), saved))
+    assert mine["exp_avg"].shape == theirs["exp_avg"].shape and not torch.equal(mine["exp_avg"], theirs["exp_avg"])
     before = [x.clone() for x in state_tensors(optimizer)]
     try:
         optimizer.load_state_dict(saved)
@@ -235,6 +234,6 @@ def load_columns_for_rows(group) -> None:
         assert same(before, state_tensors(optimizer))
 
 
-def test_the_state_of_ranks_that_held_other_parts_of_as_many_elements_is_refused(worlds):
+def test_the_state_of_ranks_that_held_other_parts_of_as_many_elements_is_refused(world):
     with raising(ValueError, "saved by ranks that held other parts of it .another layout"):
-        worlds[2].run(load_columns_for_rows, 2)
+        world.run(load_of_another_division, 2)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kl_dist.checkpoint import load
 from kl_dist.checkpoint.holdings import Holding
-from kl_dist.checkpoint.load import Saved
 from kl_dist.checkpoint.local import ORIGIN, STEPS
+from kl_dist.checkpoint.saved import Saved, read
 from kl_dist.checkpoint.sums import sealed, with_sums
 from kl_dist.planning.boxes import in_boxes, narrowed
 from kl_dist.ranks import Ranks
@@ -111,7 +111,7 @@ def _decide(
                 "this is the part of one rank, as local_state_dict() gives it: load it with load_state_dict"
             )
         state = {key: value for key, value in state.items() if key != ORIGIN}  # of one rank it is all
-    saved = load.read(state, groups)
+    saved = read(state, groups)
     if strict:
         load.check_groups(groups, saved.groups)
         load.check_options(state)

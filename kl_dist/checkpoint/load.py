@@ -1,16 +1,12 @@
 """State of the optimizer, loaded: checks that come before anything is written, and the copying itself.
 
-Three forms of a state dict are read alike. In the *local* one (`kl_dist.checkpoint.local`) a tensor is what one rank
-holds; in the *full* one it is all of it; in that of torch.distributed.checkpoint it is a `Divided`, which knows. See
-kl_dist.checkpoint.inventory, [Note: canonical state], for the tensors and their keys.
+What a state dict says is read in kl_dist.checkpoint.saved.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,18 +16,15 @@ from kl_dist import options
 from kl_dist.checkpoint import values, verify
 from kl_dist.checkpoint.holdings import Holding
 from kl_dist.checkpoint.inventory import FORM
-from kl_dist.checkpoint.local import ORIGIN, STEPS, origin_of
+from kl_dist.checkpoint.local import ORIGIN, origin_of
+from kl_dist.checkpoint.saved import REMEDY, Saved, called_there, held_here, is_divided, is_made_up, names_in, read
 from kl_dist.checkpoint.sums import SAVED, by_unit, entry_of
-from kl_dist.layouts.dtensor import is_dtensor
 from kl_dist.methods import form
 from kl_dist.ranks import Ranks
 
 
 class InPlaceError(ValueError):
     """A damaged state has taken the place of the one that was here."""
-
-
-REMEDY = "of a full state, kl_dist.load_full_state_dict(optimizer, state, strict=False) loads what fits"
 
 
 def causes_of(problem: BaseException) -> str:
@@ -41,63 +34,6 @@ def causes_of(problem: BaseException) -> str:
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A state dict, read."""
-
-    groups: Sequence[Mapping[str, Any]]
-    tensors: Mapping[tuple[str, str], Tensor]  # by name of the parameter and key
-    local: bool  # what one rank holds, in plain tensors
-    own: Mapping[Any, Any]  # the user's, under keys that are no parameters; in the local form alone
-    recipes: Mapping[str, str]  # by name of the parameter
-    steps: int | None  # that the optimizer had made, where it is said
-    sealed: int | None  # the same, as its checksums have it; None of what has none
-    called: Mapping[str, str]  # by its name here what a parameter is called there, where that is said
-
-
-def read(state: Any, groups: Sequence[Mapping[str, Any]]) -> Saved:
-    """Understand a state dict of any form.
-
-    Raises:
-        ValueError: it is not KLShampoo's.
-    """
-    if not isinstance(state, Mapping) or not isinstance(state.get("param_groups"), (list, tuple)):
-        raise ValueError("this is not the state of KLShampoo: it has no 'param_groups'")
-    if not isinstance(state.get("state"), Mapping):
-        raise ValueError("the saved state is not whole: it has no entry 'state'")
-    saved = state["param_groups"]
-    for index, group in enumerate(saved):
-        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
-            raise ValueError(f"the saved parameter group {index} names no 'params'")
-        if "method" not in group or "recipe" not in group:
-            raise ValueError(
-                f"this is not the state of KLShampoo (its parameter group {index} has no 'method'): start the optimizer"
-                " anew"
-            )
-        if not isinstance(group.get("param_names", []), (list, tuple)):
-            raise ValueError(f"the 'param_names' of the saved parameter group {index} are no list")
-    local = ORIGIN in state
-    mine = {key: value for key, value in state["state"].items() if local and not isinstance(key, int)}
-    theirs = {key: value for key, value in state["state"].items() if key not in mine}
-    names = _names(saved, groups)
-    recipes = {
-        names[key]: str(group["recipe"]) for group in saved for key in group["params"] if _is_key(key) and key in names
-    }
-    steps, sealed = state.get(STEPS), verify.steps_of(saved)
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
-        raise ValueError(f"the entry {STEPS!r} of the saved state is damaged: {steps!r}")
-    if None not in (steps, sealed) and steps != sealed:
-        raise ValueError(f"the saved state is of several saves: {STEPS!r} is {steps}, its groups are of step {sealed}")
-    said = {
-        names[key]: name
-        for group in saved
-        for key, name in zip(group["params"], _names_in(group), strict=False)
-        if _is_key(key) and key in names
-    }
-    steps = sealed if steps is None else steps
-    return Saved(saved, dict(_tensors(theirs, names)), local, mine, recipes, steps, sealed, said)
 
 
 def check_origin(saved: Any, here: Mapping[str, Any]) -> None:
@@ -122,72 +58,12 @@ def check_division(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
         )
 
 
-def _names(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> dict[Any, str]:
-    """What the saved state's identifiers of parameters mean: by their names, or else by their order here.
-
-    By order where either side was given no names and made some up.
-    """
-    here = [group["param_names"] for group in groups]
-    alike = [len(group["params"]) for group in saved] == [len(names) for names in here]
-    found: dict[Any, str] = {}
-    for index, group in enumerate(saved):
-        names = _names_in(group) or [str(key) for key in group["params"]]
-        if alike and (not _names_in(group) or is_made_up(names) or is_made_up(here[index])):
-            names = here[index]
-        if len(names) < len(group["params"]):
-            raise ValueError(f"the saved parameter group {index} has more parameters than names; {REMEDY}")
-        found.update((key, name) for key, name in zip(group["params"], names, strict=False) if _is_key(key))
-    return found
-
-
-def _called(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """By its name here what a parameter is called in a saved state."""
-    pairs = zip(groups, saved, strict=False)
-    return {
-        mine: theirs
-        for group, other in pairs
-        for mine, theirs in zip(group["param_names"], _names_in(other), strict=False)
-    }
-
-
-def _names_in(group: Mapping[str, Any]) -> list[str]:
-    """The names of a saved group's parameters; torch may have taken parameters away from it, and left their names."""
-    return list(group.get("param_names") or ())[: len(group["params"])]
-
-
-def is_made_up(names: Sequence[str]) -> bool:
-    """Whether all of a group's names are those that parameters without any are given (see `kl_dist.groups`)."""
-    return all(isinstance(name, str) and re.fullmatch(r"group\d+\.param\d+'*", name) for name in names)
-
-
-def _is_key(key: Any) -> bool:
-    return isinstance(key, (int, str))
-
-
-def _tensors(state: Mapping[Any, Any], names: Mapping[Any, str]) -> Iterator[tuple[tuple[str, str], Tensor]]:
-    for identifier, entries in state.items():
-        if identifier not in names or not isinstance(entries, Mapping):
-            raise ValueError(f"the saved state {identifier!r} belongs to no parameter")
-        for key, tensor in entries.items():
-            if key == "step" and isinstance(tensor, (int, float)):  # as some make of it that can be a number
-                tensor = torch.tensor([int(tensor)])
-            if not isinstance(tensor, Tensor):
-                raise ValueError(f"state {key!r} of parameter {names[identifier]!r} is no tensor in the saved state")
-            yield (names[identifier], key), _as_given(tensor)
-
-
-def _as_given(tensor: Any) -> Tensor:
-    """What torch has spread to all ranks as a DTensor, as the plain tensor it is; flags, once bool, as numbers."""
-    plain = tensor.to_local() if is_dtensor(tensor) and not _divided(tensor) else tensor
-    return plain.to(torch.uint8) if plain.dtype is torch.bool else plain
-
-
 def check_groups(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError unless the groups have the same parameters, and the options that shape their state."""
     if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
         raise ValueError(f"the saved parameter groups have other lengths than this optimizer's; {REMEDY}")
     for index, (group, other) in enumerate(zip(groups, saved, strict=True)):
-        saved_names = _names_in(other) or group["param_names"]
+        saved_names = names_in(other) or group["param_names"]
         nameless = is_made_up(saved_names) or is_made_up(group["param_names"])
         for mine, theirs in zip(group["param_names"], saved_names, strict=False):
             if mine != theirs and not nameless:
@@ -219,12 +95,12 @@ def misfit(holding: Holding, saved: Saved) -> str | None:
         return _other_form(holding, saved)
     if tensor is None:
         return f"{what} is missing from the saved state"
-    wanted: tuple[int, ...] = tuple(holding.value.shape) if saved.local and not _divided(tensor) else entry.shape
+    wanted: tuple[int, ...] = tuple(holding.value.shape) if saved.local and not is_divided(tensor) else entry.shape
     if tuple(tensor.shape) != wanted:
         return f"{what} has shape {tuple(tensor.shape)} in the saved state, here it is {wanted}"
     if tensor.dtype not in (entry.dtype, dict(entry.dtypes).get(saved.recipes.get(holding.name, ""))):
         return f"{what} has dtype {tensor.dtype} in the saved state, here it is {entry.dtype}"
-    if _divided(tensor) and tensor.boxes != holding.boxes:  # type: ignore[attr-defined]
+    if is_divided(tensor) and tensor.boxes != holding.boxes:  # type: ignore[attr-defined]
         return f"{what} is divided over the ranks in another way in the saved state"
     return None
 
@@ -234,7 +110,7 @@ def damage(holding: Holding, saved: Saved) -> str | None:
     if holding.entry.constant is not None:
         return None
     tensor = saved.tensors[holding.name, holding.entry.key]
-    wrong = values.fault(holding.entry.field, _here(tensor), holding.memory.device)
+    wrong = values.fault(holding.entry.field, held_here(tensor), holding.memory.device)
     return None if wrong is None else f"state {holding.entry.key!r} of parameter {holding.name!r} {wrong}"
 
 
@@ -286,7 +162,7 @@ def faults(held: Sequence[Holding], saved: Saved) -> Iterator[tuple[list[Holding
         (one.name, one.entry.key): dict(one.entry.dtypes).get(saved.recipes.get(one.name, ""), one.entry.dtype)
         for one in held
     }
-    is_full = not saved.local and not any(_divided(x) for x in saved.tensors.values())
+    is_full = not saved.local and not any(is_divided(x) for x in saved.tensors.values())
     return verify.faults(held, saved.tensors, saved.sealed, saved.called, dtypes, is_full)
 
 
@@ -296,18 +172,9 @@ def check_options(state: Any) -> None:
     verify.check_options(groups if isinstance(groups, (list, tuple)) else ())
 
 
-def _divided(tensor: Tensor) -> bool:
-    return hasattr(tensor, "boxes")
-
-
-def _here(tensor: Tensor) -> Tensor:
-    """What this rank has of it."""
-    return tensor._local_tensor if _divided(tensor) else tensor  # type: ignore[attr-defined]
-
-
 def _is_in_place(holding: Holding, saved: Saved) -> bool:
     """Whether the saved tensor is the one that is here, as torch.distributed.checkpoint loads."""
-    mine, given = holding.memory, _here(saved.tensors[holding.name, holding.entry.key])
+    mine, given = holding.memory, held_here(saved.tensors[holding.name, holding.entry.key])
     return bool(mine.numel()) and mine.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
 
 
@@ -317,8 +184,8 @@ def was_read_here(state: Any, held: Sequence[Holding]) -> bool:
     entries = state.get("state") if isinstance(state, Mapping) else None
     for one in entries.values() if isinstance(entries, Mapping) else ():
         tensors = {key: x for key, x in one.items() if isinstance(x, Tensor)} if isinstance(one, Mapping) else {}
-        written = any(verify.is_sums(str(key)) and _here(x)._version for key, x in tensors.items())
-        if written and any(_here(x).untyped_storage().data_ptr() in own for x in tensors.values()):
+        written = any(verify.is_sums(str(key)) and held_here(x)._version for key, x in tensors.items())
+        if written and any(held_here(x).untyped_storage().data_ptr() in own for x in tensors.values()):
             return True
     return False
 
@@ -353,7 +220,7 @@ def load(
         ValueError: it does not fit, or is damaged; nothing is changed then, unless it is an InPlaceError.
     """
     saved = read(state, groups)
-    here = origin_of(held, ranks, _called(groups, saved.groups)) if saved.local else {}
+    here = origin_of(held, ranks, called_there(groups, saved.groups)) if saved.local else {}
     if saved.local:
         check_origin(state[ORIGIN], here)
     check_groups(groups, saved.groups)
@@ -366,7 +233,7 @@ def load(
         if holding.entry.constant is not None or not holding.memory.numel():
             continue
         tensor = saved.tensors[holding.name, holding.entry.key]
-        if _divided(tensor):
+        if is_divided(tensor):
             holding.fill(tensor._local_tensor)  # type: ignore[attr-defined]
         elif saved.local:
             holding.fill(tensor)

@@ -3,7 +3,7 @@
 # that, KL-Shampoo with one thing otherwise: about two hours on two cores. Runs that are in benchmarks/results already are
 # not repeated, so it can be stopped and started again.
 #
-#   benchmarks/batches.sh [1024x400] [8192x400] [32768x400] [1024x2000] [choices] [spikes]     bytes a step x steps
+#   benchmarks/batches.sh [1024x400] [8192x400] [32768x400] [1024x2000] [1024x10000] [choices] [spikes]
 set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -41,6 +41,14 @@ over_length() {
     compare --run "--optimizer kl_shampoo --set polar=3" --grid lr=1e-2,1.5e-2
     compare --run "--optimizer kl_shampoo --lr 1.5e-2 --precondition-frequency 1"
     compare --seeds 1 2 --run "--optimizer kl_muon --lr 2.2e-2"
+    compare --seeds 1 2 --run "--optimizer kl_shampoo" --run "--optimizer kl_soap" --run "--optimizer soap" \
+        --run "--optimizer kl_shampoo --set polar=3" --grid lr=1.5e-2
+}
+
+over_a_long_run() {
+    compare --run "--optimizer kl_shampoo" --run "--optimizer kl_soap" --grid lr=6e-3,1e-2,1.5e-2
+    compare --run "--optimizer kl_muon" --grid lr=6e-3,1e-2,1.5e-2,2.2e-2
+    compare --seeds 1 2 --run "--optimizer kl_shampoo" --run "--optimizer kl_muon" --grid lr=1e-2
 }
 
 over_choices() {
@@ -68,5 +76,5 @@ for arena in ${*:-1024x400 8192x400 32768x400 1024x2000 choices}; do
         continue
     fi
     batch=${arena%x*} steps=${arena#*x}
-    if [ "$steps" -gt 400 ]; then over_length; else over_batch; fi
+    if [ "$steps" -gt 2000 ]; then over_a_long_run; elif [ "$steps" -gt 400 ]; then over_length; else over_batch; fi
 done

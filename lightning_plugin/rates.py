@@ -31,7 +31,8 @@ def by_rule(module: nn.Module, given: Mapping[str, Any]) -> Ratios | None:
     """None: AdamW's learning rate is kept, or the strategy's options say another."""
     if "lr" in given or "matrix_lr" in given or given.get("convert_lr") == "keep":
         return None
-    ratio = METHODS[given.get("method", "kl_shampoo")].lr_over_adamw
+    method = METHODS.get(given.get("method", "kl_shampoo"))  # none is AdamW for all
+    ratio = 1.0 if method is None else method.lr_over_adamw
     if ratio == 1 or (given.get("convert_lr") != "rule" and _mostly_frozen(module)):
         return None
     return Ratios(ratio, ratio / 2)

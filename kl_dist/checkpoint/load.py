@@ -184,7 +184,7 @@ def was_read_here(state: Any, held: Sequence[Holding]) -> bool:
     entries = state.get("state") if isinstance(state, Mapping) else None
     for one in entries.values() if isinstance(entries, Mapping) else ():
         tensors = {key: x for key, x in one.items() if isinstance(x, Tensor)} if isinstance(one, Mapping) else {}
-        written = any(verify.is_sums(str(key)) and held_here(x)._version for key, x in tensors.items())
+        written = any(verify.is_sums(str(key)) and verify.written(held_here(x)) for key, x in tensors.items())
         if written and any(held_here(x).untyped_storage().data_ptr() in own for x in tensors.values()):
             return True
     return False

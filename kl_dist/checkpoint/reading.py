@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from kl_dist.checkpoint.sums import SAVED
 from kl_dist.checkpoint.verify import is_sums
+from kl_dist.options import CAME_LATER
 
 METADATA = ".metadata"
 
@@ -123,7 +124,7 @@ def load(state: dict[str, Any], folder: Path, process_group: dist.ProcessGroup |
     reader = Reader(folder)
     there = reader.read_metadata().state_dict_metadata
     for key, path in flatten_state_dict(state)[1].items():
-        if key not in there and (is_sums(str(path[-1])) or SAVED in path[-2:]):
+        if key not in there and (is_sums(str(path[-1])) or SAVED in path[-2:] or path[-1] in CAME_LATER):
             _take_out(state, path)
     dcp.load(state, storage_reader=reader, planner=Planner(), process_group=process_group)
 

@@ -170,7 +170,15 @@ def with_sums(held: Sequence[Holding], steps: int, rank: int) -> list[Holding]:
 
 def sealed(group: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """A group as it is saved: with the steps made, and a CRC-32 of each option by its name, as one text."""
-    return {**group, SAVED: {"steps": steps, "options": json.dumps(_digests(group))}}
+    kept = {key: _kept(x) for key, x in group.items()}
+    return {**kept, SAVED: {"steps": steps, "options": json.dumps(_digests(kept))}}
+
+
+def _kept(value: Any) -> Any:
+    """An option as it is now: a schedule may write into its tensor, or leave numpy's float there."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return float(value) if isinstance(value, float) else value
 
 
 def resealed(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class LocalShards:
 
     def look(self) -> None:
         """Take this step's gradients and weights into view; until `forget`, `gradient` and `apply` are of these."""
+        self._views = {}  # of a step that raised before it could forget them
         self._gradients = [local_gradient(parameter) for parameter in self.parameters]
         shards = [local_shard(parameter) for parameter in self.parameters]
         if not all(map(_same_memory, shards, self._shards)) or len(shards) != len(self._shards):

@@ -106,7 +106,7 @@ class MatrixStack(Stack):
         grads = self._read(gradients, running)
         updates = self.rule.update(part, grads, hyper, torch.empty_like(grads))
         norms = torch.linalg.vector_norm(updates.flatten(1), dim=1)
-        self.unsound = tuple(running[i] for i in _zero_what_is_not_finite(updates, norms))
+        self.unsound = tuple(running[i] for i in _zero_what_is_not_finite(updates.unbind(), norms))
         into = out.view(len(self.units), *updates.shape[1:])
         if len(running) == len(self.units):
             into.copy_(updates)
@@ -174,7 +174,7 @@ class SliceStack(Stack):
         self.state.put(active, part)
         pieces = updates.split(part.lengths)
         norms = torch.stack(torch._foreach_norm(pieces))
-        _zero_what_is_not_finite(updates, norms, part.lengths)
+        _zero_what_is_not_finite(pieces, norms)
         slices = out.split([unit.numel for unit in self.units])
         for row, piece in zip(active, pieces, strict=True):
             slices[row].copy_(piece)
@@ -187,21 +187,18 @@ class SliceStack(Stack):
         self.state.put(rows, state)
 
 
-def _zero_what_is_not_finite(updates: Tensor, norms: Tensor, lengths: Sequence[int] | None = None) -> list[int]:
+def _zero_what_is_not_finite(updates: Sequence[Tensor], norms: Tensor) -> list[int]:
     """Have updates whose norm is not finite be zero, in place; returns which, where the host knows without waiting.
 
     Args:
-        updates: (B, ..), or with `lengths` slices end to end.
+        updates: B tensors.
         norms: (B,).
     """
     bad = norms.isfinite().logical_not_()
     if bad.device.type == "cpu" and not bool(bad.any()):
         return []
-    if lengths is None:
-        spread = bad.view(-1, *[1] * (updates.ndim - 1))
-    else:
-        spread = bad.repeat_interleave(torch.tensor(lengths, device=bad.device), output_size=len(updates))
-    updates.masked_fill_(spread, 0.0)
+    for update, one in zip(updates, bad.unbind(), strict=True):
+        update.masked_fill_(one, 0.0)
     return bad.nonzero().flatten().tolist() if bad.device.type == "cpu" else []
 
 

@@ -74,7 +74,10 @@ def _save(original: Any) -> Any:
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         given = inspect.signature(original).bind(self, save_dir, tag, *args, **kwargs)
         optimizer.save = checkpoint.save(optimizer, checkpoint.folder(save_dir, tag))
-        given.arguments["client_state"] = {**given.arguments.get("client_state", {}), checkpoint.SAVE: optimizer.save}
+        given.arguments["client_state"] = {
+            **(given.arguments.get("client_state") or {}),
+            checkpoint.SAVE: optimizer.save,
+        }
         return original(*given.args, **given.kwargs)
 
     return save_checkpoint

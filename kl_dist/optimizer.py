@@ -340,7 +340,7 @@ class KLShampoo(StateDicts):
             FloatingPointError: under on_nonfinite="raise".
             RuntimeError: ranks compute some of them each for itself, and of those some had a finite update.
         """
-        self._running.start_anew(bad)
+        self._running.attempt(self._running.start_anew, bad)
         what = describe_damage(self.plan, bad)
         if self._on_nonfinite == "raise":
             self._running.pass_over()

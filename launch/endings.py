@@ -63,6 +63,8 @@ def process(main: Callable[[], int]) -> NoReturn:
     except Exception as error:
         status = FAILED
         gone = next((line for line in str(error).splitlines() if any(sign in line for sign in GONE)), None)
+        if not isinstance(error, RuntimeError):  # as torch's are; a connection of the program's own may break as well
+            gone = None
         if gone is not None and "RANK" in os.environ:
             status = LOST
             record(f"another rank has ended, and this one with it: {gone}", after=2 * LATER)

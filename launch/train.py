@@ -230,7 +230,7 @@ def train(job: Job, done: int, log: Log | None) -> tuple[int, Path | None]:
             break
         if not bad and options.checkpoint_every and step % options.checkpoint_every == 0:
             job.save(step)
-    return step, job.save(step)
+    return step, None if bad else job.save(step)
 
 
 def finish(job: Job, log: Log, saved: Path | None) -> None:

@@ -125,7 +125,7 @@ class _Conversion:
     names: Mapping[int, str]  # of the module's parameters, by their ids
     said: modules.Said  # of embeddings, the output head, experts and their like
     factor: float  # new learning rates over old ones, of groups and schedules
-    ratios: rates.Ratios | None  # of what is trained over the groups' learning rates
+    module: nn.Module
 
     @classmethod
     def of(cls, optimizer: Optimizer, module: nn.Module, given: Mapping[str, Any]) -> _Conversion:
@@ -135,7 +135,7 @@ class _Conversion:
         check_names("adamw_names", given.get("adamw_names", ()), names.values())
         check_names("matrices", names_of(given.get("matrices")), names.values())
         said = modules.look_up(module, given.get("output_head"))
-        return cls(optimizer, given, names, said, factor, rates.by_rule(module, given))
+        return cls(optimizer, given, names, said, factor, module)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -160,13 +160,17 @@ class _Conversion:
         made = {key: group[key] for key in group.keys() & options.DEFAULTS.keys() - left - _SHARED}
         named = [(self.names.get(id(p), name), p) for name, p in _named(group)]
         begins = self.lr(group.get("initial_lr", group["lr"]))
-        made = {**rates.of_group(self.ratios, float(begins)), **made}
+        method = group.get("method", self.given.get("method"))
+        ratios = rates.by_rule(self.module, {**self.given, **({} if method is None else {"method": method})})
+        made = {**rates.of_group(ratios, float(begins)), **made}
         made |= {"params": named, "lr": begins, "weight_decay": self.weight_decay(group), **self.betas(group)}
         made |= self.served(named, group.get("matrices", self.given.get("matrices")))
         if "eps" in group and "eps" not in self.given:
             made["eps"] = group["eps"]
         for key in self.given.keys() & {"matrix_lr", "adamw_lr"}:
             usual = float(self.given.get("lr", _usual_lr(self.optimizer)))
+            if not usual:
+                raise ValueError(f"{key} is kept in proportion to lr, which is 0 here: give the strategy an lr, too")
             made[key] = float(self.given[key]) * float(begins) / usual
         keeps = {key: x for key, x in group.items() if key not in left | options.DEFAULTS.keys()}
         now = {key: self.lr(group[key]) for key in ("lr", "initial_lr", "max_lr", "min_lr") if key in group}

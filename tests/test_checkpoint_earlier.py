@@ -14,9 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from kl_dist import KLShampoo, full_state_dict, load_full_state_dict
+from kl_dist.checkpoint import reading
 from kl_dist.checkpoint.verify import is_sums
+from tests import made_up
 
 SAVED = Path(__file__).parent / "golden" / "saved_form1.pt"
 KINDS = [(method, recipe) for recipe in ("fresh", "paper") for method in ("kl_shampoo", "kl_soap", "soap", "shampoo")]
@@ -92,3 +95,24 @@ def test_the_parts_of_two_ranks_load_on_two_ranks(world):
 
 if __name__ == "__main__":
     main()
+
+
+FOLDER = Path(__file__).parent / "golden" / "dcp_form1"
+"""What torch.distributed.checkpoint wrote of tests.made_up's parameters after three steps, at commit 1647b5a."""
+
+
+def test_a_folder_that_an_earlier_version_wrote_loads_by_reading() -> None:
+    """Without checksums, and without the options that came since."""
+    params = made_up.parameters()
+    model = nn.ParameterDict(params)
+    optimizer = KLShampoo(model)
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    reading.load(state, FOLDER)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    others = made_up.parameters()
+    trained = KLShampoo(nn.ParameterDict(others))
+    made_up.train(trained, others, range(3))
+    for found, wanted in zip(made_up.states(optimizer), made_up.states(trained), strict=True):
+        assert found.keys() == wanted.keys()
+        assert all(torch.allclose(found[key].double(), wanted[key].double(), rtol=1e-9, atol=1e-12) for key in found)
+    made_up.train(optimizer, params, range(1))

@@ -118,12 +118,14 @@ def load(state: dict[str, Any], folder: Path, process_group: dist.ProcessGroup |
     Places for the checksums of the optimizer's state are taken out of `state` where the folder has none.
 
     Raises:
-        ValueError: the folder is damaged or not to be trusted.
-        CheckpointException: as dcp.load, on all ranks.
+        CheckpointException: as dcp.load, on all ranks; also where the folder is damaged or not to be trusted.
     """
     reader = Reader(folder)
-    there = reader.read_metadata().state_dict_metadata
-    for key, path in flatten_state_dict(state)[1].items():
+    try:
+        there: Any = reader.read_metadata().state_dict_metadata
+    except ValueError:
+        there = None  # dcp.load meets it too, and tells all ranks of it
+    for key, path in flatten_state_dict(state)[1].items() if there is not None else ():
         if key not in there and (is_sums(str(path[-1])) or SAVED in path[-2:] or path[-1] in CAME_LATER):
             _take_out(state, path)
     dcp.load(state, storage_reader=reader, planner=Planner(), process_group=process_group)

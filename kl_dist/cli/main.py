@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     try:
         _plan(given.plan) if given.command == "plan" else _report(given.report)
-    except (ValueError, TypeError) as problem:
+    except (ValueError, TypeError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -123,10 +123,10 @@ def learn(state: KLShampooState, projected: Tensor, spare: Tensor, hyper: Hyper)
     sums = kronecker.square_sums(projected, inverse, spare)
     total = sums[0].sum(1) if inverse[0] is None else torch.linalg.vecdot(sums[0], inverse[0])
     numel = kronecker.numel(projected)
-    share = averages.share_of_spike(state.scale, total.div_(numel), state.step, hyper.betas[1])
-    if share is not None:
-        projected.mul_(kronecker.column(share.sqrt(), projected))
-        sums, total = [x.mul_(share[:, None]) for x in sums], total.mul_(share)
+    passed = averages.share_of_spike(state.scale, total.div_(numel), state.step, hyper.betas[1])
+    if passed is not None:
+        projected.mul_(kronecker.column(passed.sqrt(), projected))
+        sums, total = [x.mul_(passed[:, None]) for x in sums], total.mul_(passed)
     scale = averages.tracked_scale(state.scale, total, state.step, hyper.betas[1])
     by = scale.pow(-2)[:, None]  # per matrix and (B, 1) from here on, as are keep and unit_mean
     keep = kronecker.column(averages.of_step(averages.warm_beta(hyper.factor_beta), state.step, scale), by)

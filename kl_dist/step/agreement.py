@@ -182,7 +182,8 @@ def describe_damage(plan: Plan, bad: Sequence[int]) -> str:
     """What to say of these, by the name of the first."""
     return (
         f"the last update of {plan.units[bad[0]].name!r}{_and_others(bad)} was not finite though the gradient was: the"
-        " state was damaged, by memory that failed or by what was written into it; weights were left as they were"
+        " state was damaged, by memory that failed or by what was written into it; weights were left as they were, but"
+        " for their decay"
     )
 
 

@@ -182,19 +182,19 @@ class Engine:
         """One bucket from gradients to weights; yields while something of it is on its way."""
         trips, stacks = self.trips[number], self.stacks[number]
         if trips.sharded:
-            self._attempt(trips.pack_gradients, self.shards, room)
+            self.attempt(trips.pack_gradients, self.shards, room)
             trip = trips.send_gradients(room)
             yield
             self._wait(trip)
         gradients = partial(trips.read_gradient, shards=self.shards, room=room)
-        self._attempt(self._compute, stacks, presences, gradients, trips.updates(room))
-        self._attempt(trips.pack_updates, room)
+        self.attempt(self._compute, stacks, presences, gradients, trips.updates(room))
+        self.attempt(trips.pack_updates, room)
         legs: list[Exchange] = []
         if trips.sharded:
             trip = trips.send_updates(room)
         else:
             legs = [trips.spread_updates(room, leg) for leg in range(min(LEGS_AT_A_TIME, trips.legs))]
-        self._attempt(self._refresh, stacks, presences)
+        self.attempt(self._refresh, stacks, presences)
         if trips.sharded:
             yield
             self._wait(trip)
@@ -203,7 +203,7 @@ class Engine:
             if trips.replicated:
                 yield
             self._wait(legs[leg])
-            self._attempt(self._apply, trips, room, leg, presences)
+            self.attempt(self._apply, trips, room, leg, presences)
             if leg + LEGS_AT_A_TIME < trips.legs:
                 legs.append(trips.spread_updates(room, leg + LEGS_AT_A_TIME))
 
@@ -286,7 +286,7 @@ class Engine:
     def _group(self, stack: Stack) -> Mapping[str, Any]:
         return self.groups[stack.units[0].group]
 
-    def _attempt(self, part: Callable[..., None], *arguments: Any) -> bool:
+    def attempt(self, part: Callable[..., None], *arguments: Any) -> bool:
         """Do a part of the step, and say whether it went well; what it raises is kept: see [Note: failures]."""
         try:
             part(*arguments)

@@ -252,3 +252,29 @@ def test_a_rank_that_is_not_in_the_process_group_is_told_so(world):
     for error in errors[2:]:
         assert type(error) is ValueError
         assert "does not belong to the process_group" in str(error)
+
+
+def go_on_after_an_error(group, fails: bool) -> dict[str, torch.Tensor]:
+    """Two steps; where it fails, one between them is an error on all ranks, which the caller catches."""
+    model = zoo()
+    optimizer = KLShampoo(zoo_groups(model), process_group=group)
+    for step in range(2):
+        if step and fails:
+            backward(model, samples(7))
+            kept = optimizer.param_groups[0]["eps"]
+            optimizer.param_groups[0]["eps"] = -1.0 if group.rank() == ODD else kept
+            with contextlib.suppress(ValueError):
+                optimizer.step()
+                raise AssertionError("eps=-1 passed")
+            optimizer.param_groups[0]["eps"] = kept
+        backward(model, samples(step))
+        optimizer.step()
+    return snapshot(model, optimizer)
+
+
+def test_a_step_after_an_error_takes_the_gradients_that_are_there_then(world):
+    """Not those that had been looked at when the error was raised."""
+    for failed, usual in zip(
+        world.run(go_on_after_an_error, 2, True), world.run(go_on_after_an_error, 2, False), strict=True
+    ):
+        assert same_bits(failed, usual)

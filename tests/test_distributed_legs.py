@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.scale import MODELS
 from kl_dist import KLShampoo, plan
+from kl_dist.cli.models import BUILT_IN
 from kl_dist.planning import buckets
 from kl_dist.planning.buckets import EVEN, GATHERED, MatrixBucket, legs_of
 from kl_dist.planning.making import BUCKET_BYTES
@@ -107,7 +107,9 @@ def test_a_leg_has_a_buckets_bytes_or_one_row_and_every_row_has_a_leg(weights, b
 @pytest.mark.parametrize(("ranks", "shard_size"), [(8, 1), (64, 1), (1024, 1), (64, 8), (1024, 8)])
 def test_no_buffer_holds_more_than_a_few_buckets_at_any_world_size(ranks, shard_size):
     """Llama-8B in bfloat16, whose largest block has half a bucket: two rooms of a chunk and two legs, or one gather."""
-    found = plan(MODELS["llama-8b"], ranks, shard_size=shard_size, dtype=torch.bfloat16, adamw_names=("embed", "head"))
+    found = plan(
+        BUILT_IN["llama-8b"], ranks, shard_size=shard_size, dtype=torch.bfloat16, adamw_names=("embed", "head")
+    )
     for rank in (0, ranks - 1):
         traffics = [found.traffic(number, rank) for number in range(len(found.buckets))]
         assert max(leg.numel for traffic in traffics for leg in traffic.legs) * 2 <= GATHERED * BUCKET_BYTES

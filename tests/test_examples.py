@@ -15,7 +15,7 @@ EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 NEEDS = {"deepspeed_engine": "deepspeed", "lora": "peft", "hf_trainer": "transformers", "hf_accelerate": "accelerate"}
 NEEDS |= {"lightning_trainer": "lightning", "fabric_loop": "lightning"}
 
-ALONE: dict[str, dict[str, Any]] = {"plain": {}, "convnet": {}, "experts": {}, "lora": {"steps": 60}}
+ALONE: dict[str, dict[str, Any]] = {"plain": {}, "convnet": {}, "experts": {}, "lora": {}}
 """Those of one process, and what they are told."""
 
 TOGETHER = {
@@ -30,7 +30,7 @@ TOGETHER = {
 LAUNCHED = ("lightning_trainer", "fabric_loop")
 """Those that are started as a user does: a Trainer or Fabric in a test's own process would leave it another."""
 
-LEAST = {"lora": 0.3, "hf_trainer": 0.3}
+LEAST = {"lora": 0.15, "hf_trainer": 0.3}
 """Of what main returns: as a rule the share of held-out digits that are told right."""
 
 

@@ -97,12 +97,13 @@ def test_the_strategy_is_the_same_by_its_name_in_a_script_and_by_its_class_on_gi
     assert by_name != pytest.approx(losses(trained("--trainer.strategy ddp")), rel=1e-4), "AdamW has trained"
 
 
-def test_both_yaml_files_train_alike_and_better_than_by_name_alone(trained: Runner) -> None:
+def test_both_yaml_files_train_alike_as_by_name_alone_and_better_than_at_adamws_rate(trained: Runner) -> None:
+    """The rates that they give are those of the rule, by which the name alone takes AdamW's over."""
     ddp, fsdp2 = losses(trained(DDP)), losses(trained(FSDP2))
     assert fsdp2 == pytest.approx(ddp, rel=1e-5)
-    assert ddp[-1] < losses(trained("--trainer.strategy kl_shampoo", start="script"))[-1] - 0.05, (
-        "their learning rates are not taken"
-    )
+    assert ddp == pytest.approx(losses(trained("--trainer.strategy kl_shampoo", start="script")), rel=1e-3)
+    kept = "--trainer.strategy.class_path lightning_plugin.KLShampooStrategy --trainer.strategy.convert_lr keep"
+    assert ddp[-1] < losses(trained(kept))[-1] - 0.02
     assert checkpoints(trained(DDP)) == {"epoch=1-step=6.ckpt", "last.ckpt", "step=4.ckpt"}
     assert checkpoints(trained(FSDP2)) == {"epoch=0-step=3.ckpt", "epoch=1-step=6.ckpt", "step=4.ckpt"}
 

@@ -248,9 +248,15 @@ def test_the_monitor_logs_and_the_summary_prints(worlds, tmp_path):
     assert [row["step"] for row in values] == ["3", "7", "11"]
     for row in values:
         found = {name.split("/")[1]: float(x) for name, x in row.items() if name.startswith("kl_shampoo/")}
-        assert found.keys() == {"condition", "update_rms", "refreshes", "refresh_seconds", "balance", "skipped_steps"}
+        counted = {"refreshes", "refresh_seconds", "wait_seconds", "skipped_steps", "restarts"}
+        assert found.keys() == {"condition", "update_rms", "balance", *counted}
         assert found["condition"] > 1 and 0.1 < found["update_rms"] < 3 and found["balance"] >= 1
-        assert found["skipped_steps"] == 0 and found["refreshes"] > 0 and not math.isnan(found["refresh_seconds"])
+        assert (
+            found["skipped_steps"] == found["restarts"] == 0
+            and found["wait_seconds"] > 0
+            and found["refreshes"] > 0
+            and not math.isnan(found["refresh_seconds"])
+        )
 
 
 def monitored_without_klshampoo(group):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.scale import MODELS
 from kl_dist import plan
+from kl_dist.cli.models import BUILT_IN
 from kl_dist.planning.boxes import Sharding, fully_sharded
 from kl_dist.planning.partition import BALANCE, Partition, of_group
 from kl_dist.planning.traffic import Bytes
@@ -50,7 +50,7 @@ def test_state_that_has_no_room_is_shared_by_more_ranks(gpt2):
 
 
 def test_groups_have_whole_replicas_of_what_is_sharded():
-    shapes = MODELS["gpt2"]
+    shapes = BUILT_IN["gpt2"]
     given = {"dtype": torch.bfloat16, "adamw_names": ("wte", "wpe")}
     assert plan(shapes, 64, shard_size=64, **given).partition_size == 64
     for shard_size in (8, 16):

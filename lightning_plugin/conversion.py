@@ -125,7 +125,7 @@ class _Conversion:
     names: Mapping[int, str]  # of the module's parameters, by their ids
     said: modules.Said  # of embeddings, the output head, experts and their like
     factor: float  # new learning rates over old ones, of groups and schedules
-    module: nn.Module
+    by_rule: bool  # whether learning rates go by the rule of lightning_plugin.rates
 
     @classmethod
     def of(cls, optimizer: Optimizer, module: nn.Module, given: Mapping[str, Any]) -> _Conversion:
@@ -135,7 +135,7 @@ class _Conversion:
         check_names("adamw_names", given.get("adamw_names", ()), names.values())
         check_names("matrices", names_of(given.get("matrices")), names.values())
         said = modules.look_up(module, given.get("output_head"))
-        return cls(optimizer, given, names, said, factor, module)
+        return cls(optimizer, given, names, said, factor, rates.go_by_rule(module, given))
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -160,9 +160,8 @@ class _Conversion:
         made = {key: group[key] for key in group.keys() & options.DEFAULTS.keys() - left - _SHARED}
         named = [(self.names.get(id(p), name), p) for name, p in _named(group)]
         begins = self.lr(group.get("initial_lr", group["lr"]))
-        method = group.get("method", self.given.get("method"))
-        ratios = rates.by_rule(self.module, {**self.given, **({} if method is None else {"method": method})})
-        made = {**rates.of_group(ratios, float(begins)), **made}
+        method = group.get("method", self.given.get("method", "kl_shampoo"))
+        made = {**rates.of_group(rates.of_method(method) if self.by_rule else None, float(begins)), **made}
         made |= {"params": named, "lr": begins, "weight_decay": self.weight_decay(group), **self.betas(group)}
         made |= self.served(named, group.get("matrices", self.given.get("matrices")))
         if "eps" in group and "eps" not in self.given:

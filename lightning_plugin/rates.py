@@ -29,13 +29,21 @@ class Ratios(NamedTuple):
 
 def by_rule(module: nn.Module, given: Mapping[str, Any]) -> Ratios | None:
     """None: AdamW's learning rate is kept, or the strategy's options say another."""
-    if "lr" in given or "matrix_lr" in given or given.get("convert_lr") == "keep":
-        return None
-    method = METHODS.get(given.get("method", "kl_shampoo"))  # none is AdamW for all
+    return of_method(given.get("method", "kl_shampoo")) if go_by_rule(module, given) else None
+
+
+def go_by_rule(module: nn.Module, given: Mapping[str, Any]) -> bool:
+    """Whether the rule holds for a module as it is now; groups that are added later go by what was found first."""
+    if {"lr", "matrix_lr"} & given.keys() or given.get("convert_lr") == "keep":
+        return False
+    return given.get("convert_lr") == "rule" or not _mostly_frozen(module)
+
+
+def of_method(name: str) -> Ratios | None:
+    """What the rule says of a method; None where that is AdamW's learning rate."""
+    method = METHODS.get(name)  # none is AdamW for all
     ratio = 1.0 if method is None else method.lr_over_adamw
-    if ratio == 1 or (given.get("convert_lr") != "rule" and _mostly_frozen(module)):
-        return None
-    return Ratios(ratio, ratio / 2)
+    return None if ratio == 1 else Ratios(ratio, ratio / 2)
 
 
 def of_group(ratios: Ratios | None, begins: float) -> dict[str, float]:

@@ -171,3 +171,29 @@ def test_what_convert_lr_cannot_be_is_said():
     for told in ({"lr": 1e-2}, {"matrix_lr": 1e-2}):
         with pytest.raises(ValueError, match="leave out lr and matrix_lr"):
             KLShampooStrategy(convert_lr="rule", **told)
+
+
+def test_a_groups_own_method_has_its_own_ratio(net):
+    """Shampoo's updates have AdamW's size, so that its rate is AdamW's, whatever the strategy's method."""
+    first, second, *others = net.parameters()
+    matrices = [{"params": [first], "method": "shampoo"}, {"params": [second], "method": "kl_shampoo"}]
+    rest = [{"params": others}]
+    for given, usual in (({}, 1e-2), ({"method": "shampoo"}, None)):
+        made = convert(AdamW(matrices + rest, lr=2e-3), net, given)
+        assert [group.get("matrix_lr") for group in made.param_groups] == [
+            None,
+            pytest.approx(1e-2),
+            usual and pytest.approx(usual),
+        ]
+
+
+def test_all_to_adamw_is_converted_without_a_word_on_the_rule(net):
+    made = convert(AdamW(net.parameters(), lr=2e-3), net, {"method": "adamw"})
+    assert all(group["lr"] == 2e-3 and group.get("matrix_lr") is None for group in made.param_groups)
+
+
+def test_a_rate_in_proportion_to_none_is_refused(net):
+    with pytest.raises(
+        ValueError, match="adamw_lr is kept in proportion to lr, which is 0 here: give the strategy an lr"
+    ):
+        convert(AdamW(net.parameters(), lr=0.0), net, {"adamw_lr": 1e-3})

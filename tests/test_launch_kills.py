@@ -15,8 +15,7 @@ from tests.jobs import TORCHRUN, begun, ended, on_ranks, text_in, workers_of
 from tests.test_launch_job import SIZES, saved_tensors
 from tests.world import World
 
-STEPS = 40
-RUN = f"{SIZES} --steps {STEPS} --eval-every 20 --checkpoint-every 2 --keep 3 --resume auto"
+RUN = f"{SIZES} --eval-every 20 --checkpoint-every 2 --keep 3 --resume auto"
 
 
 def newest_step(folder: Path) -> int:
@@ -49,20 +48,23 @@ def kill_one(process: subprocess.Popen, folder: Path, in_a_save: bool, chance: r
     return newest
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.full)])
-def test_kills_leave_the_weights_of_an_undisturbed_run(kills: int, worlds: dict[int, World], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kills", "steps"), [(1, 40), pytest.param(30, 90, marks=pytest.mark.full)])
+def test_kills_leave_the_weights_of_an_undisturbed_run(
+    kills: int, steps: int, worlds: dict[int, World], tmp_path: Path
+) -> None:
     """By turns in the middle of a save and of a step, under torchrun, which starts both processes again."""
     text, folder, chance = text_in(tmp_path), tmp_path / "killed", random.Random(0)
-    calm = on_ranks(worlds, "launch.train", 2, f"{RUN} --data {text} --out {tmp_path / 'calm'}")
+    run = f"{RUN} --steps {steps}"
+    calm = on_ranks(worlds, "launch.train", 2, f"{run} --data {text} --out {tmp_path / 'calm'}")
     assert calm.status == 0, calm.stderr
     again = f"--max-restarts {2 * kills} --monitor-interval 0.1"
-    with begun(f"{TORCHRUN} 2 {again} launch/train.py {RUN} --data {text} --out {folder}") as job:
+    with begun(f"{TORCHRUN} 2 {again} launch/train.py {run} --data {text} --out {folder}") as job:
         reached = [kill_one(job.process, folder, number % 2 == 0, chance) for number in range(kills)]
         done = ended(job)
     assert done.status == 0, done.stderr
     assert all(reached), "each restart went on from a checkpoint"
     assert not list(folder.glob("earlier-*"))
-    expected, found = saved_tensors(tmp_path / "calm", STEPS), saved_tensors(folder, STEPS)
+    expected, found = saved_tensors(tmp_path / "calm", steps), saved_tensors(folder, steps)
     assert expected.keys() == found.keys()
     for place, tensor in expected.items():
         assert torch.equal(tensor, found[place]), place

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,15 +30,6 @@ from kl_dist.step.engine import Engine
 log = logging.getLogger(__name__)
 
 COMPARE_EVERY = 100  # steps, where nobody says and there are several partition groups
-
-
-class Parts(NamedTuple):
-    """What a KLShampoo is a shell of: see `KLShampoo.parts`."""
-
-    ranks: Ranks
-    engine: Engine
-    holdings: Sequence[Holding]  # the state on this rank, under the names of a checkpoint
-    reduction: Reduction | None  # where `reduce_to_owners` was called
 
 
 class KLShampoo(StateDicts):
@@ -151,14 +142,7 @@ class KLShampoo(StateDicts):
         self._compare_every, self._steps = compare_every, 0
         self._skipped = self._restarts = 0
         with self._ranks.together():
-            asked = [key for key, value in unknown.items() if not options.is_declined(key, value)]
-            options.check_known(
-                asked, "process_group", "on_nonfinite", "partition_size", "max_state_bytes", "compare_every"
-            )
-            for name in ("partition_size", "max_state_bytes", "compare_every"):
-                options.check_count(name, given[name])
-            if on_nonfinite not in ("skip", "raise"):
-                raise ValueError(f'on_nonfinite is "skip" or "raise", not {on_nonfinite!r}')
+            options.check_arguments(given, unknown)
             if isinstance(params, torch.nn.Module):
                 told = {key: value for key in ("matrices", "adamw_names") if (value := given[key]) is not None}
                 params = groups.param_groups(params, weight_decay=weight_decay, **told)
@@ -212,11 +196,8 @@ class KLShampoo(StateDicts):
             for group in self.param_groups:
                 check_device(group["compute_dtype"], self._ranks.device)
             shardings = placement.known_from_here(trained, self._ranks)
-        everywhere, partition = None, self._partition
-        if not self._ranks.is_everyone and partition.size is None:
-            partition = Partition(self._ranks.size)
-        if self._ranks.size > FEWEST:
-            partition = partition._replace(ranks_per_node=self._ranks.per_node(FEWEST))
+        per_node = self._ranks.per_node(FEWEST) if self._ranks.size > FEWEST else FEWEST
+        everywhere = None
         if self._ranks.any(shardings is None):
             with self._ranks.together():
                 seen = placement.seen_from_here(trained, self._ranks)
@@ -225,13 +206,10 @@ class KLShampoo(StateDicts):
             if everywhere is not None:
                 shardings = placement.told_by_all(trained, everywhere)
             assert shardings is not None
-            if not self._ranks.is_everyone and partition.size not in (None, self._ranks.size):
-                raise ValueError(
-                    "partition_size divides all ranks of the job; this KLShampoo has a process_group of some: leave it"
-                    f" out, or give {self._ranks.size}"
-                )
+            size = self._ranks.size
+            partition = self._partition if self._ranks.is_everyone else self._partition.of_some(size)
             parameters = placement.parameters_of(trained, shardings)
-            plan = make_plan(parameters, self.param_groups, self._ranks.size, previous, partition)
+            plan = make_plan(parameters, self.param_groups, size, previous, partition._replace(ranks_per_node=per_node))
         own = f"on_nonfinite={self._on_nonfinite!r}, compare_every={self._compare_every!r}"
         self._ranks.check_same(own + plan.digest(), lambda: (own, *plan.lines), "the plan of KLShampoo")
         return plan
@@ -388,11 +366,6 @@ class KLShampoo(StateDicts):
     def plan(self) -> Plan:
         """The frozen plan: `owner`, `state_bytes`, `comm_bytes`, `cost`, `balance`; printing it shows a table."""
         return self._running.plan
-
-    @property
-    def parts(self) -> Parts:
-        """The ranks, the engine and the state behind this shell, as they are now: for what works on an optimizer."""
-        return Parts(self._ranks, self._running, self._holdings, self._reduction)
 
     def routes(self) -> str:
         """A table of every parameter: its shape, the method that serves it, as which matrices, and who owns them."""

@@ -89,6 +89,9 @@ STRUCTURAL = (
 CAME_LATER = ("polar", "adjust_lr_fn", "compute_dtype", "matrix_lr")
 """What a state saved earlier does not know: there the option stays as it is here, but for `matrix_lr`, which goes."""
 
+_COUNTS = ("partition_size", "max_state_bytes", "compare_every")
+"""Arguments of the whole optimizer that are whole numbers, or None."""
+
 _NOT_OURS = {
     "amsgrad": "no method here has it",
     "maximize": "negate the loss instead",
@@ -126,6 +129,20 @@ def check_known(given: Iterable[str], *also: str) -> None:
     for key in given:
         if key not in DEFAULTS and key not in also:
             raise unknown_option(key, [*DEFAULTS, *also])
+
+
+def check_arguments(given: Mapping[str, Any], unknown: Mapping[str, Any]) -> None:
+    """The checks on what is of the whole optimizer, and no option of a group.
+
+    Raises:
+        TypeError, ValueError: one of `unknown` is nothing, or one of `given` is out of range.
+    """
+    asked = [key for key, value in unknown.items() if not is_declined(key, value)]
+    check_known(asked, "process_group", "on_nonfinite", *_COUNTS)
+    for name in _COUNTS:
+        check_count(name, given[name])
+    if given["on_nonfinite"] not in ("skip", "raise"):
+        raise ValueError(f'on_nonfinite is "skip" or "raise", not {given["on_nonfinite"]!r}')
 
 
 def is_declined(key: str, value: Any) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,15 @@ from kl_dist.planning.partition import Partition
 from kl_dist.planning.plan import Plan
 from kl_dist.ranks import Ranks
 from kl_dist.step.engine import Engine
+
+
+class Parts(NamedTuple):
+    """What a KLShampoo is a shell of: see `KLShampoo.parts`."""
+
+    ranks: Ranks
+    engine: Engine
+    holdings: Sequence[Holding]  # the state on this rank, under the names of a checkpoint
+    reduction: Reduction | None  # where `reduce_to_owners` was called
 
 
 class StateDicts(torch.optim.Optimizer):
@@ -52,6 +61,11 @@ class StateDicts(torch.optim.Optimizer):
     @property
     def _replaced(self) -> bool:
         return self.param_groups is not self._running.groups
+
+    @property
+    def parts(self) -> Parts:
+        """The ranks, the engine and the state behind this shell, as they are now: for what works on an optimizer."""
+        return Parts(self._ranks, self._running, self._holdings, self._reduction)
 
     @property
     def is_sharded(self) -> bool:

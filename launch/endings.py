@@ -62,9 +62,7 @@ def process(main: Callable[[], int]) -> NoReturn:
         status = main()
     except Exception as error:
         status = FAILED
-        gone = next((line for line in str(error).splitlines() if any(sign in line for sign in GONE)), None)
-        if not isinstance(error, RuntimeError):  # as torch's are; a connection of the program's own may break as well
-            gone = None
+        gone = _of_another_rank(error)
         if gone is not None and "RANK" in os.environ:
             status = LOST
             record(f"another rank has ended, and this one with it: {gone}", after=2 * LATER)
@@ -72,6 +70,12 @@ def process(main: Callable[[], int]) -> NoReturn:
             trace = traceback.format_exc().rstrip()
             record(f"{type(error).__name__}: {error}", trace, after=_turn())
     leave(status)
+
+
+def _of_another_rank(error: Exception) -> str | None:
+    """What gloo says of a rank that has ended; None of the program's own errors: its connections may break too."""
+    said = str(error).splitlines() if isinstance(error, RuntimeError) else []
+    return next((line for line in said if any(sign in line for sign in GONE)), None)
 
 
 def record(words: str, trace: str | None = None, after: float = 0.0) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from launch.agent import children
 from tests.world import World, patience
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -237,12 +238,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def workers_of(pid: int) -> list[int]:
     """The live processes that a process has started: torchrun's workers."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue  # it has ended meanwhile
-        if int(fields[1]) == pid and fields[0] != "Z":
-            found.append(int(path.parent.name))
-    return sorted(found)
+    return sorted(children(pid))

@@ -64,6 +64,16 @@ def holdings(plan: Plan, stacks: Sequence[Sequence[Stack]], ranks: Ranks) -> lis
     return held
 
 
+def is_divided(tensor: Tensor) -> bool:
+    """Whether it is a `kl_dist.checkpoint.divided.Divided`, which takes seconds to import."""
+    return hasattr(tensor, "boxes")
+
+
+def held_here(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor, divided or not."""
+    return tensor._local_tensor if is_divided(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def carry_over(old: Sequence[Holding], new: Sequence[Holding], ranks: Ranks) -> None:
     """Copy the state of every parameter that is in both, by name and key, where it means the same.
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from kl_dist import options
 from kl_dist.checkpoint import values, verify
-from kl_dist.checkpoint.holdings import Holding
+from kl_dist.checkpoint.holdings import Holding, held_here, is_divided
 from kl_dist.checkpoint.inventory import FORM
 from kl_dist.checkpoint.local import ORIGIN, origin_of
-from kl_dist.checkpoint.saved import REMEDY, Saved, called_there, held_here, is_divided, is_made_up, names_in, read
+from kl_dist.checkpoint.saved import REMEDY, Saved, is_made_up, names_in, read
 from kl_dist.checkpoint.sums import SAVED, by_unit, entry_of
 from kl_dist.methods import form
 from kl_dist.ranks import Ranks
@@ -149,7 +149,7 @@ def check_all(held: Sequence[Holding], saved: Saved, frozen: Collection[str] = (
         raise ValueError(f"{what} was saved, but here it is frozen or not there; {REMEDY}")
     for holding in wanted:
         problem = damage(holding, saved)
-        if problem is not None and _is_in_place(holding, saved):
+        if problem is not None and verify.is_live(saved.tensors[holding.name, holding.entry.key], holding):
             raise InPlaceError(f"{problem}, and was read into the state that is here: load another checkpoint")
         if problem is not None:
             raise ValueError(f"{problem} in the saved state: load another checkpoint; {REMEDY}")
@@ -170,12 +170,6 @@ def check_options(state: Any) -> None:
     """Raises ValueError unless the options of a state's groups are as they were saved."""
     groups = state.get("param_groups") if isinstance(state, Mapping) else None
     verify.check_options(groups if isinstance(groups, (list, tuple)) else ())
-
-
-def _is_in_place(holding: Holding, saved: Saved) -> bool:
-    """Whether the saved tensor is the one that is here, as torch.distributed.checkpoint loads."""
-    mine, given = holding.memory, held_here(saved.tensors[holding.name, holding.entry.key])
-    return bool(mine.numel()) and mine.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
 
 
 def was_read_here(state: Any, held: Sequence[Holding]) -> bool:
@@ -220,7 +214,7 @@ def load(
         ValueError: it does not fit, or is damaged; nothing is changed then, unless it is an InPlaceError.
     """
     saved = read(state, groups)
-    here = origin_of(held, ranks, called_there(groups, saved.groups)) if saved.local else {}
+    here = origin_of(held, ranks, saved.called) if saved.local else {}
     if saved.local:
         check_origin(state[ORIGIN], here)
     check_groups(groups, saved.groups)

@@ -7,6 +7,7 @@ does with weights_only. A name that is not known is refused before anything of i
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pathlib
 import pickle
@@ -115,20 +116,22 @@ class _Looking(Planner):
 def load(state: dict[str, Any], folder: Path, process_group: dist.ProcessGroup | None = None) -> None:
     """As dcp.load, of a folder that a stranger or an earlier version may have written; a collective.
 
-    Places for the checksums of the optimizer's state are taken out of `state` where the folder has none.
+    Places for the checksums of the optimizer's state, and for options that came later, are taken out of `state` where
+    the folder has none.
 
     Raises:
         CheckpointException: as dcp.load, on all ranks; also where the folder is damaged or not to be trusted.
     """
     reader = Reader(folder)
-    try:
-        there: Any = reader.read_metadata().state_dict_metadata
-    except ValueError:
-        there = None  # dcp.load meets it too, and tells all ranks of it
-    for key, path in flatten_state_dict(state)[1].items() if there is not None else ():
+    with contextlib.suppress(ValueError):  # dcp.load meets it too, and tells all ranks of it
+        _take_out_what_came_later(state, reader.read_metadata().state_dict_metadata)
+    dcp.load(state, storage_reader=reader, planner=Planner(), process_group=process_group)
+
+
+def _take_out_what_came_later(state: dict[str, Any], there: Mapping[str, Any]) -> None:
+    for key, path in flatten_state_dict(state)[1].items():
         if key not in there and (is_sums(str(path[-1])) or SAVED in path[-2:] or path[-1] in CAME_LATER):
             _take_out(state, path)
-    dcp.load(state, storage_reader=reader, planner=Planner(), process_group=process_group)
 
 
 def _take_out(state: Any, path: tuple[Any, ...]) -> None:

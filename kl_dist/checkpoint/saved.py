@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kl_dist.checkpoint import verify
+from kl_dist.checkpoint.holdings import is_divided
 from kl_dist.checkpoint.local import ORIGIN, STEPS
 from kl_dist.layouts.dtensor import is_dtensor
 
@@ -97,16 +98,6 @@ def _names(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any
     return found
 
 
-def called_there(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """By its name here what a parameter is called in a saved state."""
-    pairs = zip(groups, saved, strict=False)
-    return {
-        mine: theirs
-        for group, other in pairs
-        for mine, theirs in zip(group["param_names"], names_in(other), strict=False)
-    }
-
-
 def names_in(group: Mapping[str, Any]) -> list[str]:
     """The names of a saved group's parameters; torch may have taken parameters away from it, and left their names."""
     return list(group.get("param_names") or ())[: len(group["params"])]
@@ -137,12 +128,3 @@ def _as_given(tensor: Any) -> Tensor:
     """What torch has spread to all ranks as a DTensor, as the plain tensor it is; flags, once bool, as numbers."""
     plain = tensor.to_local() if is_dtensor(tensor) and not is_divided(tensor) else tensor
     return plain.to(torch.uint8) if plain.dtype is torch.bool else plain
-
-
-def is_divided(tensor: Tensor) -> bool:
-    return hasattr(tensor, "boxes")
-
-
-def held_here(tensor: Tensor) -> Tensor:
-    """What this rank has of it."""
-    return tensor._local_tensor if is_divided(tensor) else tensor  # type: ignore[attr-defined]

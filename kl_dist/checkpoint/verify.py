@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_dist.checkpoint.holdings import Holding
+from kl_dist.checkpoint.holdings import Holding, held_here, is_divided
 from kl_dist.checkpoint.sums import SAVED, SUMS, T, by_unit, changed_option, entry_of, sums_of
 from kl_dist.planning.boxes import Box, whole
 
@@ -100,8 +100,8 @@ def faults(
         )
         if name not in called or converted or not (is_full or unit[-1].boxes):
             continue
-        parts = [(_here(x), _boxes(one, x, is_full)) for x, one in zip(found, unit, strict=True)]
-        given = _here(given)
+        parts = [(held_here(x), _boxes(one, x, is_full)) for x, one in zip(found, unit, strict=True)]
+        given = held_here(given)
         if not written(given) and any(map(is_live, found, unit)):
             continue  # this very state, as state_dict() gave it
         wanted = sums_of(unit, parts, steps, called[name]).to(given.device)
@@ -134,7 +134,7 @@ def _difference(unit: Sequence[Holding], given: Tensor, wanted: Tensor) -> str |
 def is_live(tensor: Any, holding: Holding) -> bool:
     """Whether a tensor that is loaded is the state's own memory, as torch.distributed.checkpoint writes into it."""
     own = holding.memory
-    return own.numel() > 0 and holding.entry.constant is None and _here(tensor).data_ptr() == own.data_ptr()
+    return own.numel() > 0 and holding.entry.constant is None and held_here(tensor).data_ptr() == own.data_ptr()
 
 
 def written(tensor: Tensor) -> bool:
@@ -142,10 +142,5 @@ def written(tensor: Tensor) -> bool:
     return not tensor.is_inference() and tensor._version > 0
 
 
-def _here(tensor: Any) -> Tensor:
-    """What this rank has of a tensor."""
-    return tensor._local_tensor if hasattr(tensor, "boxes") else tensor
-
-
 def _boxes(holding: Holding, tensor: Tensor, is_full: bool) -> Sequence[Box]:
-    return (whole(holding.entry.shape),) if is_full and not hasattr(tensor, "boxes") else holding.boxes
+    return (whole(holding.entry.shape),) if is_full and not is_divided(tensor) else holding.boxes

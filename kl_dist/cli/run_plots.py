@@ -93,23 +93,22 @@ def _of_the_optimizer(numbers: Sequence[tuple[int, Record]]) -> Iterator[Plot]:
         )
     sides = _sides(numbers)
     if sides:
-        ranks = {
-            name: (steps, [said["matrices"][matrix][f"effective_rank.{side}"] for _, said in numbers])
-            for name, matrix, side in sides
-        }
+
+        def of_sides(kind: str) -> dict[str, Any]:
+            return {
+                name: (steps, [said["matrices"][matrix][f"{kind}.{side}"] for _, said in numbers])
+                for name, matrix, side in sides
+            }
+
         yield Plot(
             "Effective rank of factors",
             "exp of the entropy of the eigenvalues, a line for each side of a matrix.",
-            _lines(ranks, "step", quiet=True),
+            _lines(of_sides("effective_rank"), "step", quiet=True),
         )
-        conditions = {
-            name: (steps, [said["matrices"][matrix][f"condition.{side}"] for _, said in numbers])
-            for name, matrix, side in sides
-        }
         yield Plot(
             "Condition of factors",
             "Largest over smallest eigenvalue.",
-            _lines(conditions, "step", log=True, quiet=True),
+            _lines(of_sides("condition"), "step", log=True, quiet=True),
         )
         yield Plot(
             "Spectra",

@@ -82,14 +82,14 @@ def share_of_spike(scale: Tensor, mean_squares: Tensor, step: Tensor, beta: floa
     return None if share.device.type == "cpu" and bool((share == 1).all()) else share
 
 
-def clip_spikes_(x: Tensor, scale: Tensor, step: Tensor, beta: float) -> Tensor:
-    """x <- sqrt(p) x of each matrix, p from `share_of_spike`; returns mean(x^2) then, (B,)."""
+def scale_without_spikes_(x: Tensor, scale: Tensor, step: Tensor, beta: float) -> Tensor:
+    """x <- sqrt(p) x of each matrix, p from `share_of_spike`; returns `tracked_scale` of mean(x^2) then, (B,)."""
     mean_squares = mean_square(x)
     share = share_of_spike(scale, mean_squares, step, beta)
-    if share is None:
-        return mean_squares
-    x.mul_(column(share.sqrt(), x))
-    return mean_squares.mul_(share)
+    if share is not None:
+        x.mul_(column(share.sqrt(), x))
+        mean_squares.mul_(share)
+    return tracked_scale(scale, mean_squares, step, beta)
 
 
 def mean_square(x: Tensor) -> Tensor:

@@ -48,8 +48,7 @@ def start(state: ShampooState, grad: Tensor, hyper: Hyper) -> None:
 def update(state: ShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """The update of one step, before the learning rate; eps is relative. Arguments as `kl_shampoo.update`."""
     state.step.add_(1)
-    mean_squares = averages.clip_spikes_(grad, state.grad_scale, state.step, hyper.betas[1])
-    scale = averages.tracked_scale(state.grad_scale, mean_squares, state.step, hyper.betas[1])
+    scale = averages.scale_without_spikes_(grad, state.grad_scale, state.step, hyper.betas[1])
     keep = averages.of_step(averages.warm_beta(hyper.factor_beta), state.step, scale)
     kronecker.learn_grams(state.factors, grad, spare, keep, by=scale.reciprocal(), compute_dtype=hyper.compute_dtype)
     learn_squares(state.exp_avg_sq, grad, spare, scale, state.step, hyper)

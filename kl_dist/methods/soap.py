@@ -39,8 +39,7 @@ def update(state: SOAPState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tenso
     """The update of one step, before the learning rate; eps is relative. Arguments as `kl_shampoo.update`."""
     state.step.add_(1)
     projected, spare = kronecker.project(grad, spare, state.bases, hyper.compute_dtype)
-    mean_squares = averages.clip_spikes_(projected, state.grad_scale, state.step, hyper.betas[1])
-    scale = averages.tracked_scale(state.grad_scale, mean_squares, state.step, hyper.betas[1])
+    scale = averages.scale_without_spikes_(projected, state.grad_scale, state.step, hyper.betas[1])
     keep = averages.of_step(averages.warm_beta(hyper.factor_beta), state.step, scale)
     kronecker.learn_grams(
         state.factors, projected, spare, keep, by=scale.reciprocal(), compute_dtype=hyper.compute_dtype

@@ -27,6 +27,19 @@ class Partition(NamedTuple):
     max_state_bytes: int | None = None  # of a rank, where the plan chooses
     ranks_per_node: int = FEWEST  # groups that are chosen fill nodes
 
+    def of_some(self, ranks: int) -> Partition:
+        """For so many ranks that are not all of the job: they are one group.
+
+        Raises:
+            ValueError: another size is given.
+        """
+        if self.size not in (None, ranks):
+            raise ValueError(
+                "partition_size divides all ranks of the job; this KLShampoo has a process_group of some: leave it"
+                f" out, or give {ranks}"
+            )
+        return self._replace(size=ranks)
+
     def sizes(self, world_size: int, shardings: Iterable[Sharding | None]) -> list[int]:
         """What a group's size may be, ascending.
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from kl_dist.cli import report
 from kl_dist.cli.main import main
-from tests.jobs import on_ranks, text_in
+from tests.jobs import ROOT, on_ranks, text_in
 from tests.models import raising
 from tests.world import World
 
@@ -101,6 +102,15 @@ def test_the_command_says_where_the_page_is_and_ends_with_two_where_there_is_no_
     with pytest.raises(SystemExit) as left:
         main(["report", str(tmp_path)])
     assert left.value.code == 2 and "give the folder of a run" in capsys.readouterr().err
+
+
+def test_it_does_without_what_plan_alone_needs(run, tmp_path):
+    """The extra of the jobs has no rich, which makes plan's tables."""
+    words = ["report", str(run), "--out", str(tmp_path / "page.html")]
+    code = f"import sys; sys.modules['rich'] = None; from kl_dist.cli.main import main; main({words})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "page.html").is_file()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here to look at the page with")

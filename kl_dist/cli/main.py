@@ -9,36 +9,38 @@ from pathlib import Path
 from typing import Any
 
 EXTRA = "kl-shampoo needs its extra: pip install 'kl-shampoo[plan]'"
+OF_EXTRA = ("jsonargparse", "matplotlib", "rich")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script: exit status 2 and one line for what cannot be done."""
     try:
-        import jsonargparse
-        import matplotlib  # noqa: F401 (asked for here, so that the error is the same whatever is missing)
-        import rich  # noqa: F401
-    except ImportError as missing:
-        raise SystemExit(f"{EXTRA} ({missing})") from None
-    parser = jsonargparse.ArgumentParser(
-        prog="kl-shampoo", description="Distributed KL-Shampoo, before and after a run."
-    )
-    commands = parser.add_subcommands(required=True, dest="command")
-    commands.add_subcommand("plan", _plan_parser(), help="who does what at a world size, what it takes, and how long")
-    commands.add_subcommand("report", _report_parser(), help="what a run recorded, as one page of HTML")
-    given = parser.parse_args(argv)
-    try:
+        given = _parser().parse_args(argv)
         _plan(given.plan) if given.command == "plan" else _report(given.report)
+    except ModuleNotFoundError as missing:  # each subcommand imports what it needs, and no more
+        if missing.name not in OF_EXTRA:
+            raise
+        raise SystemExit(f"{EXTRA} ({missing})") from None
     except (ValueError, TypeError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _parser() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="kl-shampoo", description="Distributed KL-Shampoo, before and after a run.")
+    commands = parser.add_subcommands(required=True, dest="command")
+    commands.add_subcommand("plan", _plan_parser(), help="who does what at a world size, what it takes, and how long")
+    commands.add_subcommand("report", _report_parser(), help="what a run recorded, as one page of HTML")
+    return parser
 
 
 def _plan_parser() -> Any:
     from jsonargparse import ArgumentParser
 
     from kl_dist.cli.machine import PRESETS
-    from kl_dist.cli.models import BUILT_IN
-    from kl_dist.cli.plan import DTYPES
+    from kl_dist.cli.models import BUILT_IN, DTYPES
 
     parser = ArgumentParser(description="What KLShampoo would do for a model over a world of ranks.")
     named = f"{', '.join(BUILT_IN)}; module:factory, called on the meta device; or a config.json of Hugging Face's"
@@ -77,14 +79,16 @@ def _report(given: Any) -> None:
 
 
 def _plan(given: Any) -> None:
+    import matplotlib  # noqa: F401 (missing, it is said before anything is counted, and without a picture too)
+
     from kl_dist.cli import plan
-    from kl_dist.cli.models import model_of
+    from kl_dist.cli.models import DTYPES, model_of
 
     question = plan.Question(
         model_of(given.model),
         given.world,
         plan.Layout.of(given.layout),
-        plan.DTYPES[given.dtype],
+        DTYPES[given.dtype],
         given.ranks_per_node,
         dict(map(_option, given.set)),
     )

@@ -84,6 +84,9 @@ def _decoder(width: int, layers: int, block: Shapes, vocabulary: int) -> Shapes:
     return found | {f"layers.{i}.{name}": shape for i in range(layers) for name, shape in block.items()}
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+"""Of parameters that are shapes alone."""
+
 BUILT_IN: dict[str, Shapes] = {
     "gpt2": gpt2(768, 12),
     "gpt2-xl": gpt2(1600, 48),

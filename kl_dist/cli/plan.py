@@ -18,7 +18,6 @@ from kl_dist.cli.machine import Machine
 from kl_dist.cli.models import Model
 from kl_dist.planning.plan import Plan
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 MOST_MATRICES = 256
 """Of a rank, that this CPU's own time of a step is measured with, at most."""
 OF_PLAN = ("partition_size", "max_state_bytes")

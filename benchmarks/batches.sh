@@ -58,10 +58,10 @@ over_choices() {
     compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1.5e-2" --grid "betas=(0.9,0.8),(0.95,0.9),(0.85,0.9)"
 }
 
-# What whitens, with spikes cut down, as batches.jsonl's earlier runs were without.
+# With spikes cut down, as batches.jsonl's earlier runs were without.
 over_spikes() {
     results=spikes compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1.5e-2" \
-        --run "--optimizer kl_soap --lr 1.5e-2" --run "--optimizer soap --lr 1.5e-2"
+        --run "--optimizer kl_soap --lr 1.5e-2" --run "--optimizer soap --lr 1.5e-2" --run "--optimizer kl_muon --lr 2.2e-2"
 }
 
 for arena in ${*:-1024x400 8192x400 32768x400 1024x2000 choices}; do

@@ -176,7 +176,7 @@ def spiked(kind: str, shape: tuple[int, ...], at: int) -> Tensor:
 
 @product(
     **{
-        "method": WITH_SCALE,
+        "method": FRESH,
         "shape": [(64, 64), (96, 32), (3, 4, 5)],
         "kind": ["spike", "rank one", "one entry"],
         "dtype": [torch.float32, torch.float64],
@@ -191,7 +191,7 @@ def test_fresh_is_through_with_a_spike_in_thirty_steps(method, shape, kind, dtyp
     assert (U[at + 30 :] < 2 * steady).all() and (U[at + 30 :] > steady / 2).all()
 
 
-@pytest.mark.parametrize("method", WITH_SCALE)
+@pytest.mark.parametrize("method", FRESH)
 def test_fresh_cuts_a_spike_as_the_reference_does(method):
     """Matrices of one stack that are at different steps: one at its first, which is never cut."""
     first, second = gradients((8, 5), steps=20), gradients((8, 5), steps=20)
@@ -204,7 +204,7 @@ def test_fresh_cuts_a_spike_as_the_reference_does(method):
     assert distance(paths[1][6:], follow(method, "fresh", second[6:])) < 1e-9
 
 
-@pytest.mark.parametrize("method", WITH_SCALE)
+@pytest.mark.parametrize("method", FRESH)
 def test_fresh_cuts_a_spike_continuously_and_only_beyond_ten_times(method):
     """Doubling one gradient in its place changes what doubling does; from a certain size on nothing changes at all."""
     paths = []

@@ -92,6 +92,19 @@ def scale_without_spikes_(x: Tensor, scale: Tensor, step: Tensor, beta: float) -
     return tracked_scale(scale, mean_squares, step, beta)
 
 
+def cut_spikes_by_momentum_(grad: Tensor, exp_avg: Tensor, step: Tensor, hyper: Hyper) -> None:
+    """grad <- sqrt(p) grad, where no scale is tracked: s' is of gradients that as noise would have left this momentum.
+
+    mean(exp_avg^2) = (1 - beta1^(2 t)) (1 - beta1) / (1 + beta1) s'^2 in the mean, after t gradients that are
+    independent, and more where they agree.
+    """
+    beta1 = hyper.betas[0]
+    noise = mean_square(exp_avg).mul_((1 + beta1) / (1 - beta1))
+    share = share_of_spike(noise, mean_square(grad), step, beta1**2)
+    if share is not None:
+        grad.mul_(column(share.sqrt_(), grad))
+
+
 def mean_square(x: Tensor) -> Tensor:
     """mean(x^2) of each matrix, (B,)."""
     return torch.linalg.vector_norm(x.flatten(1), dim=1).square_() / numel(x)

@@ -1,5 +1,6 @@
 """Muon: the momentum made orthogonal, for a matrix M = P diag(s) Q^T nearly P Q^T, by five steps of Newton-Schulz.
 
+    G <- G min(1, 10 s / RMS(G)), s^2 = mean(M^2) (1 + beta1) / (1 - beta1) / (1 - beta1^(2 t - 2)), but at t = 1
     M <- beta1 M + (1 - beta1) G;   N = beta1 M + (1 - beta1) G (Nesterov's) or M
     X = N / |N|;   five times X <- a X + (b A + c A^2) X with A = X X^T;   U = scale(m, n) X
 
@@ -139,6 +140,7 @@ def flops(shape: Sequence[int], sides: Sequence[Side]) -> Flops:
 def _direction(state: MatrixState, grad: Tensor, spare: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor]:
     """The momentum with this step's gradient, made orthogonal: X (B, m, n), and the buffer that is free then."""
     state.step.add_(1)
+    averages.cut_spikes_by_momentum_(grad, state.exp_avg, state.step, hyper)
     direction = averages.momentum_(state.exp_avg, grad, hyper)
     smallest = averages.smallest_scale(grad.dtype) * (1 - hyper.betas[0])  # the momentum is not corrected
     x = direction.div_(kronecker.column(_norm(direction).clamp_min(smallest) * (1 + hyper.eps), grad)).flatten(2)

@@ -25,6 +25,12 @@ class Muon(fresh.Reference):
     def start(self) -> None:
         """Nothing."""
 
+    def without_spike(self, G: Tensor) -> Tensor:
+        """By the size of independent gradients whose momentum M would be."""
+        beta1 = self.options.beta1
+        square = self.M.square().mean() * (1 + beta1) / (1 - beta1)
+        return fresh.cut_down(G, fresh.rms(G), square, beta1**2, self.t)
+
     def update(self, G: Tensor) -> Tensor:
         return (self.factor * self.orthogonal(self.momentum(G).flatten(1))).reshape(self.shape)
 
@@ -53,6 +59,9 @@ class Released(Muon):
     """torch.optim.Muon in exact arithmetic: N is not bias-corrected, and eps is the least |N|."""
 
     adjustment = "original"
+
+    def without_spike(self, G: Tensor) -> Tensor:
+        return G
 
     def momentum(self, G: Tensor) -> Tensor:
         return ema(self.M, G, self.options.beta1) if self.options.nesterov else self.M

@@ -205,6 +205,7 @@ def whole(shape: Sequence[int]) -> Box:
     return tuple((0, d) for d in shape)
 
 
+@lru_cache(maxsize=1 << 14)  # layers are alike
 def pieces(reading: Reading, block: Block, box: Box, begins: int | None = None) -> tuple[Piece, ...]:
     """What `box` holds of `block`; empty where they do not meet.
 

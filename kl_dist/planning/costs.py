@@ -6,6 +6,7 @@ written, which counts FLOPS_PER_BYTE.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -33,9 +34,16 @@ class Work(NamedTuple):
 
 def matrix_work(method: str, recipe: str, block: Block, dtype: torch.dtype, polar_steps: int) -> Work:
     """Of one block."""
-    flops = rule(method, recipe).flops(block.shape, block.sides)
-    moved = 2 * state_bytes(method, recipe, block.shape, block.sides, dtype) + 2 * block.numel * dtype.itemsize
-    return Work(flops.update + polar.flops(block.shape, polar_steps), flops.refresh, moved)
+    return _work(method, recipe, block.shape, block.sides, dtype, polar_steps)
+
+
+@lru_cache(maxsize=4096)
+def _work(
+    method: str, recipe: str, shape: tuple[int, ...], sides: tuple[Side, ...], dtype: torch.dtype, polar_steps: int
+) -> Work:
+    flops = rule(method, recipe).flops(shape, sides)
+    moved = 2 * state_bytes(method, recipe, shape, sides, dtype) + 2 * math.prod(shape) * dtype.itemsize
+    return Work(flops.update + polar.flops(shape, polar_steps), flops.refresh, moved)
 
 
 def matrix_cost(method: str, recipe: str, block: Block, dtype: torch.dtype, every: int, polar_steps: int) -> float:

@@ -79,11 +79,11 @@ class Block:
     ranges: tuple[tuple[int, int], ...]
     sides: tuple[Side, ...]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         return tuple(stop - start for start, stop in self.ranges)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 

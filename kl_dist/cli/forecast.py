@@ -3,7 +3,8 @@
 With P, R / T and M a rank's flops of products, of refreshes and bytes of memory, B_w and B_b what it sends within its
 node and between nodes in E exchanges, and n buckets, of which one travels while another is computed:
 
-    compute  C = (P / flops + R / (T refresh_flops) + M / memory + host) sharing     of the rank for which it is largest
+    host     H = host + (B_w + B_b) per_byte
+    compute  C = (P / flops + R / (T refresh_flops) + M / memory + H) sharing        of the rank for which it is largest
     exchange X = B_w / within + B_b / between + E latency                            of a node's last rank
     step       = max(C, X) + min(C, X) / n + log2(W) latency
 
@@ -83,11 +84,12 @@ def forecast(plan: Plan, group: Mapping[str, Any], machine: Machine, ranks_per_n
     every, works = group["precondition_frequency"], works_of(plan, group)
     on_node = min(ranks_per_node, plan.world_size)
     slower = machine.sharing(on_node)
-    parts = [_compute(work, every, machine, slower) for work in works]
-    busiest = max(range(len(parts)), key=lambda rank: sum(parts[rank]))
     last = min(on_node, plan.partition_size) - 1  # whose neighbour in a ring is on another node, where there is one
     traffics, dtypes = plan.travelling(last)
     links = links_of(plan.buckets, traffics, last, ranks_per_node)
+    host = machine.host + (links.within + links.between) * machine.per_byte
+    parts = [_compute(work, every, machine, host, slower) for work in works]
+    busiest = max(range(len(parts)), key=lambda rank: sum(parts[rank]))
     sent = bytes_of(traffics, dtypes)
     latency = machine.latency if plan.world_size > 1 else 0.0
     owners = {owner for owner in plan.owners if owner is not None}
@@ -127,12 +129,14 @@ def works_of(plan: Plan, group: Mapping[str, Any]) -> list[costs.Work]:
     return [costs.Work(p, r, m + shared / plan.partition_size) for p, r, m in totals]
 
 
-def _compute(work: costs.Work, every: int, machine: Machine, slower: float) -> tuple[float, float, float, float]:
+def _compute(
+    work: costs.Work, every: int, machine: Machine, host: float, slower: float
+) -> tuple[float, float, float, float]:
     return (
         slower * work.products / machine.flops,
         slower * work.refresh / every / machine.refresh_flops,
         slower * work.moved / machine.memory,
-        slower * machine.host,
+        slower * host,
     )
 
 

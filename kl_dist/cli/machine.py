@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ import torch.multiprocessing as mp
 
 from kl_dist import KLShampoo
 from kl_dist.methods.linalg import QR_SLOWNESS
+from kl_dist.planning import costs
+from kl_dist.planning.matrices import Block
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Machine:
     between: float  # and to those of other nodes
     latency: float  # seconds that an exchange takes beside its bytes
     host: float = 0.0  # seconds that a step takes whatever is computed; 0 where a device hides them
+    per_byte: float = 0.0  # seconds that the host takes for each byte it sends, where it moves them itself
     cores: int | None = None  # ranks of a node that compute at a time; None: all of them
 
     def sharing(self, ranks: int) -> float:
@@ -51,28 +55,41 @@ PRESETS = {
 """[Note: presets] No H100 was at hand: products at half of 494 TFLOP/s, memory and links at half of their speed. Of a
 refresh the rate is an H200's (docs/gpu.md): the 1.48 Tflop that are counted for GPT-2 124M's took it 62 ms."""
 
+LARGEST, MOST = 1024, 32  # side and number of the matrices that this CPU is measured with
 REPEATS = 5
 SECONDS = 0.05  # of one repetition, about
 
 
 def this_cpu(side: int, ranks: int = 1, matrices: int = 8) -> Machine:
-    """Rates of this CPU, one thread a rank, on matrices of `side` x `side` in float32; takes a few seconds.
+    """Rates of this CPU, one thread a rank, on `matrices` a rank of `side` x `side` in float32; takes a few seconds.
 
-    Links, and a step's own time with so many tiny `matrices` a rank, are measured between two processes by gloo, where
-    `ranks` are more than one.
+    Products, QR and a step with nothing to compute are timed alone; what a real step takes beside these counts as
+    memory traffic. Links are measured by gloo between as many processes as there are `ranks`, four at most.
     """
+    side, matrices = min(side, LARGEST), min(matrices, MOST)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         products = _products(side)
         refresh = _refresh(side, products)
-        memory = _memory()
-        latency, bandwidth, host = _links(matrices) if ranks > 1 else (0.0, 1e9, _host(matrices))
+        alone = _step(4, matrices)
+        memory = _memory(side, matrices, products, alone)
+        links = _links(min(ranks, 4), matrices) if ranks > 1 else Links(0.0, 1e9, alone, 0.0)
     finally:
         torch.set_num_threads(threads)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    rates = (products, refresh, memory, bandwidth, bandwidth, latency)
-    return Machine(f"this CPU, one thread of {cores}", *rates, host=host, cores=cores or 1)
+    return Machine(
+        f"this CPU, one thread of {cores}",
+        products,
+        refresh,
+        memory,
+        links.bandwidth,
+        links.bandwidth,
+        links.latency,
+        host=links.host,
+        per_byte=links.per_byte,
+        cores=cores or 1,
+    )
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -103,53 +120,69 @@ def _refresh(side: int, products: float) -> float:
     return counted / (qr + 6 * side**3 / products)
 
 
-def _memory() -> float:
+def _memory(side: int, matrices: int, products: float, alone: float) -> float:
+    """Bytes per second, as `kl_dist.planning.costs` counts them, of a step's time beside its products and its own."""
+    block = Block(0, ((0, side), (0, side)), ("full", "full"))
+    work = costs.matrix_work("kl_shampoo", "fresh", block, torch.float32, 0)
+    beside = _step(side, matrices) - alone - matrices * work.products / products
     x, y = torch.randn(1 << 22), torch.randn(1 << 22)
-    return 3 * x.nbytes / _seconds(lambda: x.add_(y))
+    most = 3 * x.nbytes / _seconds(lambda: x.add_(y))
+    return min(most, matrices * work.moved / max(beside, 1e-9))
 
 
-def _host(matrices: int) -> float:
-    """CPU seconds of a step whose matrices have hardly anything to compute; a collective, where there are ranks."""
-    some = torch.arange(16.0).sin().view(4, 4)  # the same on every rank
+def _step(side: int, matrices: int) -> float:
+    """CPU seconds of a step without refreshes; a collective, where there are ranks."""
+    some = torch.arange(float(side * side)).sin().view(side, side)  # the same on every rank
     parameters = [torch.nn.Parameter(some.clone()) for _ in range(matrices)]
-    optimizer = KLShampoo(parameters, compare_every=1 << 30)
-    for parameter in parameters:
-        parameter.grad = some.clone()
+    optimizer = KLShampoo(parameters, compare_every=1 << 30, precondition_frequency=1 << 30)
     found = []
-    for _ in range(4 * REPEATS):
+    for _ in range(4 * REPEATS if side <= 128 else REPEATS):
+        for parameter in parameters:
+            parameter.grad = some.clone()
         began = time.process_time()
         optimizer.step()
         found.append(time.process_time() - began)
     return median(found)
 
 
-# -- two processes -----------------------------------------------------------------------------------------------------
+# -- several processes -------------------------------------------------------------------------------------------------
 
-SMALL, LARGE = 1 << 10, 16 << 20
+SMALL, LARGE = 1 << 10, 8 << 20
 
 
-def _links(matrices: int) -> tuple[float, float, float]:
-    """Seconds of a small exchange, bytes per second of a large one, and seconds of a step with nothing to compute."""
+class Links(NamedTuple):
+    """What some processes found."""
+
+    latency: float  # seconds of a small exchange
+    bandwidth: float  # bytes per second of a large one
+    host: float  # CPU seconds of a step with nothing to compute
+    per_byte: float  # CPU seconds of a rank for each byte it sends
+
+
+def _links(ranks: int, matrices: int) -> Links:
     with TemporaryDirectory() as folder:
-        mp.spawn(_exchange, (f"{folder}/store", matrices), nprocs=2)
-        small, large, host = map(float, Path(f"{folder}/store.0").read_text().split())
-    return small, LARGE / max(large - small, 1e-9), host
+        mp.spawn(_exchange, (f"{folder}/store", ranks, matrices), nprocs=ranks)
+        small, large, host, cpu = map(float, Path(f"{folder}/store.0").read_text().split())
+    sent = (ranks - 1) * LARGE
+    return Links(small, sent / max(large - small, 1e-9), host, cpu / sent)
 
 
-def _exchange(rank: int, store: str, matrices: int) -> None:
+def _exchange(rank: int, store: str, ranks: int, matrices: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
-    found = []
+    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+    found, cpu = [], 0.0
     for nbytes in (SMALL, LARGE):
-        mine, room = torch.zeros(nbytes // 4), torch.zeros(2, nbytes // 4)
-        times = []
+        mine, room = torch.zeros(nbytes // 4), torch.zeros(ranks, nbytes // 4)
+        times, spent = [], []
         for _ in range(2 * REPEATS):
             dist.barrier()
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             dist.all_gather(list(room), mine)
             times.append(time.perf_counter() - began)
+            spent.append(time.process_time() - worked)
         found.append(min(times))
-    found.append(_host(2 * matrices))  # of which each rank has half
+        cpu = median(spent)
+    found += [_step(4, ranks * matrices), cpu]  # of which each rank has its share
     Path(f"{store}.{rank}").write_text(" ".join(map(str, found)))
     dist.barrier()
     dist.destroy_process_group()

@@ -196,7 +196,7 @@ class KLShampoo(StateDicts):
             for group in self.param_groups:
                 check_device(group["compute_dtype"], self._ranks.device)
             shardings = placement.known_from_here(trained, self._ranks)
-        per_node = self._ranks.per_node(FEWEST) if self._ranks.size > FEWEST else FEWEST
+        per_node = self._ranks.per_node(FEWEST) if self._ranks.size > 1 else FEWEST
         everywhere = None
         if self._ranks.any(shardings is None):
             with self._ranks.together():
@@ -207,9 +207,11 @@ class KLShampoo(StateDicts):
                 shardings = placement.told_by_all(trained, everywhere)
             assert shardings is not None
             size = self._ranks.size
-            partition = self._partition if self._ranks.is_everyone else self._partition.of_some(size)
+            partition = self._partition._replace(ranks_per_node=per_node)
+            if not self._ranks.is_everyone:
+                partition = partition.of_some(size)
             parameters = placement.parameters_of(trained, shardings)
-            plan = make_plan(parameters, self.param_groups, size, previous, partition._replace(ranks_per_node=per_node))
+            plan = make_plan(parameters, self.param_groups, size, previous, partition)
         own = f"on_nonfinite={self._on_nonfinite!r}, compare_every={self._compare_every!r}"
         self._ranks.check_same(own + plan.digest(), lambda: (own, *plan.lines), "the plan of KLShampoo")
         return plan

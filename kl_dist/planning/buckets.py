@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ EVEN = 1.05
 """What an all-gather may take, over what is in it."""
 GATHERED = 2
 """Buckets' bytes that one may take."""
+LESS = 0.9
+"""What two levels may send between nodes, over what one ring does."""
 
 
 class Member(NamedTuple):
@@ -41,6 +44,7 @@ class Bucket:
 
     dtype: torch.dtype
     grid: Grid | None  # rows of ranks that share a replica, columns of ranks that hold the same; None: nothing travels
+    on_node: int  # ranks of a column on each node, where its updates travel in two levels; 1: in one
 
     def members(self, units: Sequence[Unit], parameters: Sequence[Parameter], rank: int) -> tuple[Member, ...]:
         """A rank's units, in order."""
@@ -61,6 +65,13 @@ class Bucket:
             return (rank,)
         position = self._places[rank][1]
         return tuple(row[position] for row in self.grid)
+
+    def levels(self, column: Sequence[int]) -> list[tuple[int, ...]]:
+        """The lines of ranks within which the updates of a column travel: itself, or those of both levels."""
+        if self.on_node == 1:
+            return [tuple(column)]
+        between = [tuple(column[k :: self.on_node]) for k in range(self.on_node)]
+        return [*between, *zip(*between, strict=True)]
 
     @cached_property
     def _places(self) -> dict[int, tuple[int, int]]:
@@ -141,6 +152,23 @@ def everywhere(world_size: int) -> Grid:
     return tuple((rank,) for rank in range(world_size))
 
 
+def ranks_on_a_node(grid: Grid, ranks_per_node: int) -> int:
+    """How many ranks of a column stand on each node, where its updates are to travel in two levels; 1: in one.
+
+    [Note: two levels] In a ring of W ranks, what comes into a node is all but what the first rank there has, from the
+    others of that node too: of L ranks' W - 1 parts. In two levels, between the ranks of one number on all nodes and
+    then within each node, it is W - L, and every rank receives its share of that by its own link; all that a rank sends
+    remains W - 1. So two levels it is where that is less by a tenth and more, as for up to eight nodes of eight.
+    """
+    columns = zip(*grid, strict=True)
+    nodes = ([rank // ranks_per_node for rank in column] for column in columns)
+    runs = {tuple(len(list(run)) for _, run in groupby(column)) for column in nodes}
+    if len(runs) != 1 or len(set(lengths := runs.pop())) != 1:
+        return 1
+    on_node, size = lengths[0], sum(lengths)
+    return on_node if len(lengths) > 1 and size - on_node <= LESS * (size - 1) else 1
+
+
 def matrix_buckets(
     indices: Sequence[int],
     units: Sequence[Unit],
@@ -148,6 +176,7 @@ def matrix_buckets(
     parameters: Sequence[Parameter],
     groups: Sequence[Mapping[str, Any]],
     world_size: int,
+    ranks_per_node: int,
     bucket_bytes: int,
 ) -> Iterator[MatrixBucket]:
     """Every rank's matrices in order of kind and turn, in buckets.
@@ -167,6 +196,7 @@ def matrix_buckets(
             owner = owners[i]
             assert owner is not None
             queues.setdefault(owner, []).append(i)
+        on_node = ranks_on_a_node(grid, ranks_per_node)
         for chosen in _fill(dict(sorted(queues.items())), units, bucket_bytes / world_size):
             row_of = {rank: i for i, row in enumerate(grid) for rank in row}
             weights = [0.0] * len(grid)
@@ -174,7 +204,7 @@ def matrix_buckets(
                 weights[row_of[owner]] += sum(units[i].nbytes for i in indices_there) / len(grid[0])
             # one of several shards may have twice its share of a bucket's matrices: of blocks cut as the shards are
             most = bucket_bytes / min(len(grid[0]), 2)
-            yield MatrixBucket(units[members[0]].dtype, grid, chosen, legs_of(weights, most))
+            yield MatrixBucket(units[members[0]].dtype, grid, on_node, chosen, legs_of(weights, most))
 
 
 def legs_of(weights: Sequence[float], bucket_bytes: float) -> tuple[Range, ...]:
@@ -244,12 +274,12 @@ def rows_buckets(
             for number in range(count):
                 nbytes = sharding.largest * dtype.itemsize / count
                 if parts and taken + nbytes > most:
-                    yield RowsBucket(dtype, None, tuple(parts), most)
+                    yield RowsBucket(dtype, None, 1, tuple(parts), most)
                     parts, taken = [], 0.0
                 parts.append((i, number))
                 taken += nbytes
         if parts:
-            yield RowsBucket(dtype, None, tuple(parts), most)
+            yield RowsBucket(dtype, None, 1, tuple(parts), most)
 
 
 def aligned(numel: int, dtype: torch.dtype) -> int:

@@ -20,7 +20,8 @@ class Links(NamedTuple):
 def links_of(buckets: Sequence[Bucket], traffics: Sequence[Traffic], rank: int, ranks_per_node: int) -> Links:
     """Of a rank of the first group, whose traffic this is; nodes have consecutive ranks.
 
-    All-to-alls go to each rank of the row itself, all-gathers and broadcasts to the next in the column, as rings do.
+    All-to-alls go to each rank of the row itself, all-gathers and broadcasts to the next in the column, as rings do; of
+    two levels the first goes to the next node, and the second to the next rank within.
     """
     within = between = exchanges = 0
     for bucket, traffic in zip(buckets, traffics, strict=True):
@@ -30,10 +31,11 @@ def links_of(buckets: Sequence[Bucket], traffics: Sequence[Traffic], rank: int, 
             lengths = zip(traffic.outgoing.lengths, traffic.incoming.lengths, strict=True)
             sent += zip(bucket.row(rank), map(sum, lengths), strict=True)
         if traffic.replicas > 1:
-            exchanges += len(traffic.legs)
-            column = bucket.column(rank)
-            successor = column[(traffic.place + 1) % len(column)]
-            sent.append((successor, along_the_column(traffic)[0]))
+            column, on_node, along = bucket.column(rank), traffic.on_node, along_the_column(traffic)
+            exchanges += len(traffic.legs) * (1 if on_node == 1 else 2)
+            sent.append((column[(traffic.place + on_node) % len(column)], along.first))
+            node, here = divmod(traffic.place, on_node)
+            sent.append((column[node * on_node + (here + 1) % on_node], along.sent - along.first))
         for other, numel in sent:
             nbytes = bucket.dtype.itemsize * numel
             if other != rank and other // ranks_per_node == rank // ranks_per_node:

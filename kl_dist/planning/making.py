@@ -9,7 +9,7 @@ from typing import Any
 
 from kl_dist.methods import ELEMENTWISE
 from kl_dist.options import describe
-from kl_dist.planning.buckets import StreamBucket, everywhere, matrix_buckets, rows_buckets
+from kl_dist.planning.buckets import StreamBucket, everywhere, matrix_buckets, ranks_on_a_node, rows_buckets
 from kl_dist.planning.ownership import assign, evenest
 from kl_dist.planning.partition import CHOSEN, Partition, in_group
 from kl_dist.planning.plan import Plan, structure
@@ -59,10 +59,12 @@ def make_plan(
     flat = [i for i in under_adamw if parameters[units[i].parameter].sharding is None]
     sharded = [i for i in under_adamw if parameters[units[i].parameter].sharding is not None]
     streams = _streams(previous, flat, units, parameters, size)
+    whole = everywhere(size)
+    per_node = partition.node_of_group(size, world_size)
     buckets = [
-        *matrix_buckets(range(len(matrices)), units, assigned, parameters, groups, size, BUCKET_BYTES),
+        *matrix_buckets(range(len(matrices)), units, assigned, parameters, groups, size, per_node, BUCKET_BYTES),
         *(
-            StreamBucket(units[stream.units[0]].dtype, everywhere(size), stream, number)
+            StreamBucket(units[stream.units[0]].dtype, whole, ranks_on_a_node(whole, per_node), stream, number)
             for stream in streams
             for number in range(stream.buckets)
         ),

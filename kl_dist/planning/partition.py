@@ -25,7 +25,7 @@ class Partition(NamedTuple):
 
     size: int | None = None  # ranks of a group; None: the plan chooses
     max_state_bytes: int | None = None  # of a rank, where the plan chooses
-    ranks_per_node: int = FEWEST  # groups that are chosen fill nodes
+    ranks_per_node: int = FEWEST  # groups that are chosen fill nodes, and updates may travel in two levels
 
     def of_some(self, ranks: int) -> Partition:
         """For so many ranks that are not all of the job: they are one group.
@@ -38,7 +38,7 @@ class Partition(NamedTuple):
                 "partition_size divides all ranks of the job; this KLShampoo has a process_group of some: leave it"
                 f" out, or give {ranks}"
             )
-        return self._replace(size=ranks)
+        return self._replace(size=ranks, ranks_per_node=ranks)  # and make no process groups of their own
 
     def sizes(self, world_size: int, shardings: Iterable[Sharding | None]) -> list[int]:
         """What a group's size may be, ascending.
@@ -58,6 +58,10 @@ class Partition(NamedTuple):
             return [self.size]
         chosen = [g for g in possible if g % self.ranks_per_node == 0 and g >= FEWEST]
         return chosen if world_size in chosen else [*chosen, world_size]
+
+    def node_of_group(self, size: int, world_size: int) -> int:
+        """How many consecutive ranks of a group of `size` share a node: all, where groups do not lie alike on nodes."""
+        return self.ranks_per_node if size == world_size or size % self.ranks_per_node == 0 else size
 
     def choose(self, sizes: Sequence[int], division: Callable[[int], Evenest]) -> int:
         """The most ranks whose work is balanced, else the fewest; of those with room for the state.

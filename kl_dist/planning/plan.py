@@ -127,9 +127,12 @@ class Plan:
 
     def lines_of_exchange(self) -> list[tuple[int, ...]]:
         """The ranks that have updates of buckets for each other, line by line, in all groups; the same on all ranks."""
-        columns = dict.fromkeys(column for bucket in self.buckets for column in zip(*(bucket.grid or ()), strict=True))
+        lines: dict[tuple[int, ...], None] = {}
+        for bucket in {(bucket.grid, bucket.on_node): bucket for bucket in self.buckets}.values():
+            for column in zip(*(bucket.grid or ()), strict=True):
+                lines |= dict.fromkeys(bucket.levels(column))
         firsts = range(0, self.world_size, self.partition_size)
-        return [tuple(first + rank for rank in column) for first in firsts for column in columns]
+        return [tuple(first + rank for rank in line) for first in firsts for line in lines]
 
     # -- all ranks' ----------------------------------------------------------------------------------------------------
 
@@ -247,7 +250,8 @@ class Plan:
             whose = "divided over the ranks" if owner is None else f"owned by rank {owner}"
             yield f"{unit.name!r} ({unit.method}) is {whose}"
         for i, bucket in enumerate(self.buckets):
-            yield f"bucket {i}: {bucket.dtype}, {bucket.said}"
+            levels = f", two levels, {bucket.on_node} ranks on a node" if bucket.on_node > 1 else ""
+            yield f"bucket {i}: {bucket.dtype}, {bucket.said}{levels}"
 
     def __str__(self) -> str:
         mb = 1 / 2**20
@@ -267,6 +271,9 @@ class Plan:
             rows.append(
                 f"and so on, to rank {self.partition_size - 1}; what follows of padding is that of these {shown}"
             )
+        on_node = max((bucket.on_node for bucket in self.buckets), default=1)
+        if on_node > 1:
+            rows.append(f"updates travel between nodes, then among the {on_node} ranks of a column on each")
         if self._copies > 1:
             rows.append(f"{self._copies} groups of {self.partition_size} ranks do this, each all of it")
         rows.append(

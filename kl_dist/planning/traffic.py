@@ -6,7 +6,7 @@ three trips (see `kl_dist.planning.buckets.Bucket.grid` for rows and columns):
     gradients   all-to-all in the row        outgoing -> incoming    not where a row is one rank, which has all of it
     updates     all-to-all in the row        incoming -> outgoing    as above
     updates     all-gather in the column,    outgoing -> all rows    not where there is one replica
-                or broadcasts, in legs
+                or broadcasts, in legs, in one or two levels
 
 A *segment* is what travels between two ranks of a row: the pieces of one rank's shards that belong to units of the
 other, in the units' order.
@@ -81,6 +81,7 @@ class Traffic:
     place: int  # of the rank in its column
     replicas: int  # ranks in the column
     legs: tuple[Leg, ...]
+    on_node: int = 1  # ranks of the column on each node, where legs travel in two levels; 1: in one
 
     @property
     def sharded(self) -> bool:
@@ -113,7 +114,8 @@ def traffic_of(units: Sequence[Unit], parameters: Sequence[Parameter], bucket: B
         world_size = len(bucket.column(rank))
         chunk = bucket.stream.chunk if world_size > 1 else here.numel
         leg = Leg((), chunk, world_size * chunk, tuple(all_of_it.parcels))
-        return Traffic(members, 0, here, here, bucket.column(rank).index(rank), world_size, (leg,))
+        place = bucket.column(rank).index(rank)
+        return Traffic(members, 0, here, here, place, world_size, (leg,), bucket.on_node)
     assert isinstance(bucket, RowsBucket)
     here = _cargo_of_rows(units, parameters, members, rank)
     return Traffic(members, 0, here, here, 0, 1, (Leg((), here.numel, here.numel, tuple(here.parcels)),))
@@ -135,7 +137,7 @@ def _of_matrices(
         chunk = aligned(numel, bucket.dtype) if len(column) > 1 else numel
         parcels = (moved for place, cargo in enumerate(replicas) for moved in _moved(cargo, place * chunk))
         legs = (Leg((), chunk, len(column) * chunk, tuple(parcels)),)
-    return Traffic(members, row.index(rank), replicas[here], incoming, here, len(column), legs)
+    return Traffic(members, row.index(rank), replicas[here], incoming, here, len(column), legs, bucket.on_node)
 
 
 def _broadcast(replicas: Sequence[Cargo], start: int, stop: int, here: int) -> Leg:
@@ -247,10 +249,15 @@ class RoomBytes(NamedTuple):
     own: int
 
 
+def half_way(traffic: Traffic, leg: Leg) -> int:
+    """Elements of the room in which an all-gather's chunks of the first of two levels wait for the second."""
+    return 0 if traffic.on_node == 1 or leg.senders else traffic.replicas // traffic.on_node * leg.chunk
+
+
 def room_bytes(traffic: Traffic, dtype: torch.dtype) -> RoomBytes:
     far = traffic.incoming.numel if traffic.sharded else 0
     near = max(traffic.outgoing.numel, *(leg.chunk for leg in traffic.legs))
-    spread = min(len(traffic.legs), LEGS_AT_A_TIME) * max(leg.numel for leg in traffic.legs)
+    spread = min(len(traffic.legs), LEGS_AT_A_TIME) * max(leg.numel + half_way(traffic, leg) for leg in traffic.legs)
     return RoomBytes(*(n * dtype.itemsize for n in (near, max(far, spread if traffic.replicas > 1 else 0), far)))
 
 
@@ -288,22 +295,37 @@ def bytes_of(traffics: Sequence[Traffic], dtypes: Sequence[torch.dtype]) -> Byte
         here = traffic.position
         sent = traffic.outgoing.numel - traffic.outgoing.lengths[here]
         received = traffic.incoming.numel - traffic.incoming.lengths[here]
-        passed, came, padding = along_the_column(traffic) if traffic.replicas > 1 else (0, 0, 0)
-        found = (sent, received, received + passed, sent + came, padding)
+        along = along_the_column(traffic)
+        found = (sent, received, received + along.sent, sent + along.received, along.padding)
         total = Bytes(*(a + dtype.itemsize * b for a, b in zip(total, found, strict=True)))
     return total
 
 
-def along_the_column(traffic: Traffic) -> tuple[int, int, int]:
-    """Elements that a rank sends and receives there, and those that are padding."""
-    successor = (traffic.place + 1) % traffic.replicas
-    passed = came = padding = 0
-    for leg in traffic.legs:
-        if leg.senders:
-            passed += sum(numel for place, _, numel in leg.senders if place != successor)
-            came += sum(numel for place, _, numel in leg.senders if place != traffic.place)
-        else:
+class Along(NamedTuple):
+    """Elements that a rank sends and receives in its column."""
+
+    sent: int
+    received: int
+    padding: int  # in what it sends
+    first: int  # of what it sends, in the first of two levels, or in the only one
+
+
+def along_the_column(traffic: Traffic) -> Along:
+    """Of all legs, counted as rings: of the column, or of both levels ([Note: two levels] in planning/buckets.py)."""
+    on_node, nodes = traffic.on_node, traffic.replicas // traffic.on_node
+    node, here = divmod(traffic.place, on_node)
+    sent = received = padding = first = 0
+    for leg in traffic.legs if traffic.replicas > 1 else ():
+        if not leg.senders:
             chunks = (traffic.replicas - 1) * leg.chunk
             useful = sum(parcel.piece.numel for parcel in leg.arrivals) - traffic.outgoing.numel
-            passed, came, padding = passed + chunks, came + chunks, padding + chunks - useful
-    return passed, came, padding
+            sent, received, padding = sent + chunks, received + chunks, padding + chunks - useful
+            first += (nodes - 1) * leg.chunk
+        for place, _, numel in leg.senders:
+            its_node, its_place = divmod(place, on_node)
+            if its_place == here:
+                onward = numel * (its_node != (node + 1) % nodes)
+                sent, first, received = sent + onward, first + onward, received + numel * (its_node != node)
+            sent += numel * (its_place != (here + 1) % on_node)
+            received += numel * (its_place != here)
+    return Along(sent, received, padding, first)

@@ -56,7 +56,7 @@ class Engine:
     ) -> None:
         self.plan, self.ranks, self.groups = plan, ranks, groups
         self.device = ranks.device
-        if plan.partition_size < plan.world_size:
+        if plan.partition_size < plan.world_size or any(bucket.on_node > 1 for bucket in plan.buckets):
             ranks.make_groups(plan.lines_of_exchange())
         self.shards = LocalShards(parameters)
         self.stacks = build_stacks(plan, ranks.rank, self.device)
@@ -203,6 +203,11 @@ class Engine:
             if trips.replicated:
                 yield
             self._wait(legs[leg])
+            within = trips.spread_within(room, leg)
+            if within:
+                yield
+            for exchange in within:
+                self._wait(exchange)
             self.attempt(self._apply, trips, room, leg, presences)
             if leg + LEGS_AT_A_TIME < trips.legs:
                 legs.append(trips.spread_updates(room, leg + LEGS_AT_A_TIME))

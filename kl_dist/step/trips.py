@@ -17,7 +17,7 @@ from torch.profiler import record_function
 
 from kl_dist.layouts.local import LocalShards, Update
 from kl_dist.planning.plan import Plan
-from kl_dist.planning.traffic import LEGS_AT_A_TIME, Parcel, rooms_of
+from kl_dist.planning.traffic import LEGS_AT_A_TIME, Leg, Parcel, half_way, rooms_of
 from kl_dist.ranks import Exchange, Ranks
 
 
@@ -40,9 +40,9 @@ class Trips:
         first = ranks.rank - place
         row, column = ([first + one for one in line] for line in (bucket.row(place), bucket.column(place)))
         self.row = ranks.team(row)
-        self.column = ranks.team(column)
+        self.levels = [ranks.team(line) for line in bucket.levels(column) if ranks.rank in line]
         self.sharded = self.row.size > 1
-        self.replicated = self.column.size > 1
+        self.replicated = self.traffic.replicas > 1
         self.numel = sum(member.unit.numel for member in self.traffic.members)
         self._units = {member.number: member.unit for member in self.traffic.members}
         self._parcels: dict[int, list[Parcel]] = defaultdict(list)
@@ -129,17 +129,41 @@ class Trips:
         return len(self.traffic.legs)
 
     def spread_updates(self, room: Room, number: int) -> Exchange:
-        """Launch a leg of the third trip, to the other replicas; `LEGS_AT_A_TIME` have room."""
-        leg = self.traffic.legs[number]
-        if not leg.senders:
-            return self.column.gather(self._view(room.near, leg.chunk), room.far)
-        buffer = self._landing(room, number)
-        near = self._view(room.near, self.traffic.outgoing.numel)
-        sent = [
+        """Launch a leg of the third trip, to the other replicas; `LEGS_AT_A_TIME` have room.
+
+        Of two levels the first: to the ranks of the same number on other nodes.
+        """
+        leg, on_node = self.traffic.legs[number], self.traffic.on_node
+        if leg.senders:
+            here = self.traffic.place % on_node
+            sent = [(place // on_node, x) for place, x in self._sent(room, number) if place % on_node == here]
+            return self.levels[0].broadcast(sent) if sent else Exchange(room.near, ())
+        chunk = self._view(room.near, leg.chunk)
+        return self.levels[0].gather(chunk, room.far if on_node == 1 else self._half_way(room, leg))
+
+    def spread_within(self, room: Room, number: int) -> list[Exchange]:
+        """Launch what follows when a leg's first level has come in, if there are two: the second, within the node."""
+        leg, on_node = self.traffic.legs[number], self.traffic.on_node
+        if len(self.levels) == 1:
+            return []
+        within = self.levels[1]
+        if leg.senders:
+            return [within.broadcast([(place % on_node, x) for place, x in self._sent(room, number)])]
+        came = self._view(self._half_way(room, leg), half_way(self.traffic, leg)).view(-1, leg.chunk)
+        lands = room.far[: leg.numel * self.dtype.itemsize].view(len(came), -1)  # by node
+        return [within.gather(chunk, place) for chunk, place in zip(came, lands, strict=True)]
+
+    def _sent(self, room: Room, number: int) -> list[tuple[int, Tensor]]:
+        """Of a leg of broadcasts the senders' places in the column, and where what they send is, or comes in."""
+        buffer, near = self._landing(room, number), self._view(room.near, self.traffic.outgoing.numel)
+        return [
             (place, near if place == self.traffic.place else buffer[start : start + numel])
-            for place, start, numel in leg.senders
+            for place, start, numel in self.traffic.legs[number].senders
         ]
-        return self.column.broadcast(sent)
+
+    def _half_way(self, room: Room, leg: Leg) -> Tensor:
+        """Where an all-gather's chunks wait for the second level, in bytes: behind where they land."""
+        return room.far[leg.numel * self.dtype.itemsize :]
 
     def arrived(self, room: Room, number: int) -> dict[tuple[int, str], list[Update]]:
         """What a leg has brought for this rank's shards, by group and method, from the owners of all replicas."""

@@ -24,8 +24,8 @@ def group(**given) -> dict:
     return found
 
 
-def planned(ranks: int, shard_size: int = 1, **given):
-    return kl_dist.plan(SHAPES, ranks, shard_size=shard_size, ranks_per_node=2, **GIVEN, **given)
+def planned(ranks: int, shard_size: int = 1, ranks_per_node: int = 2, **given):
+    return kl_dist.plan(SHAPES, ranks, shard_size=shard_size, ranks_per_node=ranks_per_node, **GIVEN, **given)
 
 
 def agreement(plan) -> int:
@@ -35,7 +35,7 @@ def agreement(plan) -> int:
 @pytest.mark.parametrize("ranks, shard_size", [(1, 1), (2, 1), (8, 1), (8, 8), (8, 2), (8, 4), (6, 3)])
 @pytest.mark.parametrize("on_node", [1, 2, 4, 8])
 def test_bytes_within_and_between_nodes_are_all_that_a_rank_sends(ranks, shard_size, on_node):
-    plan = planned(ranks, shard_size, partition_size=ranks)
+    plan = planned(ranks, shard_size, on_node, partition_size=ranks)
     for rank in range(ranks):
         links = links_of(plan.buckets, plan.travelling(rank)[0], rank, on_node)
         assert links.within + links.between == plan.sent_bytes(rank) - agreement(plan)
@@ -45,14 +45,17 @@ def test_bytes_within_and_between_nodes_are_all_that_a_rank_sends(ranks, shard_s
             assert links.between == 0
 
 
-@pytest.mark.parametrize("layout", ["ring", "all-to-all"])
+@pytest.mark.parametrize("layout", ["ring", "two levels", "all-to-all"])
 def test_what_crosses_nodes_is_counted_rank_by_rank(layout):
-    """In a ring of two nodes of two only ranks 1 and 3 have a neighbour on the other; all-to-alls reach all."""
-    plan = planned(4, 1 if layout == "ring" else 4)
+    """In a ring of two nodes of two only ranks 1 and 3 have a neighbour on the other; in two levels all have."""
+    plan = planned(4, 4 if layout == "all-to-all" else 1, 2 if layout == "two levels" else 4)
     links = [links_of(plan.buckets, plan.travelling(rank)[0], rank, 2) for rank in range(4)]
     if layout == "ring":
         assert [one.between > 0 for one in links] == [False, True, False, True]
         assert [one.within > 0 for one in links] == [True, False, True, False]
+        return
+    if layout == "two levels":
+        assert all(one.between > 0 and one.within > 0 for one in links)
         return
     for rank, one in enumerate(links):
         crossing = 0
@@ -73,18 +76,20 @@ def test_work_of_the_ranks_adds_up_to_the_plans_cost():
 
 @pytest.mark.parametrize("on_node", [2, 8])
 def test_a_steps_time_is_the_longer_of_computing_and_exchanging(on_node):
-    plan = planned(8, partition_size=8)
+    plan = planned(8, 1, on_node, partition_size=8)
     found = forecast.forecast(plan, group(), SLOW, on_node)
     work, part = found.work, found.seconds
     assert part.products == work.products / 1e9 and part.refreshes == work.refresh / 2 / 5e8
     assert part.memory == work.moved / 1e9 and part.host == 0
     assert part.within == found.within_bytes / 1e8 and part.between == found.between_bytes / 1e7
-    assert part.agreement == 3e-3 and part.latency == pytest.approx(1e-3 * len(plan.buckets))
+    assert part.agreement == 3e-3 and part.latency == pytest.approx(
+        1e-3 * len(plan.buckets) * (2 if on_node == 2 else 1)
+    )
     longer, shorter = max(part.compute, part.exchange), min(part.compute, part.exchange)
     assert found.step_seconds == longer + shorter / len(plan.buckets) + 3e-3
     assert max(work.cost(2) for work in forecast.works_of(plan, group())) == pytest.approx(work.cost(2))
     assert found.state_bytes == max(plan.state_bytes) and found.balance == plan.balance
-    assert (found.within_bytes == 0) == (on_node == 2)
+    assert (found.between_bytes > 0) == (on_node == 2) and found.within_bytes > 0
 
 
 def test_what_bounds_a_step_is_its_largest_part():

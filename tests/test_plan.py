@@ -268,7 +268,7 @@ def test_a_printed_plan_has_a_row_per_rank(gpt2):
 
 def test_a_printed_plan_of_many_ranks_is_of_the_first(gpt2):
     text = str(plan(gpt2, 4096, partition_size=64))
-    assert len(text.splitlines()) == 1 + 32 + 3 and "to rank 63" in text and "64 groups of 64 ranks" in text
+    assert len(text.splitlines()) == 1 + 32 + 4 and "to rank 63" in text and "64 groups of 64 ranks" in text
 
 
 @pytest.mark.parametrize("world_size", [1, 4])

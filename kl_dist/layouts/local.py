@@ -31,9 +31,10 @@ class LocalShards:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = parameters
         self._gradients: list[Tensor | None] = []
-        self._views: dict[int, Tensor] = {}  # of this step's gradients, by piece
+        # by parameter and piece, which several parameters of one shape may have in common
+        self._views: dict[tuple[int, int], Tensor] = {}  # of this step's gradients
         self._shards: list[Tensor] = []
-        self._targets: dict[int, Tensor] = {}  # views of the shards, by piece
+        self._targets: dict[tuple[int, int], Tensor] = {}  # views of the shards
 
     def look(self) -> None:
         """Take this step's gradients and weights into view; until `forget`, `gradient` and `apply` are of these."""
@@ -49,7 +50,7 @@ class LocalShards:
 
     def gradient(self, parameter: int, piece: Piece) -> Tensor | None:
         """A piece of a parameter's gradient; None without one."""
-        view = self._views.get(id(piece))
+        view = self._views.get((parameter, id(piece)))
         if view is not None:
             return view
         gradient = self._gradients[parameter]
@@ -57,7 +58,7 @@ class LocalShards:
             return None
         view = piece.of_shard(gradient)
         if piece.box is not None:  # others may be copies, and are not kept
-            self._views[id(piece)] = view
+            self._views[parameter, id(piece)] = view
         return view
 
     def rms(self, parameter: int) -> float:
@@ -75,12 +76,12 @@ class LocalShards:
         """W <- keep W - lr U for pieces of parameters."""
         targets, steps, copies = [], [], []
         for _, parameter, piece, update in updates:
-            target = self._targets.get(id(piece))
+            target = self._targets.get((parameter, id(piece)))
             if target is None:
                 shard = self._shards[parameter]
                 target = piece.of_shard(shard)
                 if target.untyped_storage().data_ptr() == shard.untyped_storage().data_ptr():
-                    self._targets[id(piece)] = target
+                    self._targets[parameter, id(piece)] = target
                 else:
                     copies.append((piece, shard, target))
             targets.append(target)

@@ -54,6 +54,8 @@ def _print(table: Table) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:  # a file or a pipe has no width
         console.width = 120
+    title, table.title = table.title or "", None  # a table folds it to its own width
+    console.print(title, style="bold")
     console.print(table)
 
 

@@ -43,6 +43,7 @@ class Trips:
         self.levels = [ranks.team(line) for line in bucket.levels(column) if ranks.rank in line]
         self.sharded = self.row.size > 1
         self.replicated = self.traffic.replicas > 1
+        self._longest = max(leg.numel for leg in self.traffic.legs)
         self.numel = sum(member.unit.numel for member in self.traffic.members)
         self._units = {member.number: member.unit for member in self.traffic.members}
         self._parcels: dict[int, list[Parcel]] = defaultdict(list)
@@ -182,8 +183,7 @@ class Trips:
 
     def _landing(self, room: Room, number: int) -> Tensor:
         """Where a leg's buffer is."""
-        largest = max(leg.numel for leg in self.traffic.legs)
-        first = number % LEGS_AT_A_TIME * largest
+        first = number % LEGS_AT_A_TIME * self._longest
         return self._view(room.far, first + self.traffic.legs[number].numel)[first:]
 
     def _view(self, room: Tensor, numel: int) -> Tensor:

@@ -13,13 +13,16 @@ peak learning rate, the seed, and the validation loss in nats per byte or pictur
     head a matrix    strategy="kl_shampoo" by name, but for an output head that KL-Shampoo serves and AdamW's rate
     at AdamW's rate  convert_lr="keep": the output head is found, the learning rate is AdamW's for all
     by name          strategy="kl_shampoo" and nothing else: AdamW's learning rate is converted by the rule
+    five times       the same, were no rate too high to be lifted; "at most 1.5e-2", "at most 3e-2": another ceiling
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -33,17 +36,31 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_plugin
+from kl_dist.methods import Transfer
 from launch.model import BYTES, GPT
 from launch.train_lightning import LanguageModel, TextData
 
 LAYERS, WIDTH, HEADS, CONTEXT = 2, 64, 4, 64
-STRATEGIES: dict[str, dict[str, Any] | None] = {
+
+Told = Callable[[float], dict[str, Any]]
+
+
+def lifted(ceiling: float) -> Told:
+    """The rule with another ceiling than the method's."""
+    transfer = Transfer(ratio=5.0, ceiling=ceiling)
+    return lambda lr: {"matrix_lr": transfer.factor(lr) * lr, "adamw_lr": transfer.ratio / 2 * lr}
+
+
+STRATEGIES: dict[str, Told | None] = {
     "adamw": None,
-    "head a matrix": {"output_head": "", "convert_lr": "keep"},
-    "at AdamW's rate": {"convert_lr": "keep"},
-    "by name": {},
+    "head a matrix": lambda lr: {"output_head": "", "convert_lr": "keep"},
+    "at AdamW's rate": lambda lr: {"convert_lr": "keep"},
+    "by name": lambda lr: {},
+    "five times": lifted(math.inf),
+    "at most 1.5e-2": lifted(1.5e-2),
+    "at most 3e-2": lifted(3e-2),
 }
-"""Of each contender, what KLShampooStrategy is told."""
+"""Of each contender, what KLShampooStrategy is told where AdamW's peak learning rate is `lr`."""
 
 
 def model_of(name: str) -> nn.Module:
@@ -109,9 +126,9 @@ def digits_data(batch_size: int, seed: int) -> dict[str, DataLoader]:
     }
 
 
-def strategy_of(contender: str) -> Any:
+def strategy_of(contender: str, lr: float) -> Any:
     told = STRATEGIES[contender]
-    return "auto" if told is None else lightning_plugin.KLShampooStrategy(**told)
+    return "auto" if told is None else lightning_plugin.KLShampooStrategy(**told(lr))
 
 
 def loss_of(contender: str, model: str, lr: float, seed: int, steps: int, batch_size: int) -> float:
@@ -126,7 +143,7 @@ def loss_of(contender: str, model: str, lr: float, seed: int, steps: int, batch_
         enable_model_summary=False,
         max_steps=steps,
         gradient_clip_val=1.0,
-        strategy=strategy_of(contender),
+        strategy=strategy_of(contender, lr),
     )
     if model == "digits":
         trainer.fit(module := Digits(lr), **digits_data(batch_size, seed))  # type: ignore[arg-type]
@@ -145,7 +162,7 @@ def main(
     batch_size: int = 16,
     lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3),
     seeds: int = 3,
-    contenders: tuple[str, ...] = tuple(STRATEGIES),
+    contenders: tuple[str, ...] = ("adamw", "head a matrix", "at AdamW's rate", "by name"),
 ) -> None:
     """Run all contenders.
 

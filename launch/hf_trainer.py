@@ -52,7 +52,7 @@ class Options:
         steps: when to stop.
         batch_size: windows that a process takes at once.
         accumulate: how often it does that for a step.
-        learning_rate: its peak; begin at five times AdamW's.
+        learning_rate: its peak; begin at five times AdamW's, up to 2e-2.
         weight_decay: decoupled weight decay; on DeepSpeed, to which the Trainer gives a single group, of norms as well.
         warmup: steps of linear warm-up before the cosine.
         grad_clip: largest norm of the whole gradient.

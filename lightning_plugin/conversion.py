@@ -8,7 +8,7 @@ Other optimizers are refused, never quietly kept.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from kl_dist.groups import check_names
 from kl_dist.modules import shape_of
 from kl_dist.planning.matrices import names_of
 from lightning_plugin import rates
-from lightning_plugin.schedulers import hand_over
+from lightning_plugin.schedulers import hand_over, peaks
 
 _IMPLEMENTATION = {"foreach", "fused", "capturable", "decoupled_weight_decay"}
 """Keys of torch's groups that say how AdamW computes, and mean nothing to another optimizer."""
@@ -66,8 +66,9 @@ def convert(
         _check_not_given_twice(optimizer, given)
         return optimizer
     _check(optimizer, given, kind)
-    conversion = _Conversion.of(optimizer, module, given)
-    groups = [conversion.group(group) for group in optimizer.param_groups]
+    schedulers = list(schedulers)
+    conversion = _Conversion.of(optimizer, module, given, schedulers)
+    groups = [conversion.group(*one) for one in zip(optimizer.param_groups, conversion.peaks, strict=True)]
     converted = kind([group.made_with for group in groups], **conversion.defaults)
     for group, of_old in zip(converted.param_groups, groups, strict=True):
         group.update(of_old.keeps)
@@ -75,7 +76,7 @@ def convert(
     converted._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
     hand_over(schedulers, optimizer, converted, conversion.factor)
     _convert_later_groups(converted, conversion)
-    _retire(optimizer, _Converted(converted, dict(given)))
+    _retire(optimizer, _Converted(converted, dict(given), conversion.peak))
     return converted
 
 
@@ -87,8 +88,9 @@ def announcement(before: Optimizer | None, after: Any, module: nn.Module, given:
     said = [f"{what}, where each parameter goes:", after.routes()]
     about_head = None if kept else modules.look_up(module, given.get("output_head")).about_head
     said += [about_head] if about_head else []
-    if before is not None and not kept and (about_rates := rates.about(before, _usual_lr(after), module, given)):
-        said.append(about_rates)
+    if before is not None and not kept:
+        about_rates = rates.about(before, _usual_lr(after), vars(before)[_CONVERTED].peak, module, given)
+        said += [about_rates] if about_rates else []
     for number, group in enumerate(() if kept else after.param_groups):
         usual = options.recipe_defaults(group["method"], group["recipe"])["betas"]
         if group["betas"] != usual and group["betas"] == group["adamw_betas"]:
@@ -107,6 +109,7 @@ class _Converted(NamedTuple):
 
     to: Any
     given: dict[str, Any]
+    peak: float  # the highest learning rate of its usual group
 
 
 class _Group(NamedTuple):
@@ -126,16 +129,22 @@ class _Conversion:
     said: modules.Said  # of embeddings, the output head, experts and their like
     factor: float  # new learning rates over old ones, of groups and schedules
     by_rule: bool  # whether learning rates go by the rule of lightning_plugin.rates
+    peaks: tuple[float, ...]  # the highest learning rate of each group
+    peak: float  # that of the usual one
 
     @classmethod
-    def of(cls, optimizer: Optimizer, module: nn.Module, given: Mapping[str, Any]) -> _Conversion:
+    def of(
+        cls, optimizer: Optimizer, module: nn.Module, given: Mapping[str, Any], schedulers: Sequence[Any]
+    ) -> _Conversion:
         usual = _usual_lr(optimizer)
         factor = float(given["lr"]) / usual if "lr" in given and usual else 1.0
         names = {id(p): name.replace("_orig_mod.", "") for name, p in module.named_parameters()}
         check_names("adamw_names", given.get("adamw_names", ()), names.values())
         check_names("matrices", names_of(given.get("matrices")), names.values())
         said = modules.look_up(module, given.get("output_head"))
-        return cls(optimizer, given, names, said, factor, rates.go_by_rule(module, given))
+        highest = tuple(peaks(schedulers, optimizer))
+        peak = highest[_usual_group(optimizer)]
+        return cls(optimizer, given, names, said, factor, rates.go_by_rule(module, given), highest, peak)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -150,10 +159,14 @@ class _Conversion:
         params = filled["params"]
         filled["params"] = [params] if isinstance(params, Tensor) else list(params)
         filled["lr"] = group.get("lr", _usual_lr(self.optimizer))
-        return {**self.group(filled).made_with, "lr": filled["lr"] if "lr" in group else self.lr(filled["lr"])}
+        made = self.group(filled, max(float(filled["lr"]), self.peak)).made_with  # it may come up to the others'
+        return {**made, "lr": filled["lr"] if "lr" in group else self.lr(filled["lr"])}
 
-    def group(self, group: Mapping[str, Any]) -> _Group:
-        """It is constructed with the learning rate that its schedule begins from: its others keep in proportion."""
+    def group(self, group: Mapping[str, Any], peak: float) -> _Group:
+        """It is constructed with the learning rate that its schedule begins from: its others keep in proportion.
+
+        `peak` is the highest that its schedule reaches.
+        """
         left = {"params", "param_names", *_IMPLEMENTATION, *_CHANGES_THE_UPDATE}
         if "dampening" in group:
             left |= _OF_SGD
@@ -161,7 +174,7 @@ class _Conversion:
         named = [(self.names.get(id(p), name), p) for name, p in _named(group)]
         begins = self.lr(group.get("initial_lr", group["lr"]))
         method = group.get("method", self.given.get("method", "kl_shampoo"))
-        made = {**rates.of_group(rates.of_method(method) if self.by_rule else None, float(begins)), **made}
+        made = {**(rates.of_group(method, float(begins), peak) if self.by_rule else {}), **made}
         made |= {"params": named, "lr": begins, "weight_decay": self.weight_decay(group), **self.betas(group)}
         made |= self.served(named, group.get("matrices", self.given.get("matrices")))
         if "eps" in group and "eps" not in self.given:
@@ -216,11 +229,17 @@ def _usual_lr(optimizer: Optimizer) -> float:
     cycled = ("max_lr", "max_momentum")  # OneCycleLR and CyclicLR have put rates of their own there
     if any(key in group for group in optimizer.param_groups for key in cycled):
         return usual
-    rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
-    if usual in rates:
-        return usual
+    group = optimizer.param_groups[_usual_group(optimizer)]
+    return float(group.get("initial_lr", group["lr"]))
+
+
+def _usual_group(optimizer: Optimizer) -> int:
+    """Which group has the learning rate that the optimizer was made with, or else is the largest."""
+    begin = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    if (usual := float(optimizer.defaults["lr"])) in begin:
+        return begin.index(usual)
     sizes = [sum(shape_of(p).numel() for p in group["params"]) for group in optimizer.param_groups]
-    return rates[sizes.index(max(sizes))]
+    return sizes.index(max(sizes))
 
 
 def _check(optimizer: Optimizer, given: Mapping[str, Any], wanted: type) -> None:

@@ -28,8 +28,8 @@ class TakesOptimizerOptions:
             groups or a schedule, all are scaled by lr over its own. Without it they stay as they are, and `convert_lr`
             says what is made of them.
         convert_lr: what an AdamW's learning rate becomes where `lr` is not given: "rule", five times as much for
-            matrices and half of that for AdamW's share (kl_dist.methods: Method.lr_over_adamw), or "keep". None: by the
-            rule, unless most of the module is frozen.
+            matrices, up to 2e-2 (kl_dist.methods: Method.from_adamw), and two and a half times for AdamW's share, or
+            "keep". None: by the rule, unless most of the module is frozen.
         betas: weights of the old momentum and of the old second moments.
         eps: added to denominators; relative to the gradients' scale for matrices under recipe "fresh".
         weight_decay: decoupled; in place of the module's, but for groups it has set to 0 beside others.

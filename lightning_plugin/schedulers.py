@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 _BY_GROUP = ("base_lrs", "max_lrs", "_last_lr")
 """Where schedulers keep a learning rate for each group (`eta_min`, `min_lrs` and the like are floors, and are left)."""
+
+_LONGEST = 2**20
+"""Steps within which a schedule has reached its peak."""
 
 
 def hand_over(schedulers: Iterable[Any], old: Optimizer, new: Optimizer, factor: float) -> None:
@@ -35,6 +38,17 @@ def hand_over(schedulers: Iterable[Any], old: Optimizer, new: Optimizer, factor:
         _track_steps(new)
 
 
+def peaks(schedulers: Iterable[Any], optimizer: Optimizer) -> list[float]:
+    """The highest learning rate of each group, as far as its schedules tell; without one, what it begins from."""
+    driving = [part for whole in schedulers for part in _parts(whole) if part.optimizer is optimizer]
+    found = []
+    for number, group in enumerate(optimizer.param_groups):
+        reached = [_reached(one, number) for one in driving if number < len(getattr(one, "base_lrs", ()))]
+        reached = reached or [float(group.get("initial_lr", group["lr"]))]
+        found.append(max(*reached, float(group.get("max_lr", 0.0))))  # OneCycleLR's is there
+    return found
+
+
 def hand_back(schedulers: Iterable[Any], new: Optimizer, old: Optimizer) -> None:
     """Have schedulers that were handed over name `old` again, beside which they are returned; it has `new`'s groups."""
     for scheduler in (part for whole in schedulers for part in _parts(whole)):
@@ -54,6 +68,29 @@ def _parts(scheduler: Any) -> Iterator[Any]:
         yield one
         for value in getattr(one, "__dict__", {}).values():
             waiting += value if isinstance(value, (list, tuple)) else [value]
+
+
+def _reached(scheduler: Any, number: int) -> float:
+    """Of one scheduler and one group. Those of torch that are not named here begin at it, or warm up to it."""
+    base = float(scheduler.base_lrs[number])
+    if isinstance(scheduler, LambdaLR):
+        return base * _highest(scheduler.lr_lambdas[number])
+    return float(getattr(scheduler, "max_lrs", scheduler.base_lrs)[number])  # CyclicLR's
+
+
+def _highest(multiplier: Callable[[int], float]) -> float:
+    """The peak of a LambdaLR's function, from steps a tenth apart: until it has halved since, or what it says ends."""
+    highest, step = 0.0, 0
+    while step < _LONGEST:
+        try:
+            now = float(multiplier(step))
+        except Exception:  # whatever a stranger's function raises beyond its last step
+            break
+        if not now >= highest / 2:  # NaN as well
+            break
+        highest = max(highest, now)
+        step += 1 + step // 10
+    return highest
 
 
 def _scaled(lr: Any, factor: float) -> Any:

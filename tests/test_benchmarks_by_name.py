@@ -17,14 +17,27 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_a_line_of_each_contender_and_no_two_of_them_train_alike(tmp_path: Path) -> None:
+    contenders = list(by_name.STRATEGIES)
     command = [sys.executable, "-m", "benchmarks.by_name", "--out", str(tmp_path / "found.jsonl"), "--steps", "3"]
+    command += ["--batch_size", "2", "--lrs", "[1e-2]", "--seeds", "1", "--contenders", json.dumps(contenders)]
     # a process of its own, for a Trainer leaves its process group and more behind
-    subprocess.run(
-        [*command, "--batch_size", "2", "--lrs", "[2e-3]", "--seeds", "1"], cwd=ROOT, check=True, timeout=180
-    )
+    subprocess.run(command, cwd=ROOT, check=True, timeout=180)
     lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
-    assert [line["contender"] for line in lines] == list(by_name.STRATEGIES)
-    assert len({line["val_loss"] for line in lines}) == 4 and all(4 < line["val_loss"] < 6 for line in lines)
+    assert [line["contender"] for line in lines] == contenders
+    losses = [line["val_loss"] for line in lines]
+    assert len(set(losses)) == len(contenders) and all(3 < loss < 6 for loss in losses)
+
+
+def test_by_name_is_the_rule_of_its_ceiling() -> None:
+    """Other ceilings are compared by rates that are given, so by name alone must be what two of them give, too."""
+    module = by_name.Program(by_name.model_of("bytes"), 1e-3)
+    for lr in (1e-3, 1e-2):
+        found = [
+            convert(AdamW(module.parameters(), lr=lr), module, told).param_groups[0]
+            for told in (by_name.STRATEGIES["by name"](lr), by_name.lifted(2e-2)(lr))
+        ]
+        one, other = ([group[key] / group["base_lr"] for key in ("matrix_lr", "adamw_lr")] for group in found)
+        assert one == pytest.approx(other)
 
 
 def test_the_convolutional_net_has_matrices_of_its_convolutions_and_a_loss() -> None:

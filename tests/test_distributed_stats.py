@@ -107,3 +107,18 @@ def test_before_the_first_gradient_a_factor_has_full_effective_rank():
     assert (
         numbers["effective_rank.0"] == pytest.approx(6) and numbers["condition.1"] == 1 and "update_rms" not in numbers
     )
+
+
+def test_a_program_that_replaces_the_clock_has_its_looks_to_itself(monkeypatch):
+    """As Lightning's tests of its ThroughputMonitor do, which give the clock as many values as they look themselves."""
+    parameter = torch.nn.Parameter(torch.ones(6, 4))
+    optimizer = KLShampoo([("W", parameter)], precondition_frequency=1)
+
+    def look():
+        raise StopIteration
+
+    monkeypatch.setattr("time.perf_counter", look)
+    for _ in range(3):
+        parameter.grad = torch.ones(6, 4)
+        optimizer.step()
+    assert optimizer.stats()["refresh_seconds"] > 0

@@ -39,7 +39,7 @@ both = pytest.mark.parametrize("strategy", STRATEGIES)
 
 
 def one_cycle(optimizer: Any) -> Any:
-    return schedules.OneCycleLR(optimizer, 2e-2, total_steps=STEPS + 1)
+    return schedules.OneCycleLR(optimizer, 4e-3, total_steps=STEPS + 1)
 
 
 def warmup(optimizer: Any) -> Any:

@@ -1,5 +1,7 @@
 """What a converted AdamW's learning rate becomes: by the rule for whole models, or its own."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -7,10 +9,11 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedules
 
 from kl_dist import KLShampoo
-from kl_dist.methods import METHODS
+from kl_dist.methods import METHODS, Transfer
 from kl_dist.step.engine import step_size
 from lightning_plugin import KLShampooStrategy
 from lightning_plugin.conversion import announcement, convert
+from lightning_plugin.schedulers import peaks
 from tests.test_lightning_conversion import Net, step
 
 
@@ -62,11 +65,23 @@ def test_sgds_rate_which_means_something_else_is_not_converted(net):
 
 
 def test_a_method_of_ones_own_keeps_adamws_rate_until_it_says_another():
-    assert {name: method.lr_over_adamw for name, method in METHODS.items()} == {
-        **dict.fromkeys(("kl_shampoo", "kl_soap", "soap", "muon"), 5.0),
-        "shampoo": 1.0,
+    assert {name: method.from_adamw for name, method in METHODS.items()} == {
+        **dict.fromkeys(("kl_shampoo", "kl_soap", "soap", "muon"), Transfer(ratio=5.0, ceiling=2e-2)),
+        "shampoo": Transfer(),
     }
-    assert type(METHODS["soap"])("One's own", {}).lr_over_adamw == 1.0
+    own = type(METHODS["soap"])("One's own", {}).from_adamw
+    assert [own.factor(peak) for peak in (0.0, 1e-3, 1.0)] == [1, 1, 1]
+
+
+def test_no_rate_is_lifted_beyond_the_ceiling_nor_lowered_and_none_overtakes_another():
+    """lr = a min(5, max(1, 2e-2 / a)), from a reference that goes case by case."""
+    transfer = METHODS["kl_shampoo"].from_adamw
+    grid = torch.logspace(-6, 0, 241, dtype=torch.float64).tolist()
+    lifted = [a * transfer.factor(a) for a in grid]
+    expected = [5 * a if a < 4e-3 else 2e-2 if a < 2e-2 else a for a in grid]
+    assert lifted == pytest.approx(expected, rel=1e-12)
+    assert all(a <= b * (1 + 1e-12) for a, b in pairwise(lifted))
+    assert transfer.factor(0.0) == 5  # of a peak that is not known
 
 
 def test_groups_keep_their_proportions_and_options_of_their_own(net):
@@ -96,6 +111,89 @@ def test_schedules_and_rates_set_by_hand_move_both_and_stay_adamws(net):
     for group in optimizer.param_groups:  # as litgpt sets them, at each step
         group["lr"] = 1e-3
     assert rates(found) == pytest.approx((5e-3, 2.5e-3))
+
+
+@pytest.mark.parametrize(
+    ("lr", "expected"),
+    [(3e-3, (1.5e-2, 7.5e-3)), (4e-3, (2e-2, 1e-2)), (8e-3, (2e-2, 2e-2)), (1e-1, (1e-1, 2.5e-1))],
+    ids=str,
+)
+def test_a_high_rate_is_lifted_to_the_ceiling_and_adamws_share_as_ever(net, lr, expected):
+    found = convert(AdamW(net.parameters(), lr=lr), net, {})
+    assert rates(found) == pytest.approx(expected) and found.param_groups[0]["lr"] == lr
+
+
+def warm_up_and_cosine(optimizer):
+    warmup = schedules.LinearLR(optimizer, 1e-3, total_iters=4)
+    return schedules.SequentialLR(optimizer, [warmup, schedules.CosineAnnealingLR(optimizer, 8)], [4])
+
+
+def of_lambda(function):
+    return lambda optimizer: schedules.LambdaLR(optimizer, function)
+
+
+def poly(done, steps=1000):
+    return (1 - done / steps) ** 0.9  # complex beyond its end
+
+
+def table(done):
+    return [0.25, 0.5, 1.0, 0.5][done]
+
+
+def noam(width=512, warmup=4000):
+    return lambda done: width**-0.5 * min((done + 1) ** -0.5, (done + 1) * warmup**-1.5)
+
+
+@pytest.mark.parametrize(
+    ("lr", "make", "peak"),
+    [
+        (1e-2, warm_up_and_cosine, 1e-2),
+        (1e-2, lambda made: schedules.ConstantLR(made, 1e-2), 1e-2),
+        (1e-2, lambda made: schedules.StepLR(made, 2, 0.1), 1e-2),
+        (1e-2, lambda made: schedules.CosineAnnealingWarmRestarts(made, 5), 1e-2),
+        (1e-2, lambda made: schedules.ReduceLROnPlateau(made), 1e-2),
+        (1e-3, lambda made: schedules.OneCycleLR(made, 1e-2, total_steps=20), 1e-2),  # which begins at 4e-4
+        (1e-3, lambda made: schedules.CyclicLR(made, 1e-4, 1e-2), 1e-2),
+        (1e-3, lambda made: schedules.CyclicLR(made, 1e-4, 1e-2, cycle_momentum=False), 1e-2),
+        (1e-2, of_lambda(lambda done: min(1.0, done / 500)), 1e-2),
+        (1e-2, of_lambda(poly), 1e-2),
+        (1e-2, of_lambda(lambda done: (1 - done / 1000) ** 2), 1e-2),  # grows beyond its end
+        (1e-2, of_lambda(table), 1e-2),
+        (1e-7, of_lambda(lambda done: min(1e5, 10.0**done)), 1e-2),
+        (1.0, of_lambda(lambda done: 1e-2), 1e-2),
+        (1.0, of_lambda(noam()), 512**-0.5 * 4000**-0.5),
+        (1.0, of_lambda(lambda done: 0.0), 0.0),  # nothing is known
+    ],
+)
+def test_of_a_schedule_the_highest_rate_decides(net, lr, make, peak):
+    optimizer = AdamW(net.parameters(), lr=lr)
+    found = convert(optimizer, net, {}, [make(optimizer)])
+    group = found.param_groups[0]
+    factor = METHODS["kl_shampoo"].from_adamw.factor(peak)
+    assert group["matrix_lr"] / group["base_lr"] == pytest.approx(factor)
+    assert group["adamw_lr"] / group["base_lr"] == pytest.approx(2.5)
+
+
+def test_a_peak_between_the_steps_that_are_looked_at_is_missed_by_a_tenth_at_most(net):
+    for top in (17, 333, 54_321):
+        optimizer = AdamW(net.parameters(), lr=1.0)
+        ramp = schedules.LambdaLR(optimizer, lambda done, top=top: 1e-2 * min(done / top, top / max(done, 1)))
+        (found,) = peaks([ramp], optimizer)
+        assert 1e-2 / 1.1 <= found <= 1e-2
+
+
+def test_a_schedule_of_another_optimizer_says_nothing(net):
+    first, second = AdamW(net.body.parameters(), lr=2e-3), AdamW(net.head.parameters(), lr=2e-3)
+    others = schedules.OneCycleLR(first, 1.0, total_steps=20)
+    assert peaks([others], second) == [2e-3] and peaks([others], first) == [1.0]
+
+
+def test_groups_have_factors_of_their_own_but_later_ones_no_higher_than_the_first(net):
+    groups = [{"params": net.body.parameters(), "lr": 1e-3}, {"params": net.embedding.parameters()}]
+    found = convert(AdamW(groups, lr=1e-2), net, {})
+    found.add_param_group({"params": net.head.parameters(), "lr": 1e-4})  # and is then raised to the others'
+    expected = [(5e-3, 2.5e-3), (2e-2, 2.5e-2), (2e-4, 2.5e-4)]
+    assert [rates(found, i) for i in range(3)] == [pytest.approx(one) for one in expected]
 
 
 def test_adamw_made_with_a_rate_of_zero_has_the_rules_ratio_once_it_is_set(net):
@@ -151,7 +249,9 @@ def test_one_line_tells_the_rates_and_how_to_have_others(net):
     (line,) = lines({})
     assert "0.01 for matrices and 0.005 for what AdamW serves, in proportion to AdamW's 0.002" in line
     assert "convert_lr='keep'" in line
-    assert "0.001 for what AdamW serves" in lines({"adamw_lr": 1e-3})[0]
+    assert "lifts" not in line and "0.001 for what AdamW serves" in lines({"adamw_lr": 1e-3})[0]
+    high = said(AdamW(net.parameters(), lr=1e-2), net, {})
+    assert "0.02 for matrices (the rule lifts no rate beyond 0.02) and 0.025 for what AdamW serves" in high
     assert "in proportion to Adam's" in lines({}, Adam)[0]
     assert lines({"method": "shampoo"}) == ["learning rates are AdamW's own, 0.002"]
     net.embedding.requires_grad_(False)

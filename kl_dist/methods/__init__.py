@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from kl_dist.methods import kl_shampoo, kl_soap, muon, shampoo, soap
 from kl_dist.methods.kronecker import Hyper
-from kl_dist.methods.rule import Flops, Method, Rule
+from kl_dist.methods.rule import Flops, Method, Rule, Transfer
 from kl_dist.methods.state import MatrixState, Side, State
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Rule",
     "Side",
     "State",
+    "Transfer",
     "add_rule",
     "exchangeable",
     "for_each_method",

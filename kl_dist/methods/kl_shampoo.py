@@ -19,7 +19,7 @@ from torch import Tensor
 from kl_dist.methods import averages, kl_factors, kronecker, polar
 from kl_dist.methods.compact import compact
 from kl_dist.methods.kronecker import Hyper
-from kl_dist.methods.rule import Method, Rule, as_released
+from kl_dist.methods.rule import MEASURED, Method, Rule, as_released
 from kl_dist.methods.state import KLShampooState, Side, unstarted
 
 START_REFRESHES = 4
@@ -95,4 +95,4 @@ FRESH = Rule(
     defaults=MappingProxyType({"betas": (0.9, 0.9)}),
 )
 PAPER = as_released(allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released)
-METHOD = Method("KL-Shampoo", {"fresh": FRESH, "paper": PAPER, "compact": compact(FRESH, "fresh")}, lr_over_adamw=5.0)
+METHOD = Method("KL-Shampoo", {"fresh": FRESH, "paper": PAPER, "compact": compact(FRESH, "fresh")}, from_adamw=MEASURED)

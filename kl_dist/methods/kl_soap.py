@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kl_dist.methods import averages, kl_factors, kronecker, polar
 from kl_dist.methods.kronecker import Hyper
-from kl_dist.methods.rule import Method, Rule, as_released
+from kl_dist.methods.rule import MEASURED, Method, Rule, as_released
 from kl_dist.methods.soap import scaled_adam
 from kl_dist.methods.state import KLSOAPState, Side, unstarted
 
@@ -61,4 +61,4 @@ def update_as_released(state: KLSOAPState, grad: Tensor, hyper: Hyper, spare: Te
 
 FRESH = Rule(allocate, start, update, kl_factors.refresh, polar=True)
 PAPER = as_released(allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released)
-METHOD = Method("KL-SOAP", {"fresh": FRESH, "paper": PAPER}, lr_over_adamw=5.0)
+METHOD = Method("KL-SOAP", {"fresh": FRESH, "paper": PAPER}, from_adamw=MEASURED)

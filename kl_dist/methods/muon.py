@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kl_dist.methods import averages, kronecker, quintic
 from kl_dist.methods.kronecker import Hyper
-from kl_dist.methods.rule import Flops, Method, Rule
+from kl_dist.methods.rule import MEASURED, Flops, Method, Rule
 from kl_dist.methods.state import MatrixState, Side, unstarted
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c: the steepest at zero, so s ends anywhere in 0.7 to 1.2
@@ -164,4 +164,4 @@ TORCHS = {**NOTHING_KEPT, "betas": (0.95, 0.95), "adjust_lr_fn": "original", "ne
 FRESH = Rule(allocate, start, update, None, flops=flops, working_copies=3, defaults=TUNED)
 PAPER = Rule(allocate, start, update_as_released, None, flops=flops, working_copies=3, defaults=TORCHS)
 NORMUON = Rule(allocate_with_neurons, start, update_of_neurons, None, flops=flops, working_copies=3, defaults=TUNED)
-METHOD = Method("KL-Muon", {"fresh": FRESH, "paper": PAPER, "normuon": NORMUON}, lr_over_adamw=5.0)
+METHOD = Method("KL-Muon", {"fresh": FRESH, "paper": PAPER, "normuon": NORMUON}, from_adamw=MEASURED)

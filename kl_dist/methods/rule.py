@@ -61,12 +61,35 @@ def as_released(allocate: Any, start: Any, update: Any, refresh: Any, **facts: A
 
 
 @dataclass(frozen=True)
+class Transfer:
+    """What matrices are trained at where AdamW's peak learning rate is a:
+
+        lr = a min(ratio, max(1, ceiling / a))
+
+    A method's best rate is about `ratio` times AdamW's while that is small; where a task lets AdamW go high, the
+    method's own best hardly moves: so nothing is lifted beyond `ceiling`, and what is above it already stays as it is.
+    lr is continuous in a and never falls as a grows.
+    """
+
+    ratio: float = 1.0
+    ceiling: float = math.inf
+
+    def factor(self, peak: float) -> float:
+        """lr / a; of a peak of 0, one that is not known, the ratio."""
+        return min(self.ratio, max(1.0, self.ceiling / peak)) if peak else self.ratio
+
+
+MEASURED = Transfer(ratio=5.0, ceiling=2e-2)
+"""Of the methods whose updates have an RMS of 0.2 to 1 by themselves, whatever the gradient: docs/learning.md."""
+
+
+@dataclass(frozen=True)
 class Method:
     """A method under all its recipes."""
 
     title: str  # as people write it; without its hyphens, what a DeepSpeed config calls it
     rules: Mapping[str, Rule]  # by recipe
-    lr_over_adamw: float = 1.0  # its best learning rate over AdamW's, where that was measured: docs/learning.md
+    from_adamw: Transfer = Transfer()  # of learning rates; AdamW's own until another was measured
 
     @property
     def called(self) -> str:

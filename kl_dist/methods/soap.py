@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kl_dist.methods import averages, kl_factors, kronecker, polar
 from kl_dist.methods.kronecker import Hyper
-from kl_dist.methods.rule import Method, Rule, as_released
+from kl_dist.methods.rule import MEASURED, Method, Rule, as_released
 from kl_dist.methods.state import KLSOAPState, Side, SOAPState, unstarted
 
 START_REFRESHES = 1
@@ -120,4 +120,4 @@ def refresh_as_released(state: SOAPState, hyper: Hyper) -> None:
 
 FRESH = Rule(allocate, start, update, kl_factors.refresh, polar=True)
 PAPER = as_released(allocate, start_as_released, update_as_released, refresh_as_released)
-METHOD = Method("SOAP", {"fresh": FRESH, "paper": PAPER}, lr_over_adamw=5.0)
+METHOD = Method("SOAP", {"fresh": FRESH, "paper": PAPER}, from_adamw=MEASURED)

@@ -1,7 +1,8 @@
 """A plugin of pytest for Lightning's own tests: "ddp" is KLShampooStrategy, which trains what names no strategy, too.
 
 `benchmarks.lightning_tests` loads it, and says by the environment variable STRATEGY ("ddp" or "kl_shampoo") which it
-is, and by OUTCOMES which file gets a line of JSON for each test. Where STRATEGY is "ddp" it is Lightning's own.
+is, and by OUTCOMES which file gets a line of JSON for each test. Where STRATEGY is "ddp" it is Lightning's own. By
+IN_PLACE_OF_ONE what names no strategy trains with another of that name, "ddp_find_unused_parameters_true" for example.
 
 Its tests train with SGD for the most part, which KLShampooStrategy refuses without an lr: here it is given SGD's.
 """
@@ -47,7 +48,7 @@ def pytest_configure() -> None:
     def chosen(self: Any) -> Any:
         found = choose(self)
         is_alone = isinstance(found, SingleDeviceStrategy) and found.root_device.type == "cpu"
-        return "ddp" if is_alone else found
+        return os.environ.get("IN_PLACE_OF_ONE", "ddp") if is_alone else found
 
     _AcceleratorConnector._choose_strategy = chosen  # type: ignore[method-assign]
     _ChildProcessObserver.__init__.__defaults__ = (0.1,)  # seconds from look to look, for which every test waits
@@ -57,11 +58,16 @@ def pytest_configure() -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """A line for each test that ran: its name, whether it passed, and the last line of what it says otherwise."""
-    if report.skipped or (report.when != "call" and report.passed):
+    """A line for each test: its name, whether it passed (None: skipped), and the last line of what it says if not."""
+    if (report.when != "call" and report.passed) or hasattr(report, "wasxfail"):
+        return
+    if report.outcome == "rerun":  # by pytest-rerunfailures, of a test that is known to fail at times: another follows
         return
     said = "" if report.passed else report.longreprtext.strip().splitlines()[-1]
+    if report.skipped and isinstance(report.longrepr, tuple):
+        said = report.longrepr[2]
     crash = getattr(report.longrepr, "reprcrash", None)
-    line = {"test": report.nodeid, "passed": report.passed, "said": crash.message[:300] if crash else said[:300]}
+    passed = None if report.skipped else report.passed
+    line = {"test": report.nodeid, "passed": passed, "said": crash.message[:300] if crash else said[:300]}
     with open(os.environ["OUTCOMES"], "a") as file:
         file.write(json.dumps(line) + "\n")

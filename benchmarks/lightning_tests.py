@@ -7,7 +7,8 @@
 Fetches Lightning's repository at the tag of the version that is installed (its packages come without tests), runs the
 tests twice, under its own DDPStrategy and under ours (`benchmarks.in_place_of_ddp`), and compares. What passes under
 the first alone must stand, with why, in lightning_tests.yaml; the exit status is 1 where something new does, or where
-something there has come to pass. Each difference is a line of the output file, and the counts are one.
+something there has come to pass. That file has, too, why tests fail under DDPStrategy already, of which nothing is
+learned. Each difference is a line of the output file, and the counts are one, by reason.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -48,46 +50,58 @@ FOLDERS = (
 
 
 class Outcome(NamedTuple):
-    passed: bool
-    said: str  # where it failed
+    passed: bool | None  # None: skipped, for what this machine lacks
+    said: str  # where it failed, or why it was skipped
+
+
+class Known(NamedTuple):
+    """Why tests fail, by a test's name, or by its beginning: its file, or all of its cases."""
+
+    ours_alone: Mapping[str, str]
+    already: Mapping[str, str]  # under DDPStrategy
+
+
+def reason(reasons: Mapping[str, str], test: str) -> str | None:
+    return next(
+        (why for name, why in reasons.items() if test == name or test.startswith((f"{name}[", f"{name}::"))), None
+    )
 
 
 class Comparison(NamedTuple):
     """Of two runs of the same tests."""
 
     both: int  # pass under either strategy
-    neither: int  # fail under DDPStrategy already
+    already: dict[str, str | None]  # fail under DDPStrategy already, and why, if that is known
+    skipped: Counter[str]  # under either, by why
     new: dict[str, str]  # fail under ours alone and are not known: what they say
     known: dict[str, str]  # fail under ours alone, and why
     mended: list[str]  # are known to fail, ran, and pass
 
 
-def compare(theirs: Mapping[str, Outcome], ours: Mapping[str, Outcome], known: Mapping[str, str]) -> Comparison:
-    """`known` has the reason by a test's name, or by its beginning."""
-
-    def reason(test: str) -> str | None:
-        return next((why for name, why in known.items() if test == name or test.startswith(name + "[")), None)
-
-    ran = theirs.keys() & ours.keys()
-    passed = sorted(test for test in ran if theirs[test].passed)
+def compare(theirs: Mapping[str, Outcome], ours: Mapping[str, Outcome], known: Known) -> Comparison:
+    in_both = sorted(theirs.keys() & ours.keys())
+    skipped = {test: one.said for test in in_both for one in (theirs[test], ours[test]) if one.passed is None}
+    ran = [test for test in in_both if test not in skipped]
+    passed = [test for test in ran if theirs[test].passed]
     failed = {test: ours[test].said for test in passed if not ours[test].passed}
-    why = {test: found for test in failed if (found := reason(test)) is not None}
+    why = {test: found for test in failed if (found := reason(known.ours_alone, test)) is not None}
     return Comparison(
         both=len(passed) - len(failed),
-        neither=len(ran) - len(passed),
+        already={test: reason(known.already, test) for test in ran if not theirs[test].passed},
+        skipped=Counter(skipped.values()),
         new={test: said for test, said in failed.items() if test not in why},
         known=why,
-        mended=[test for test in passed if test not in failed and reason(test) is not None],
+        mended=[test for test in passed if test not in failed and reason(known.ours_alone, test) is not None],
     )
 
 
-def run(source: Path, strategy: str, folders: Sequence[str], seconds: int) -> dict[str, Outcome]:
-    """The outcome of each test that was not skipped, by its name below tests_pytorch."""
+def run(source: Path, strategy: str, folders: Sequence[str], seconds: int, default: str = "ddp") -> dict[str, Outcome]:
+    """The outcome of each test, by its name below tests_pytorch."""
     with tempfile.TemporaryDirectory() as folder:
         outcomes = Path(folder) / "outcomes.jsonl"
         paths = [str(HERE.parent), str(source / "tests"), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OUTCOMES": str(outcomes)}
-        environment |= {"STRATEGY": strategy, "TORCH_DISTRIBUTED_DEBUG": "OFF"}
+        environment |= {"STRATEGY": strategy, "IN_PLACE_OF_ONE": default, "TORCH_DISTRIBUTED_DEBUG": "OFF"}
         command = [sys.executable, "-m", "pytest", "-q", "--tb", "line", "-p", "no:cacheprovider"]
         command += ["--timeout", str(seconds)] if find_spec("pytest_timeout") else []
         command += ["-p", "benchmarks.in_place_of_ddp", *(f"tests_pytorch/{one}" for one in folders)]
@@ -99,7 +113,8 @@ def run(source: Path, strategy: str, folders: Sequence[str], seconds: int) -> di
             one = json.loads(line)
             name = one["test"].rpartition("tests_pytorch/")[2]
             before = found.get(name, Outcome(True, ""))  # a test may fail after its call, too
-            found[name] = Outcome(before.passed and one["passed"], before.said or one["said"])
+            passed = None if one["passed"] is None else bool(before.passed and one["passed"])
+            found[name] = Outcome(passed, before.said or one["said"])
         return found
 
 
@@ -116,6 +131,7 @@ def main(
     folders: tuple[str, ...] = FOLDERS,
     out: Path | None = None,
     seconds: int = 60,
+    default: str = "ddp",
 ) -> None:
     """Run Lightning's own tests under both strategies and compare.
 
@@ -124,20 +140,25 @@ def main(
         folders: which tests, within tests/tests_pytorch.
         out: file for a line of each difference and one of counts.
         seconds: for one test, where pytest-timeout is installed.
+        default: the name by which tests that name no strategy are trained, ours in its place.
     """
-    known: dict[str, str] = yaml.safe_load(KNOWN.read_text()) or {}
+    known = Known(**yaml.safe_load(KNOWN.read_text()))
     with tempfile.TemporaryDirectory() as folder:
         here = (source or fetched(Path(folder))).resolve()
         of = here / "src" / "version.info"
         tests = of.read_text().strip() if of.exists() else None
-        theirs, ours = (run(here, strategy, folders, seconds) for strategy in ("ddp", "kl_shampoo"))
+        theirs, ours = (run(here, strategy, folders, seconds, default) for strategy in ("ddp", "kl_shampoo"))
     found = compare(theirs, ours, known)
-    counts = {"both": found.both, "neither": found.neither, "ours alone, known": len(found.known)}
-    counts |= {"ours alone, new": len(found.new), "mended": len(found.mended)}
+    counts: dict[str, object] = {"both": found.both, "ours alone, known": len(found.known)}
+    counts |= {"ours alone, new": len(found.new), "mended": len(found.mended), "already": len(found.already)}
+    counts |= {"already, why": Counter(why or "not looked into" for why in found.already.values())}
+    counts |= {"skipped": found.skipped.total(), "skipped, why": found.skipped}
     about = {"lightning": version("lightning"), "tests": tests, "torch": version("torch"), "folders": list(folders)}
+    about |= {"default": default}
     lines: list[object] = [{"test": test, "why": why} for test, why in found.known.items()]
     lines += [{"test": test, "new": said} for test, said in found.new.items()]
     lines += [{"test": test, "mended": True} for test in found.mended]
+    lines += [{"test": test, "already": theirs[test].said} for test, why in found.already.items() if why is None]
     for line in [*lines, {**counts, **about}]:
         print(json.dumps(line))
     if out is not None:

@@ -129,7 +129,7 @@ class _Conversion:
     said: modules.Said  # of embeddings, the output head, experts and their like
     factor: float  # new learning rates over old ones, of groups and schedules
     by_rule: bool  # whether learning rates go by the rule of lightning_plugin.rates
-    peaks: tuple[float, ...]  # the highest learning rate of each group
+    peaks: tuple[float, ...]  # the highest learning rate of each group, for the rule
     peak: float  # that of the usual one
 
     @classmethod
@@ -142,9 +142,9 @@ class _Conversion:
         check_names("adamw_names", given.get("adamw_names", ()), names.values())
         check_names("matrices", names_of(given.get("matrices")), names.values())
         said = modules.look_up(module, given.get("output_head"))
-        highest = tuple(peaks(schedulers, optimizer))
-        peak = highest[_usual_group(optimizer)]
-        return cls(optimizer, given, names, said, factor, rates.go_by_rule(module, given), highest, peak)
+        by_rule = rates.go_by_rule(module, given)
+        highest = tuple(peaks(schedulers, optimizer) if by_rule else [0.0] * len(optimizer.param_groups))
+        return cls(optimizer, given, names, said, factor, by_rule, highest, highest[_usual_group(optimizer)])
 
     @property
     def defaults(self) -> dict[str, Any]:

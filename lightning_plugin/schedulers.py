@@ -40,7 +40,8 @@ def hand_over(schedulers: Iterable[Any], old: Optimizer, new: Optimizer, factor:
 
 def peaks(schedulers: Iterable[Any], optimizer: Optimizer) -> list[float]:
     """The highest learning rate of each group, as far as its schedules tell; without one, what it begins from."""
-    driving = [part for whole in schedulers for part in _parts(whole) if part.optimizer is optimizer]
+    parts = (part for whole in schedulers for part in _parts(whole) if isinstance(part, LRScheduler))
+    driving = [part for part in parts if part.optimizer is optimizer]
     found = []
     for number, group in enumerate(optimizer.param_groups):
         reached = [_reached(one, number) for one in driving if number < len(getattr(one, "base_lrs", ()))]

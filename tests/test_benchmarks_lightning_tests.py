@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
-from benchmarks.lightning_tests import KNOWN, Outcome, compare, run
+from benchmarks import in_place_of_ddp
+from benchmarks.lightning_tests import FOLDERS, KNOWN, Known, Outcome, compare, run
 
 ROOT = Path(__file__).resolve().parent.parent
 A_TEST = """
+import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -37,6 +40,17 @@ def test_the_optimizer_has_sgds_learning_rate():
 
 def test_both():
     assert fitted().global_step == 2
+
+
+@pytest.mark.skip(reason="Requires: [GPUs+2]")
+def test_skipped():
+    pass
+
+
+def test_a_parameter_that_is_not_used():
+    trainer, module = Trainer(**QUIET), BoringModel()
+    module.unused = torch.nn.Parameter(torch.ones(2))
+    trainer.fit(module)
 """
 
 
@@ -48,19 +62,44 @@ def test_tests_that_pass_under_ddp_alone_are_new_known_or_mended():
         "d": (False, "x"),
         "e[2]": (True, ""),
         "f": (True, ""),
+        "g": (True, ""),
+        "h.py::i[3]": (False, "z"),
+        "j": (None, "two GPUs"),
     }
-    ours = {**theirs, "b": (False, "new"), "c[1]": (False, "why"), "d": (False, "y")}
-    del ours["f"]  # skipped there
-    found = compare(
-        *({name: Outcome(*x) for name, x in one.items()} for one in (theirs, ours)), {"c": "reason", "e": "-"}
-    )
+    ours = {**theirs, "b": (False, "new"), "c[1]": (False, "why"), "d": (False, "y"), "g": (None, "two GPUs")}
+    del ours["f"]  # did not run there
+    known = Known(ours_alone={"c": "reason", "e": "-"}, already={"h.py": "its files"})
+    found = compare(*({name: Outcome(*x) for name, x in one.items()} for one in (theirs, ours)), known)
     assert found.new == {"b": "new"} and found.known == {"c[1]": "reason"} and found.mended == ["e[2]"]
-    assert (found.both, found.neither) == (2, 1)
+    assert found.both == 2 and found.already == {"d": None, "h.py::i[3]": "its files"}
+    assert found.skipped == {"two GPUs": 2}
 
 
-def test_every_known_difference_has_a_reason():
-    known = yaml.safe_load(KNOWN.read_text())
-    assert known and all("::" in name and len(why) > 10 for name, why in known.items())
+def test_every_known_difference_has_a_reason_and_is_of_a_test_that_is_run():
+    known = Known(**yaml.safe_load(KNOWN.read_text()))
+    for reasons in known:
+        assert all(len(why) > 10 and any(name.startswith(one) for one in FOLDERS) for name, why in reasons.items())
+    assert all("::" in name for name in known.ours_alone)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"outcome": "passed"}, [(True, "")]),
+        ({"outcome": "failed", "longrepr": "at last\nan error"}, [(False, "an error")]),
+        ({"outcome": "rerun", "longrepr": "an error"}, []),  # by pytest-rerunfailures; another follows
+        ({"outcome": "passed", "when": "setup"}, []),
+        ({"outcome": "skipped", "when": "setup", "longrepr": ("file", 1, "Skipped: why")}, [(None, "Skipped: why")]),
+    ],
+    ids=str,
+)
+def test_a_line_of_each_outcome_that_counts(tmp_path, monkeypatch, given, expected):
+    monkeypatch.setenv("OUTCOMES", str(tmp_path / "outcomes"))
+    report = pytest.TestReport("a", ("", 0, ""), {}, **{"longrepr": None, "when": "call", **given})
+    in_place_of_ddp.pytest_runtest_logreport(report)
+    lines = (tmp_path / "outcomes").read_text().splitlines() if expected else []
+    assert [(one["passed"], one["said"]) for one in map(json.loads, lines)] == expected
+    assert (tmp_path / "outcomes").exists() == bool(expected)
 
 
 def test_a_checkout_is_run_under_both_strategies(tmp_path):
@@ -69,9 +108,11 @@ def test_a_checkout_is_run_under_both_strategies(tmp_path):
     folder.mkdir(parents=True)
     (folder / "__init__.py").touch()
     (folder / "test_some.py").write_text(A_TEST)
-    theirs, ours = (run(tmp_path, strategy, ["test_some.py"], 60) for strategy in ("ddp", "kl_shampoo"))
-    assert len(theirs) == 3 and all(one.passed for one in theirs.values())
-    failed = {name.partition("::")[2]: one.said for name, one in ours.items() if not one.passed}
+    theirs = run(tmp_path, "ddp", ["test_some.py"], 60)
+    ours = run(tmp_path, "kl_shampoo", ["test_some.py"], 60, "ddp_find_unused_parameters_true")
+    assert [one.passed for one in theirs.values()] == [True, True, True, None, False]
+    assert theirs["test_some.py::test_skipped"].said == "Skipped: Requires: [GPUs+2]"
+    failed = {name.partition("::")[2]: one.said for name, one in ours.items() if one.passed is False}
     assert failed.keys() == {"test_without_a_strategy_as_ddp_it_is", "test_the_optimizer_has_sgds_learning_rate"}
     assert "InPlaceOfDDP" in failed["test_without_a_strategy_as_ddp_it_is"]
 

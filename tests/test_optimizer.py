@@ -68,6 +68,25 @@ def test_vectors_go_by_adamw_under_every_method(method, adamw_betas):
     assert alike == {"vector", "scalar"}
 
 
+def test_parameters_of_one_shape_are_trained_each_by_its_own_gradients():
+    """Their pieces are equal and may be one object: nothing may be remembered of a parameter by that alone."""
+
+    def trained(*chosen):
+        params = {f"{kind} {i}": nn.Parameter(torch.ones(*shape)) for i in range(3) for kind, shape in shapes.items()}
+        optimizer = KLShampoo([(name, params[name]) for name in chosen or params], lr=1e-2, stagger=False)
+        for step in range(4):
+            for number, p in enumerate(params.values()):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + number))
+            optimizer.step()
+        return {name: params[name].detach() for name in chosen or params}
+
+    shapes = {"matrix": (6, 4), "vector": (5,)}
+    together = trained()
+    for name, found in together.items():
+        assert torch.allclose(found, trained(name)[name], rtol=1e-5, atol=1e-7), name
+    assert not torch.allclose(together["matrix 0"], together["matrix 1"], rtol=1e-2)
+
+
 def test_a_run_is_the_same_to_the_last_bit_every_time():
     runs = []
     for _ in range(2):

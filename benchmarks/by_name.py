@@ -7,7 +7,8 @@
 LightningModules with torch's AdamW and a cosine schedule, on one process. `bytes` is the job's GPT with an untied
 output head; `litgpt` that library's (2 layers of width 64 on bytes), `digits` a small convolutional net on
 scikit-learn's handwritten digits, where these are installed. Each line of the output is a run: the contender, AdamW's
-peak learning rate, the seed, and the validation loss in nats per byte or picture. The contenders:
+peak learning rate, the seed, and the validation loss in nats per byte or picture. The contenders,
+of which all but the first may be another method (`--method`):
 
     adamw            Lightning's own strategy
     head a matrix    strategy="kl_shampoo" by name, but for an output head that KL-Shampoo serves and AdamW's rate
@@ -126,12 +127,14 @@ def digits_data(batch_size: int, seed: int) -> dict[str, DataLoader]:
     }
 
 
-def strategy_of(contender: str, lr: float) -> Any:
+def strategy_of(contender: str, lr: float, method: str) -> Any:
     told = STRATEGIES[contender]
-    return "auto" if told is None else lightning_plugin.KLShampooStrategy(**told(lr))
+    return "auto" if told is None else lightning_plugin.KLShampooStrategy(method=method, **told(lr))
 
 
-def loss_of(contender: str, model: str, lr: float, seed: int, steps: int, batch_size: int) -> float:
+def loss_of(
+    contender: str, model: str, lr: float, seed: int, steps: int, batch_size: int, method: str = "kl_shampoo"
+) -> float:
     """The validation loss after a run."""
     seed_everything(seed)
     trainer = Trainer(
@@ -143,7 +146,7 @@ def loss_of(contender: str, model: str, lr: float, seed: int, steps: int, batch_
         enable_model_summary=False,
         max_steps=steps,
         gradient_clip_val=1.0,
-        strategy=strategy_of(contender, lr),
+        strategy=strategy_of(contender, lr, method),
     )
     if model == "digits":
         trainer.fit(module := Digits(lr), **digits_data(batch_size, seed))  # type: ignore[arg-type]
@@ -163,6 +166,7 @@ def main(
     lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3),
     seeds: int = 3,
     contenders: tuple[str, ...] = ("adamw", "head a matrix", "at AdamW's rate", "by name"),
+    method: str = "kl_shampoo",
 ) -> None:
     """Run all contenders.
 
@@ -174,6 +178,7 @@ def main(
         lrs: AdamW's peak learning rates.
         seeds: how many.
         contenders: which.
+        method: of all but AdamW.
     """
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -182,9 +187,10 @@ def main(
     for lr in lrs:
         for seed in range(seeds):
             for contender in contenders:
-                found = loss_of(contender, model, lr, seed, steps, batch_size)
+                found = loss_of(contender, model, lr, seed, steps, batch_size, method)
                 settings = {"model": model, "steps": steps, "batch_size": batch_size, "torch": torch.__version__}
-                line = {"contender": contender, "lr": lr, "seed": seed, "val_loss": round(found, 4), **settings}
+                own = {} if method == "kl_shampoo" else {"method": method}
+                line = {"contender": contender, "lr": lr, "seed": seed, "val_loss": round(found, 4), **settings, **own}
                 print(json.dumps(line), flush=True)
                 if out is not None:
                     with out.open("a") as file:

@@ -9,14 +9,26 @@ for what the study found to be worse, or no better and dearer, is no option a us
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from benchmarks.refresh import rotation_by_products
-from kl_dist.methods import Hyper, add_rule, averages, kl_factors, kl_shampoo, kronecker, linalg, rule
-from kl_dist.methods.state import KLShampooState
+from kl_dist.methods import (
+    Hyper,
+    MatrixState,
+    Side,
+    add_rule,
+    averages,
+    kl_factors,
+    kl_shampoo,
+    kronecker,
+    linalg,
+    rule,
+)
+from kl_dist.methods.state import KLShampooState, unstarted
 from launch import compare
 
 
@@ -86,6 +98,65 @@ def sooner(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> 
     return kl_shampoo.update(state, grad, replace(hyper, shampoo_beta=beta), spare)
 
 
+@dataclass
+class InverseRootsState(MatrixState):
+    """KL-Shampoo's in the original coordinates: nothing waits for a refresh."""
+
+    scale: Tensor  # (B,)
+    factors: tuple[Tensor, ...]  # (B, d, d) a side, of unit mean diagonal
+    roots: tuple[Tensor, ...]  # their inverse square roots
+
+
+def allocate_roots(shape: Sequence[int], sides: Sequence[Side], batch: int, like: Tensor) -> InverseRootsState:
+    factors, roots = ([like.new_zeros(batch, d, d) for d in shape] for _ in range(2))
+    return InverseRootsState(
+        *unstarted(batch), like.new_zeros(batch, *shape), like.new_zeros(batch), tuple(factors), tuple(roots)
+    )
+
+
+def start_roots(state: InverseRootsState, grad: Tensor, hyper: Hyper) -> None:
+    """Factors of the first gradient, damped as a refresh is."""
+    unit = averages.at_unit_scale(grad)
+    for side, (factor, root) in enumerate(zip(state.factors, state.roots, strict=True)):
+        factor.copy_(kl_factors.DAMPING * torch.eye(factor.shape[-1]))
+        share = (factor.shape[-1] / kronecker.numel(grad)) ** 0.5
+        kronecker.add_gram(factor, share * unit, side, factor.new_ones(len(factor), 1))
+        root.copy_(inverse_root(factor))
+
+
+def zero_staleness(state: InverseRootsState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
+    """U = S_a^-1/2 N S_b^-1/2 / s with the exact roots of factors that know this gradient, by eigh in float64.
+
+    What an iteration for the inverse roots in every step would come to at its best, whatever it costs.
+    """
+    state.step.add_(1)
+
+    def on_sides(x: Tensor, left_out: int | None = None) -> Tensor:
+        for side, root in enumerate(state.roots):
+            x = x if side == left_out else kronecker.multiply_side(x, root, side)
+        return x
+
+    scale = averages.tracked_scale(state.scale, averages.mean_square(on_sides(grad)), state.step, hyper.betas[1])
+    column = scale[:, None]
+    keep = kronecker.column(averages.of_step(averages.warm_beta(hyper.factor_beta), state.step, scale), column)
+    whitened = [on_sides(grad, side) for side in range(len(state.factors))]
+    for side, factor in enumerate(state.factors):
+        share = (1 - keep) * (factor.shape[-1] / kronecker.numel(grad)) / column**2
+        rows = whitened[side] * kronecker.column(share[:, 0].sqrt(), grad)
+        kronecker.add_gram(factor, rows, side, keep)
+        factor.div_(factor.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None])
+        state.roots[side].copy_(inverse_root(factor))
+    direction = averages.momentum(state.exp_avg, grad, state.step, hyper)
+    return on_sides(direction) / kronecker.column(scale, grad)
+
+
+def inverse_root(factor: Tensor) -> Tensor:
+    """S^-1/2 of each (B, d, d), its eigenvalues above the floor of all that learn eigenvalues."""
+    eigenvalues, basis = torch.linalg.eigh(factor.double())
+    floor = kl_factors.EIGENVALUE_FLOOR * eigenvalues.mean(-1, keepdim=True)
+    return ((basis * eigenvalues.maximum(floor).rsqrt()[:, None]) @ basis.mT).to(factor.dtype)
+
+
 FRESH = rule("kl_shampoo", "fresh")
 VARIANTS = {
     "stale_eigenvalues": FRESH._replace(update=stale_eigenvalues),
@@ -95,6 +166,9 @@ VARIANTS = {
     "products": FRESH._replace(refresh=refresh_by_products),
     "clipped": FRESH._replace(update=clipped),
     "sooner": FRESH._replace(update=sooner),
+    "zero_staleness": FRESH._replace(
+        allocate=allocate_roots, start=start_roots, update=zero_staleness, refresh=None, working_copies=8, polar=False
+    ),
 }
 
 # At import, so that the processes which make the runs know them too.

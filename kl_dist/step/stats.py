@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -115,6 +115,22 @@ def of_matrices(engine: Engine) -> dict[str, dict[str, Any]]:
                 said[f"effective_rank.{side}"] = float(entropy.exp())
                 said[f"eigenvalues.{side}"] = (values / values.mean()).quantile(quantiles).tolist()
             found[unit.name] = said
+    return found
+
+
+def scalars(said: Mapping[str, Any]) -> dict[str, float]:
+    """What `stats` says, as names and numbers for a board.
+
+    Of a matrix "matrices/NAME/condition.0"; of quantiles "matrices/NAME/eigenvalues.0/q10"; what is None is left out.
+    """
+    found: dict[str, float] = {}
+    for name, value in said.items():
+        if isinstance(value, list):
+            value = {f"q{100 * q:.0f}": x for q, x in zip(QUANTILES, value, strict=True)}
+        if isinstance(value, Mapping):
+            found |= {f"{name}/{inner}": x for inner, x in scalars(value).items()}
+        elif value is not None:
+            found[name] = float(value)
     return found
 
 

@@ -102,10 +102,10 @@ class KLShampooCallback(TrainerCallback):
         if optimizer is None or "loss" not in logs:  # what else there is to log, not all ranks come to
             return
         due = self._every is not None and state.global_step >= self._due
-        found = {f"kl_shampoo/{name}": x for name, x in scalars(optimizer.stats(all_ranks=True, matrices=due)).items()}
-        of_matrices = {name: x for name, x in found.items() if name.startswith("kl_shampoo/matrices/")}
+        found = optimizer.stats(all_ranks=True, matrices=due)
+        of_matrices = scalars({"kl_shampoo/matrices": found.pop("matrices", {})})
         for line in (logs, state.log_history[-1]):  # the Trainer has copied the one into the other
-            line.update((name, x) for name, x in found.items() if name not in of_matrices)
+            line.update(scalars({"kl_shampoo": found}))
         if due:
             self._due = state.global_step + (self._every or 0)
             for callback in self._handler.callbacks:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from launch.metrics import Record
 from launch.optimizers import Trainer
 from launch.options import Options
 from launch.ranks import Ranks, joined_ranks
+from launch.records import Record
 from launch.regression import Regression
 from launch.train import Job
 

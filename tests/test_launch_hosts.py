@@ -3,7 +3,6 @@ when one of them is lost.
 """
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -156,8 +155,7 @@ def test_two_hosts_train_as_one_process_by_a_library(library: str, worlds: dict[
 def measured(folder: Path, library: str) -> list[float]:
     """Losses of the steps, and the validation loss."""
     if library == "deepspeed":
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        return [record.get("loss", record.get("val_loss")) for record in lines]
+        return losses(folder)
     (file,) = folder.rglob("metrics.csv")
     names, *rows = [line.split(",") for line in file.read_text().splitlines()]
     return [

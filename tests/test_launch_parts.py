@@ -8,11 +8,11 @@ from torch import nn
 
 from kl_dist import KLShampoo
 from launch.data import load_corpus, standard_library, training_starts, validation_starts, windows
-from launch.metrics import set_aside
 from launch.model import GPT
 from launch.muon import Float32Muon
 from launch.optimizers import make_trainer, schedule
 from launch.options import Options, UsageError
+from launch.records import set_aside
 from launch.report import smoothed
 
 

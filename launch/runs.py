@@ -44,6 +44,8 @@ def settings_of(task: str, options: Options) -> Record:
     settings = {name: getattr(options, name) for name in (*DECIDING, *job.deciding)}
     settings |= {"task": task, "data": data_hash(task, options.data, options.context), "warmup": options.warmup_steps}
     settings |= {"eval_every": options.eval_every, "groups": resolved(trainer)}
+    if options.schedule != Options.schedule:  # what was measured before there were others stays known
+        settings["schedule"] = options.schedule
     return json.loads(json.dumps(settings, default=str))
 
 

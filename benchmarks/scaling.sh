@@ -1,6 +1,6 @@
 #!/bin/sh
-# Learning rates over width and depth, weight decay, AdamW's share and schedules: about a quarter of an hour on one
-# core. Runs that are in benchmarks/results/scaling.jsonl already are not repeated.
+# Learning rates over width and depth, weight decay, AdamW's share and schedules: about twelve minutes on one core.
+# Runs that are in benchmarks/results/scaling.jsonl already are not repeated.
 #
 #   benchmarks/scaling.sh
 set -eu

@@ -13,19 +13,22 @@ sharded, they save by torch.distributed.checkpoint, and nothing needs to be gath
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import SaveStrategy
 
 from kl_dist.optimizer import KLShampoo
 from kl_dist.step.stats import scalars
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 REPORTERS: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.values())
 """The callbacks that `report_to` names."""

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Learning rates over width and depth, and weight decay: about eight minutes on one core. Runs that are in
-# benchmarks/results/scaling.jsonl already are not repeated.
+# Learning rates over width and depth, weight decay, AdamW's share and schedules: about twelve minutes on one core.
+# Runs that are in benchmarks/results/scaling.jsonl already are not repeated.
 #
 #   benchmarks/scaling.sh
 set -eu
@@ -21,3 +21,9 @@ done
 for width in 64 128; do
     compare --layers 2 --width "$width" --run "--optimizer kl_shampoo --lr 1.5e-2" --grid weight_decay=0.0,0.1,0.3,1.0
 done
+for best in "64 1.5e-2" "128 1e-2"; do
+    compare --layers 2 --width "${best% *}" --run "--optimizer kl_shampoo --lr ${best#* }" \
+        --grid adamw_lr=1.25e-3,2.5e-3,5e-3,1e-2
+done
+compare --layers 2 --width 64 --run "--optimizer kl_shampoo" --grid schedule=cosine,linear,wsd,constant \
+    --grid lr=6e-3,1e-2,1.5e-2,2.2e-2

@@ -6,7 +6,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import kl_dist
-from kl_dist.huggingface import ConsolidateState, KLShampooFactory
+from kl_dist.huggingface import ConsolidateState, KLShampooFactory, log_stats
 
 
 class Bytes(torch.utils.data.Dataset):
@@ -45,6 +45,7 @@ def main(steps: int = 100, folder: str = "runs/hf") -> float:
         optimizer_cls_and_kwargs=(KLShampooFactory, {"lr": 1e-2, "adamw_lr": 5e-3, "weight_decay": 0.01}),
         callbacks=[ConsolidateState()],  # all of the state is in what the Trainer saves
     )
+    log_stats(trainer)  # update RMS and the like beside the loss
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return losses[0] - losses[-1]

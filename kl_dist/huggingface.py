@@ -2,6 +2,8 @@
 
     Trainer(.., optimizer_cls_and_kwargs=(KLShampooFactory, {"lr": 1e-2}), callbacks=[ConsolidateState()])
 
+    log_stats(trainer)  # its numbers beside the loss
+
     consolidate_on_save(accelerator)  # before accelerator.save_state
 
 Both save on some ranks what is divided over all, so it is gathered there first. Under FSDP2, where parameters are
@@ -11,16 +13,25 @@ sharded, they save by torch.distributed.checkpoint, and nothing needs to be gath
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import SaveStrategy
 
 from kl_dist.optimizer import KLShampoo
+from kl_dist.step.stats import scalars
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+REPORTERS: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.values())
+"""The callbacks that `report_to` names."""
 
 
 class KLShampooFactory:
@@ -77,21 +88,56 @@ class Consolidating:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
 
 
-class LogsStats:
-    """Mixin of a Trainer: KLShampoo's numbers of all ranks stand beside the loss, wherever that is reported.
+class KLShampooCallback(TrainerCallback):
+    """KLShampoo's numbers of all ranks beside the loss, wherever that is reported: see `log_stats`.
 
-    "kl_shampoo/update_rms" and the like, as `KLShampoo.stats(all_ranks=True)` has them, in TensorBoard, W&B or what
-    else `report_to` names.
+    Args:
+        handler: the Trainer's `callback_handler`.
+        matrices_every: steps between two looks at each matrix.
     """
 
-    def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
-        trainer: Any = self
-        optimizer = _unwrapped(getattr(trainer, "optimizer", None))
-        if isinstance(optimizer, KLShampoo) and "loss" in logs:  # a line of training, which all ranks log
-            found = optimizer.stats(all_ranks=True)
-            numbers = {name: float(x) for name, x in found.items() if isinstance(x, (int, float))}
-            logs = logs | {f"kl_shampoo/{name}": x for name, x in numbers.items()}
-        super().log(logs, *arguments, **named)  # type: ignore[misc]
+    def __init__(self, handler: CallbackHandler, matrices_every: int | None = None) -> None:
+        self._handler, self._every = handler, matrices_every
+        self._due = 0  # the step from which on the matrices are to be looked at again
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, **given: Any) -> None:
+        logs, optimizer = given.pop("logs"), _watched(given["optimizer"])
+        if optimizer is None or "loss" not in logs:  # what else there is to log, not all ranks come to
+            return
+        due = self._every is not None and state.global_step >= self._due
+        found = optimizer.stats(all_ranks=True, matrices=due)
+        of_matrices = scalars({"kl_shampoo/matrices": found.pop("matrices", {})})
+        for line in (logs, state.log_history[-1]):  # the Trainer has copied the one into the other
+            line.update(scalars({"kl_shampoo": found}))
+        if due:
+            self._due = state.global_step + (self._every or 0)
+            for callback in self._handler.callbacks:
+                if isinstance(callback, REPORTERS):  # not what prints, nor trainer_state.json: they may be thousands
+                    callback.on_log(args, state, control, logs=of_matrices, **given)
+
+
+def log_stats(trainer: Trainer, matrices_every: int | None = None) -> KLShampooCallback:
+    """Have a Trainer put KLShampoo's numbers of all ranks beside the loss of each line that it logs.
+
+    "kl_shampoo/update_rms" and the like, as `KLShampoo.stats(all_ranks=True)` has them, in `state.log_history`,
+    TensorBoard, W&B or what else `report_to` names, with DeepSpeed too. Any other optimizer is left alone.
+
+    Args:
+        matrices_every: steps between two looks at each matrix, whose numbers (kl_dist.step.stats.of_matrices) go to
+            what `report_to` names alone: "kl_shampoo/matrices/NAME/condition.0". None: never.
+
+    Returns:
+        The callback, which comes first, for the reports' are before those that a Trainer is given;
+        `trainer.remove_callback` takes it away.
+
+    Raises:
+        ValueError: `matrices_every` is below 1.
+    """
+    if matrices_every is not None and matrices_every < 1:
+        raise ValueError(f"matrices_every is {matrices_every}: a number of steps, or None to leave the matrices out")
+    callback = KLShampooCallback(trainer.callback_handler, matrices_every)
+    trainer.callback_handler.callbacks.insert(0, callback)
+    return callback
 
 
 def _refuse_saves_apart(args: TrainingArguments) -> None:
@@ -150,4 +196,11 @@ def consolidate(optimizer: Any, here: bool) -> None:
 def _unwrapped(optimizer: Any) -> Any:
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _watched(optimizer: Any) -> Any:
+    """What has KLShampoo's stats inside the wrappers of accelerate and DeepSpeed, else None."""
+    while optimizer is not None and not (hasattr(optimizer, "stats") and hasattr(optimizer, "routes")):
+        optimizer = getattr(optimizer, "optimizer", None)
     return optimizer

@@ -376,11 +376,13 @@ class KLShampoo(StateDicts):
     def stats(self, all_ranks: bool = False, matrices: bool = False) -> dict[str, Any]:
         """A few numbers, cheaply; `condition` and `update_rms` wait for the device.
 
-        `skipped_steps`, `restarts` (of matrices, or parameters under AdamW, whose state was damaged), `refreshes` and
-        `refresh_seconds` (host time), `fallbacks` (decompositions computed another way), `condition` (largest ratio of
-        eigenvalues of a Kronecker factor, None without any), `update_rms` (of the last step's updates of matrices,
-        before the learning rate; None without any), `update_elements` in them, `wait_seconds` (host time in which
-        exchanges were waited for and nothing was computed).
+        So far: `skipped_steps`, `restarts` (of matrices, or parameters under AdamW, whose state was damaged),
+        `refreshes`, `fallbacks` (decompositions computed another way), and seconds of the host: `refresh_seconds`,
+        `update_seconds`, `wait_seconds` (in which exchanges were waited for and nothing was computed). Of the last
+        step: `condition` (largest ratio of eigenvalues of a Kronecker factor, None without any), `update_rms` (of the
+        updates of matrices, before the learning rate; None without any), `update_elements` in them. Of the steps since
+        they were last asked for: `communication_hidden` (share of the time in flight), `flops_per_second`,
+        `work_as_run` (against the plan; 1 is as planned): kl_dist.step.stats.of_times.
 
         Args:
             all_ranks: False is of this rank; True of all of them, and a collective: counters are added up, of times

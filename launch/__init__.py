@@ -15,7 +15,8 @@ The files are the parts of a training job, each readable on its own:
     identity.py     which run a folder is of, and the lock of the job that is at it
     signals.py      being asked to stop
     endings.py      the exit statuses, and the words that go with them
-    metrics.py      the progress bar, JSON lines and TensorBoard
+    records.py      a run's JSON lines, of which `kl-shampoo report` makes a page
+    metrics.py      the progress bar and TensorBoard
     report.py       the loss curve and the closing words
 
 another job on the same parts:
@@ -24,7 +25,7 @@ another job on the same parts:
 
 the same model and text by other libraries' loops:
 
-    train_lightning.py   a LightningModule and its data, started by LightningCLI
+    train_lightning.py   a LightningModule and its data, started by LightningCLI; recorder.py is its callback
     train_deepspeed.py   the same with DeepSpeed's engine
     hf_trainer.py        a small GPT-2 under Hugging Face's Trainer: DeepSpeed, DDP, FSDP2
     configs/             files for these: DDP and FSDP2, ZeRO 0 to 3; several hosts by Slurm, Kubernetes, a hostfile

@@ -29,8 +29,8 @@ if not __package__:
 import torch
 
 from launch import results, standings
-from launch.metrics import Record
 from launch.options import Options, UsageError, parse
+from launch.records import Record
 from launch.runs import TASKS, Run, execute, settings_of
 
 

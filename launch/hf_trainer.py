@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
 import deepspeed_integration  # noqa: F401 (makes the optimizers known to DeepSpeed)
-from kl_dist.huggingface import ConsolidateState, KLShampooFactory
+from kl_dist.huggingface import ConsolidateState, KLShampooFactory, log_stats
 from launch import endings
 from launch.data import load_corpus, validation_starts
 from launch.model import gpt2
@@ -57,7 +57,8 @@ class Options:
         warmup: steps of linear warm-up before the cosine.
         grad_clip: largest norm of the whole gradient.
         bf16: compute in bfloat16.
-        log_every: steps between two looks at the loss.
+        log_every: steps between two looks at the loss, and at what the optimizer says; both go to TensorBoard too.
+        matrices_every: steps between two looks at each matrix, which go to TensorBoard alone.
         save_every: steps between two checkpoints; the last step is saved in any case.
         keep: how many of the newest checkpoints to keep.
         seed: of the weights and of the order of the data.
@@ -82,6 +83,7 @@ class Options:
     grad_clip: float = 1.0
     bf16: bool = False
     log_every: int = 10
+    matrices_every: int = 50
     save_every: int = 100
     keep: int = 2
     seed: int = 0
@@ -127,7 +129,7 @@ def make_arguments(options: Options) -> TrainingArguments:
         save_steps=options.save_every,
         save_total_limit=options.keep,
         seed=options.seed,
-        report_to=[],
+        report_to=["tensorboard"],
     )
 
 
@@ -146,13 +148,15 @@ def make_trainer(options: Options) -> Trainer:
         "optimizer_cls_and_kwargs": (KLShampooFactory, rates),
         "callbacks": [ConsolidateState()],
     }
-    return Trainer(
+    trainer = Trainer(
         model=make_model(options),
         args=make_arguments(options),
         train_dataset=Windows(corpus.train, training, options.context),
         eval_dataset=Windows(corpus.validation, validation, options.context),
         **({} if options.parallel == "deepspeed" else others),
     )
+    log_stats(trainer, options.matrices_every)
+    return trainer
 
 
 def train(options: Options) -> Trainer:

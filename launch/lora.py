@@ -155,7 +155,7 @@ class Finetuning(Pretraining):
             else:
                 kept = {"weight_decay": options.weight_decay, **options.route}
                 optimizer = kronecker(options, adapter_groups(model, options.rates.lr, options.b_ratio, **kept))
-        return Trainer([optimizer], options.steps, options.warmup_steps)
+        return Trainer([optimizer], options.steps, options.warmup_steps, options.schedule)
 
     def save(self, step: int) -> Path | None:
         """Beside the checkpoint the adapters as peft has them, a small file that other programs load."""

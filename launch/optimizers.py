@@ -31,10 +31,11 @@ class Trainer:
     that never stopped would.
     """
 
-    def __init__(self, optimizers: list[Optimizer], steps: int, warmup: int) -> None:
+    def __init__(self, optimizers: list[Optimizer], steps: int, warmup: int, shape: str = "cosine") -> None:
         self.optimizers = optimizers
         self.steps = steps
         self.warmup = warmup
+        self.shape = shape
         self._peaks = [group["lr"] for group in self.groups]
 
     @property
@@ -44,7 +45,7 @@ class Trainer:
 
     def step(self, step: int) -> float:
         """Update the weights as step number `step`, counted from 1; returns the learning rate of the first group."""
-        factor = schedule(step, self.steps, self.warmup)
+        factor = schedule(step, self.steps, self.warmup, self.shape)
         for group, peak in zip(self.groups, self._peaks, strict=True):
             group["lr"] = peak * factor
         for optimizer in self.optimizers:
@@ -61,11 +62,22 @@ class Trainer:
             optimizer.zero_grad()
 
 
-def schedule(step: int, steps: int, warmup: int) -> float:
-    """What the peak learning rate is multiplied by: linear from 0 to 1 over `warmup`, then a cosine down to 0."""
+DECAY = 0.2
+"""Of the steps after the warm-up, the share in which "wsd" (warm-up, stable, decay) falls to 0."""
+
+
+def schedule(step: int, steps: int, warmup: int, shape: str = "cosine") -> float:
+    """What the peak learning rate is multiplied by: linear from 0 to 1 over `warmup`, then what `--schedule` says."""
     if step <= warmup:
         return step / warmup
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps + 1 - warmup))
+    left = 1 - (step - warmup) / (steps + 1 - warmup)  # from 1 to 0
+    shapes = {
+        "cosine": 0.5 - 0.5 * math.cos(math.pi * left),
+        "linear": left,
+        "wsd": min(1, left / DECAY),
+        "constant": 1,
+    }
+    return shapes[shape]
 
 
 def make_trainer(options: Options, model: Model) -> Trainer:
@@ -81,7 +93,7 @@ def make_trainer(options: Options, model: Model) -> Trainer:
             optimizers = muon(options, model)
         else:
             optimizers = [adamw(model.parameters(), options, options.optimizer_options)]
-    return Trainer(optimizers, options.steps, options.warmup_steps)
+    return Trainer(optimizers, options.steps, options.warmup_steps, options.schedule)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ class Rates(NamedTuple):
     adamw_lr: float
 
 
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
 PARALLEL = ("ddp", "fsdp", "hsdp", "tp", "fsdp+tp")
 
 METHOD_OF = {method.called: name for name, method in METHODS.items()}
@@ -78,7 +79,11 @@ class Options:
     )
 
     steps: int = option(400, "how many optimizer steps to train")
-    warmup: int | None = option(None, "steps of linear warm-up before the cosine; by default a twentieth of all steps")
+    warmup: int | None = option(None, "steps of linear warm-up; by default a twentieth of all steps")
+    schedule: str = option(
+        "cosine",
+        "of the learning rate then: cosine or linear to zero, wsd (constant, and linear in the last fifth), constant",
+    )
     grad_clip: float | None = option(None, "largest norm of the whole gradient; by default it is not clipped")
     tokens_per_step: int = option(2048, "tokens of one step over all processes together")
     seed: int = option(0, "of the initial weights and of the order of the text")
@@ -112,6 +117,8 @@ class Options:
             raise UsageError(f"--optimizer {self.optimizer} is unknown{_nearest(self.optimizer, DEFAULT_RATES)}")
         if self.parallel not in PARALLEL:
             raise UsageError(f"--parallel takes {', '.join(PARALLEL)}, not {self.parallel}")
+        if self.schedule not in SCHEDULES:
+            raise UsageError(f"--schedule takes {', '.join(SCHEDULES)}, not {self.schedule}")
         if self.optimizer == "muon" and self.parallel != "ddp":
             raise UsageError("--optimizer muon needs matrices that are whole on every process; use --parallel ddp")
         self._check_numbers()

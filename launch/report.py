@@ -12,8 +12,8 @@ import numpy as np
 matplotlib.use("Agg")  # no display is needed, or opened
 from matplotlib import pyplot as plt
 
-from launch.metrics import Record
 from launch.options import Options
+from launch.records import Record
 
 NATS_PER_BIT = math.log(2)
 REACH = 10

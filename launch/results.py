@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from launch.metrics import Record
+from launch.records import Record
 
 ARENA = ("task", "data", "steps", "tokens_per_step", "layers", "width", "heads", "context")
 """The settings that two runs must share for their losses to be comparable."""

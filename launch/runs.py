@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from launch.metrics import Record
 from launch.optimizers import Trainer
 from launch.options import Options
 from launch.ranks import Ranks, joined_ranks
+from launch.records import Record
 from launch.regression import Regression
 from launch.train import Job
 
@@ -44,6 +44,8 @@ def settings_of(task: str, options: Options) -> Record:
     settings = {name: getattr(options, name) for name in (*DECIDING, *job.deciding)}
     settings |= {"task": task, "data": data_hash(task, options.data, options.context), "warmup": options.warmup_steps}
     settings |= {"eval_every": options.eval_every, "groups": resolved(trainer)}
+    if options.schedule != Options.schedule:  # what was measured before there were others stays known
+        settings["schedule"] = options.schedule
     return json.loads(json.dumps(settings, default=str))
 
 

@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatter
 
-from launch.metrics import Record
+from launch.records import Record
 from launch.results import ARENA, arena, identity
 
 UNITS = {"text": "nats per byte", "regression": "mean square error", "finetuning": "nats per byte"}

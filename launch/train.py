@@ -24,12 +24,13 @@ from torch.nn import functional as F
 from launch import checkpoint, endings, folders, identity, report
 from launch.data import Corpus, load_corpus, training_starts, validation_starts, windows
 from launch.endings import Diverged, NotSaved
-from launch.metrics import Log, Record, opened_log, set_aside
+from launch.metrics import Log, opened_log
 from launch.model import GPT, Model
 from launch.optimizers import Trainer, make_trainer
 from launch.options import Options, UsageError, parse
 from launch.parallel import clip_gradients, lay_out
 from launch.ranks import Ranks, joined_ranks
+from launch.records import Record, set_aside
 from launch.signals import Asked
 
 VALIDATION_WINDOWS = 128

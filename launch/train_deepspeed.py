@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +26,16 @@ import torch.distributed as dist
 from jsonargparse import CLI
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import deepspeed_integration  # noqa: F401 (makes the optimizers known to DeepSpeed)
 from launch import endings
 from launch.data import Corpus, load_corpus, training_starts, validation_starts, windows
 from launch.endings import Diverged
+from launch.metrics import opened_log
 from launch.model import GPT
 from launch.options import UsageError
-from launch.ranks import watched
+from launch.ranks import Ranks, watched
+from launch.records import Record, set_aside
 
 VALIDATION_WINDOWS = 128
 
@@ -50,8 +52,9 @@ class Options:
         context: bytes a prediction can see.
         steps: when to stop.
         seed: of the weights and of the order of the data.
+        eval_every: steps between two looks at the validation loss, and at what the optimizer says of each matrix.
         data: a text file; by default the source of Python's standard library.
-        out: folder of the metrics and of the checkpoint.
+        out: folder of the metrics, of TensorBoard's file and of the checkpoint.
         resume: go on from the newest checkpoint in `out`.
         patience: seconds after which a process that has stopped ends the job on all the others; 0: never.
         local_rank: set by the deepspeed launcher.
@@ -64,6 +67,7 @@ class Options:
     context: int = 128
     steps: int = 200
     seed: int = 0
+    eval_every: int = 50
     data: str | None = None
     out: Path = Path("runs/deepspeed")
     resume: bool = False
@@ -81,42 +85,60 @@ class Job:
         if not options.deepspeed_config.is_file():
             raise UsageError(f"there is no file {options.deepspeed_config}")
         deepspeed.init_distributed()
-        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        size = dist.get_world_size()
         given = json.loads(options.deepspeed_config.read_text())
         self.windows = given.get("train_batch_size", 0)
         if not self.windows:
             raise UsageError(
                 f"{options.deepspeed_config} needs a train_batch_size: the windows of a step, over all ranks"
             )
-        if self.windows % self.ranks:
+        if self.windows % size:
             raise UsageError(
-                f"train_batch_size {self.windows} of {options.deepspeed_config} must divide over {self.ranks} ranks"
+                f"train_batch_size {self.windows} of {options.deepspeed_config} must divide over {size} ranks"
             )
         self.corpus: Corpus = load_corpus(options.data, options.context)
         torch.manual_seed(options.seed)
         model = GPT(options.layers, options.width, options.heads, options.context)
         self.engine: Any = deepspeed.initialize(model=model, model_parameters=groups(model), config=given)[0]
+        self.ranks = Ranks(dist.get_rank(), size, torch.device(self.engine.device))
 
-    def step(self, step: int) -> float:
-        """One step; the mean loss over the ranks."""
-        options = self.options
+    def step(self, step: int) -> Record:
+        """One step, and its record; the loss is the mean over the ranks."""
+        options, engine = self.options, self.engine
         starts = training_starts(self.corpus.train, options.seed, step, self.windows, options.context)
-        mine = starts[self.rank :: self.ranks]
-        total = torch.zeros((), device=self.engine.device)
-        shares = mine.split(self.engine.train_micro_batch_size_per_gpu())
+        mine = starts[self.ranks.rank :: self.ranks.size]
+        total = torch.zeros((), device=engine.device)
+        began, in_optimizer, lr = time.perf_counter(), 0.0, engine.get_lr()[0]
+        shares = mine.split(engine.train_micro_batch_size_per_gpu())
         for share in shares:
             loss = self.loss(self.corpus.train, share)
-            self.engine.backward(loss)
-            self.engine.step()
+            engine.backward(loss)
             total += loss.detach() / len(shares)
-        return self.mean(total)
+            self.ranks.synchronize()
+            stepped = time.perf_counter()
+            engine.step()  # which updates after the last of them
+            self.ranks.synchronize()
+            in_optimizer += time.perf_counter() - stepped
+        seconds = time.perf_counter() - began
+        tokens = step * self.windows * options.context
+        record: Record = {"step": step, "loss": self.mean(total), "lr": lr, "tokens": tokens}
+        return record | {"seconds": seconds, "optimizer_seconds": in_optimizer}
+
+    def look(self) -> Record:
+        """The validation loss, and what the optimizer says of itself and of each matrix; a collective."""
+        stats = getattr(self.engine.basic_optimizer, "stats", None)
+        numbers = {} if stats is None else {"optimizer": stats(all_ranks=True, matrices=True)}
+        return {"val_loss": self.validate(), **numbers, "memory": self.ranks.peak_memory()}
 
     @torch.no_grad()
     def validate(self) -> float:
         """The mean loss over the fixed validation windows that divide over the ranks."""
         starts = validation_starts(self.corpus.validation, VALIDATION_WINDOWS, self.options.context)
-        starts = starts[: len(starts) // self.ranks * self.ranks]
-        losses = [self.loss(self.corpus.validation, share) for share in starts[self.rank :: self.ranks].split(16)]
+        rank, size = self.ranks.rank, self.ranks.size
+        starts = starts[: len(starts) // size * size]
+        self.engine.eval()
+        losses = [self.loss(self.corpus.validation, share) for share in starts[rank::size].split(16)]
+        self.engine.train()
         return self.mean(torch.stack(losses).mean())
 
     def loss(self, text: Tensor, starts: Tensor) -> Tensor:
@@ -127,7 +149,7 @@ class Job:
     def mean(self, value: Tensor) -> float:
         value = value.float()
         dist.all_reduce(value)
-        return float(value) / self.ranks
+        return float(value) / self.ranks.size
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -148,42 +170,34 @@ def train(options: Options) -> None:
 def run(job: Job, doing: Callable[[str, bool], None]) -> None:
     """The loop; `doing` is told what this rank is at, and whether that may take it long.
 
-    Raises:
-        Diverged: the loss is not finite, on all ranks.
+    Raises, on all ranks:
+        Diverged: the loss is not finite.
+        UsageError: there is nothing left to do, or the folder cannot be written.
     """
-    options = job.options
+    options, engine, ranks = job.options, job.engine, job.ranks
     if options.resume:
-        job.engine.load_checkpoint(str(options.out))
-    first = job.rank == 0
-    if first:
-        options.out.mkdir(parents=True, exist_ok=True)
-    began = job.engine.global_steps
-    bar = tqdm(range(began + 1, options.steps + 1), disable=not first, unit="step")
-    for step in bar:
-        doing(f"step {step}", step == began + 1)
-        loss = job.step(step)
-        bar.set_postfix(loss=f"{loss:.3f}")
-        if first:
-            note(options.out, {"step": step, "loss": loss})
-        if not math.isfinite(loss):
-            raise Diverged(f"The loss is {loss} at step {step}")
-    doing("the validation", True)
-    found = job.validate()
-    doing("saving", True)
-    job.engine.save_checkpoint(str(options.out))
-    if first:
-        note(options.out, {"step": options.steps, "val_loss": found})
-        what = f"ZeRO {job.engine.zero_optimization_stage()}, {job.ranks} processes, {options.steps} steps"
-        print(f"{what}: validation loss {found:.4f} nats per byte")
-
-
-def note(folder: Path, record: dict[str, float]) -> None:
-    """Add a line to the metrics; a disk that is full does not end the run."""
-    try:
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        print(f"metrics.jsonl could not be written: {error.strerror or error}", file=sys.stderr)
+        engine.load_checkpoint(str(options.out))
+    elif ranks.first and (aside := set_aside(options.out)):
+        print(f"The files of an earlier run are now in {aside}.")
+    done = engine.global_steps
+    if done >= options.steps:
+        raise UsageError(f"this run is at step {done} of --steps {options.steps} already; there is nothing left to do")
+    with opened_log(options.out, options.steps, done, ranks) as log:
+        for step in range(done + 1, options.steps + 1):
+            doing(f"step {step}", step == done + 1)
+            record = job.step(step)
+            if step == options.steps or step % options.eval_every == 0:
+                doing(f"the validation loss after step {step}", True)
+                record |= job.look()
+            if log:
+                log.record(record)
+            if not math.isfinite(record["loss"]):
+                raise Diverged(f"The loss is {record['loss']} at step {step}")
+        doing("saving", True)
+        engine.save_checkpoint(str(options.out))
+    if ranks.first:
+        what = f"ZeRO {engine.zero_optimization_stage()}, {ranks.size} processes, {options.steps} steps"
+        print(f"{what}: validation loss {record['val_loss']:.4f} nats per byte")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,6 +33,7 @@ from launch.data import Corpus, load_corpus, training_starts, validation_starts,
 from launch.model import GPT
 from launch.optimizers import ADAMW_BETAS, schedule
 from launch.options import DEFAULT_RATES, UsageError
+from launch.recorder import Recorder
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets, each windows x context, int64."""
@@ -199,7 +200,12 @@ class CLI(LightningCLI):
             TextData,
             args=None if arguments is None else list(arguments),
             seed_everything_default=0,
-            trainer_defaults={"max_steps": 200, "log_every_n_steps": 10, "default_root_dir": "runs/lightning"},
+            trainer_defaults={
+                "max_steps": 200,
+                "log_every_n_steps": 10,
+                "default_root_dir": "runs/lightning",
+                "callbacks": [Recorder()],
+            },
             auto_configure_optimizers=False,
         )
 

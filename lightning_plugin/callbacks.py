@@ -8,53 +8,51 @@ from typing import Any, ClassVar
 
 import torch.distributed as dist
 
+from kl_dist.step.stats import scalars
 from kl_dist.watch import Watch
 from lightning_plugin.unwrapping import kl_shampoo_in
 
 
 class MonitorsKLShampoo:
-    """Logs how KLShampoo does, over all ranks, as often as the Trainer logs.
-
-    `condition` (largest ratio of eigenvalues of a Kronecker factor), `update_rms` (of the last updates of matrices,
-    before the learning rate; 0.2 to 0.3 in an ordinary run), `refresh_seconds` and `refreshes` since the last time,
-    `wait_seconds` likewise (in which exchanges were waited for and nothing was computed), `balance` (largest refresh
-    time of a rank over the mean), `skipped_steps` (for gradients not finite), `restarts` (of damaged state), so far.
+    """Logs what KLShampoo says of itself, over all ranks, as often as the Trainer logs: `KLShampoo.stats`.
 
     Args:
-        prefix: of the names; a second optimizer's have "2" after it, and so on.
+        prefix: of the names, "kl_shampoo/update_rms"; a second optimizer's have "2" after it, and so on.
         prog_bar: show `update_rms` and `skipped_steps` in the progress bar.
+        matrices_every: steps between two looks at each matrix, whose numbers (kl_dist.step.stats.of_matrices) go to the
+            loggers alone: "kl_shampoo/matrices/NAME/condition.0". None: never.
+
+    Raises:
+        ValueError: `matrices_every` is below 1.
     """
 
-    def __init__(self, prefix: str = "kl_shampoo", prog_bar: bool = True) -> None:
+    def __init__(self, prefix: str = "kl_shampoo", prog_bar: bool = True, matrices_every: int | None = None) -> None:
         super().__init__()
-        self.prefix, self.prog_bar = prefix, prog_bar
-        self._before: dict[int, dict[str, Any]] = {}
+        if matrices_every is not None and matrices_every < 1:
+            raise ValueError(
+                f"matrices_every is {matrices_every}: a number of steps, or None to leave the matrices out"
+            )
+        self.prefix, self.prog_bar, self.matrices_every = prefix, prog_bar, matrices_every
+        self._due = 0  # the step from which on the matrices are to be looked at again
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._before = {}
+        self._due = 0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not trainer._logger_connector.should_update_logs and not trainer.fast_dev_run:
             return
+        due = self.matrices_every is not None and trainer.global_step >= self._due
+        if due:
+            self._due = trainer.global_step + (self.matrices_every or 0)
         for number, optimizer in enumerate(_optimizers(trainer), 1):
             prefix = self.prefix if number == 1 else f"{self.prefix}{number}"
-            found = optimizer.stats(all_ranks=True)
-            before = self._before.get(number, dict.fromkeys(("refreshes", "refresh_seconds", "wait_seconds"), 0))
-            self._before[number] = found
-            values = {
-                "condition": found["condition"],
-                "update_rms": found["update_rms"],
-                "refreshes": found["refreshes"] - before["refreshes"],
-                "refresh_seconds": found["refresh_seconds"] - before["refresh_seconds"],
-                "wait_seconds": found["wait_seconds"] - before["wait_seconds"],
-                "balance": found["refresh_balance"],
-                "skipped_steps": found["skipped_steps"],
-                "restarts": found["restarts"],
-            }
-            for name, value in values.items():
-                if value is not None:
-                    shown = self.prog_bar and name in ("update_rms", "skipped_steps")
-                    pl_module.log(f"{prefix}/{name}", float(value), prog_bar=shown, on_step=True, on_epoch=False)
+            found = optimizer.stats(all_ranks=True, matrices=due)
+            of_matrices = scalars({f"{prefix}/matrices": found.pop("matrices", {})})
+            for name, value in scalars(found).items():
+                shown = self.prog_bar and name in ("update_rms", "skipped_steps")
+                pl_module.log(f"{prefix}/{name}", value, prog_bar=shown, on_step=True, on_epoch=False)
+            for logger in trainer.loggers if of_matrices else ():  # Lightning would keep thousands of them itself
+                logger.log_metrics(of_matrices, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 class SummarizesPartition:

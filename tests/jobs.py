@@ -239,3 +239,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def workers_of(pid: int) -> list[int]:
     """The live processes that a process has started: torchrun's workers."""
     return sorted(children(pid))
+
+
+def board_of(folder: Path) -> dict[str, dict[int, float]]:
+    """By name, what TensorBoard's files have: value by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[str, dict[int, float]] = {}
+    for events in {path.parent for path in folder.rglob("events.out.tfevents*")}:
+        board = EventAccumulator(str(events)).Reload()
+        for tag in board.Tags()["scalars"]:
+            found.setdefault(tag, {}).update({event.step: event.value for event in board.Scalars(tag)})
+    return found

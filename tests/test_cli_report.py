@@ -50,7 +50,8 @@ class Page(HTMLParser):
 def test_the_page_has_what_the_run_recorded_and_loads_nothing(run):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     page = Page(report.write(run).read_text())
-    for title in ("Loss over steps", "Loss over seconds", "Learning rate", "Update RMS", "Spectra", "Memory, MiB"):
+    titles = ("Loss over steps", "Loss over seconds", "Learning rate", "Update RMS", "Spectra", "Memory, MiB")
+    for title in (*titles, "Communication hidden", "Balance of work"):
         assert title in page.words
     assert "Left out so far" not in page.words  # nothing was
     assert page.tags.count("svg") == page.tags.count("figure") >= 10
@@ -62,6 +63,7 @@ def test_the_jobs_record_each_matrix_where_they_look_at_the_validation_loss(run)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "optimizer" in record] == [3, 6, 9, 12]
     said = records[-1]["optimizer"]
+    assert 0 <= said["communication_hidden"] <= 1 <= said["work_as_run"]
     assert 0.05 < said["update_rms"] < 1 and said["restarts"] == 0 and records[-1]["memory"] > 2**20
     assert all({"effective_rank.0", "condition.1", "eigenvalues.0"} <= one.keys() for one in said["matrices"].values())
 

@@ -1,11 +1,14 @@
 """What an optimizer says of itself: of one rank, and of all together."""
 
 import math
+import time
+from unittest import mock
 
 import pytest
 import torch
 
 from kl_dist import KLShampoo
+from kl_dist.step import stacks
 from tests.models import METHODS, backward, samples, zoo, zoo_groups
 
 
@@ -69,6 +72,89 @@ def test_each_matrix_is_said_to_be_what_one_process_says_it_is(world, method):
         assert numbers.keys() == wanted[name].keys()
         for key, value in numbers.items():
             assert value == pytest.approx(wanted[name][key], rel=1e-6), (name, key)
+
+
+class Uneven(torch.nn.Module):
+    """One large matrix, which has one owner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.large = torch.nn.Linear(384, 384, bias=False)
+
+
+def lately(group, steps: int = 3) -> tuple:
+    model = Uneven()
+    optimizer = KLShampoo(
+        [("W", model.large.weight)], method="kl_shampoo", precondition_frequency=1, process_group=group
+    )
+    first = optimizer.stats(all_ranks=True)
+    for _ in range(steps):
+        model.large.weight.grad = torch.randn(384, 384)
+        optimizer.step()
+    mine, ours = optimizer.stats(), optimizer.stats(all_ranks=True)
+    return first, mine, ours, optimizer.plan.cost, optimizer.parts.engine.clock.lately()
+
+
+LATELY = ("communication_hidden", "flops_per_second", "work_as_run")
+
+
+def test_the_owner_computes_while_its_updates_travel_and_the_others_wait(world):
+    found = world.run(lately, 2)
+    costs = found[0][3]
+    owner = costs.index(max(costs))
+    assert costs[1 - owner] == 0
+    for first, mine, ours, _, times in found:
+        assert all(first[key] is None for key in LATELY)
+        assert times.steps == 3 and mine["communication_hidden"] == 1 - times.exposed / times.in_flight
+        assert 0 <= times.exposed <= min(times.waits, times.in_flight)
+        assert ours == {**ours, **{key: found[0][2][key] for key in LATELY}}
+        assert ours["work_as_run"] == pytest.approx(1)  # of those who have work
+    (hidden, waited), pooled = [found[rank][1]["communication_hidden"] for rank in (owner, 1 - owner)], found[0][2]
+    assert 0 <= waited < hidden <= 1
+    exposed, in_flight = (sum(getattr(one[4], name) for one in found) for name in ("exposed", "in_flight"))
+    assert pooled["communication_hidden"] == 1 - exposed / in_flight
+
+
+def slowed(group, slow: int | None) -> tuple:
+    """Two matrices and two owners, of whom one takes a nap in each of its updates."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(24, 24)) for _ in range(2)]
+    optimizer = KLShampoo(weights, process_group=group)
+    updated = stacks.MatrixStack.update
+
+    def update(self, *arguments):
+        time.sleep(0.05)
+        return updated(self, *arguments)
+
+    with mock.patch.object(stacks.MatrixStack, "update", update if group.rank() == slow else updated):
+        for _ in range(4):
+            for weight in weights:
+                weight.grad = torch.randn(24, 24)
+            optimizer.step()
+    return optimizer.stats(), optimizer.stats(all_ranks=True), optimizer.plan.cost
+
+
+def test_work_as_run_says_how_far_a_rank_falls_behind_its_plan(world):
+    found = world.run(slowed, 2, 1)
+    costs = found[0][2]
+    assert costs[0] == costs[1] > 0
+    seconds = [4 * cost / mine["flops_per_second"] for cost, (mine, _, _) in zip(costs, found, strict=True)]
+    for mine, ours, _ in found:
+        assert mine["work_as_run"] == pytest.approx(1)
+        assert ours["flops_per_second"] == pytest.approx(4 * sum(costs) / sum(seconds))
+        assert ours["work_as_run"] == pytest.approx(max(seconds) / sum(seconds) / 0.5)
+    assert seconds[1] == max(seconds) >= 4 * 0.05
+
+
+def test_alone_nothing_travels_and_all_work_is_as_planned():
+    parameter = torch.nn.Parameter(torch.ones(6, 4))
+    optimizer = KLShampoo([("W", parameter)])
+    parameter.grad = torch.randn(6, 4)
+    optimizer.step()
+    for found in (optimizer.stats(), optimizer.stats(all_ranks=True)):
+        assert found["communication_hidden"] is None and found["flops_per_second"] > 0
+        assert found["work_as_run"] == pytest.approx(1)
 
 
 def numbers_of(parameter: torch.nn.Parameter, optimizer: KLShampoo) -> dict:

@@ -15,10 +15,12 @@ import pytest
 import torch.distributed as dist
 
 from kl_dist import KLShampoo
-from tests.jobs import QUIET, TORCHRUN, Ended, as_started, free_port, here, on_ranks, started, text_in
+from tests.jobs import QUIET, TORCHRUN, Ended, as_started, board_of, free_port, here, on_ranks, started, text_in
 from tests.world import World
 
-SIZES = "--layers 1 --width 32 --heads 2 --context 32 --log_every 1 --warmup 1 --steps 8 --save_every 4"
+SIZES = (
+    "--layers 1 --width 32 --heads 2 --context 32 --log_every 1 --warmup 1 --steps 8 --save_every 4 --matrices_every 4"
+)
 SCRIPT = "launch/hf_trainer.py"
 ACCELERATE = "-m accelerate.commands.launch --use_deepspeed --num_processes 2 --main_process_port 0"
 STAGE_3 = "launch/configs/hf_zero3.json"
@@ -68,6 +70,16 @@ def test_it_learns(whole: Path) -> None:
     assert len(found) == 9
     assert found[-2] < found[3] < found[1] < math.log(256)
     assert found[-1] < found[1] - 1
+
+
+def test_the_optimizer_within_deepspeed_says_how_it_does_and_each_matrix_at_its_interval(whole: Path) -> None:
+    history = json.loads((whole / "trainer_state.json").read_text())["log_history"]
+    said = [entry for entry in history if "loss" in entry]
+    assert len(said) == 8 and all(entry["kl_shampoo/skipped_steps"] == 0 for entry in said)
+    assert all(0.05 < entry["kl_shampoo/update_rms"] < 1 for entry in said[1:])
+    board = board_of(whole)
+    assert board["train/kl_shampoo/update_rms"].keys() == {entry["step"] for entry in said}
+    assert board["train/kl_shampoo/matrices/transformer.h.0.mlp.c_proj.weight[0:64, :]/condition.1"].keys() == {1, 5}
 
 
 def test_accelerate_hands_over_its_config_and_stage_3_trains_like_stage_2(

@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import pytest
 
 from kl_dist import options
+from kl_dist.cli import report
 from launch import train_lightning
 from launch.options import UsageError
-from tests.jobs import ROOT, TORCHRUN, Ended, on_ranks, started, text_in
+from tests.jobs import ROOT, TORCHRUN, Ended, board_of, on_ranks, started, text_in
 from tests.test_launch_job import losses as losses_of_job
+from tests.test_launch_job import records
 from tests.world import World
 
 SCRIPT = "launch/train_lightning.py"
@@ -106,6 +108,57 @@ def test_both_yaml_files_train_alike_as_by_name_alone_and_better_than_at_adamws_
     assert ddp[-1] < losses(trained(kept))[-1] - 0.02
     assert checkpoints(trained(DDP)) == {"epoch=1-step=6.ckpt", "last.ckpt", "step=4.ckpt"}
     assert checkpoints(trained(FSDP2)) == {"epoch=0-step=3.ckpt", "epoch=1-step=6.ckpt", "step=4.ckpt"}
+
+
+def test_a_run_leaves_a_record_as_the_job_without_lightning_does_and_its_logger_has_each_matrix(
+    trained: Runner, text: Path, worlds: dict[int, World], tmp_path: Path
+) -> None:
+    logger = "--trainer.logger TensorBoardLogger --trainer.logger.save_dir"
+    folder = trained("--trainer.strategy kl_shampoo", f"{logger} {tmp_path / 'board'}")
+    sizes = "--layers 1 --width 16 --heads 2 --context 16 --tokens-per-step 96 --warmup 1"
+    done = on_ranks(worlds, "launch.train", 2, f"{sizes} --steps 6 --eval-every 3 --data {text} --out {tmp_path}")
+    assert done.status == 0, done.stderr
+    found, plain = records(folder), records(tmp_path)
+    for one, other in zip(found, plain, strict=True):
+        assert one.keys() == {key for key in other if "cpu" not in key and key != "tokens"}
+        assert 0 < one["optimizer_seconds"] < one["seconds"]
+    for of in (found, plain):  # on one schedule, of AdamW's rate here and of the matrices' there
+        assert of[3]["lr"] / of[0]["lr"] == pytest.approx(found[3]["lr"] / found[0]["lr"], rel=1e-6)
+    assert losses_of_job(folder) == pytest.approx(losses(trained("--trainer.strategy kl_shampoo", start="script")))
+    said, wanted = (of[-1]["optimizer"] for of in (found, plain))
+    assert said.keys() == wanted.keys()
+    assert said["matrices"].keys() == {f"gpt.{name}" for name in wanted["matrices"]}
+    board = board_of(tmp_path / "board")
+    name = next(iter(said["matrices"]))
+    assert set(board[f"kl_shampoo/matrices/{name}/eigenvalues.0/q90"]) == set(board["val_loss"])
+    assert board[f"kl_shampoo/matrices/{name}/condition.0"][5] == pytest.approx(
+        said["matrices"][name]["condition.0"], rel=1e-6
+    )
+    page = report.write(folder).read_text()
+    assert "Loss over seconds" in page and "Spectra" in page and name in page
+
+
+def test_a_record_goes_on_where_the_checkpoint_is_and_another_run_moves_it_aside(
+    worlds: dict[int, World], text: Path, tmp_path: Path
+) -> None:
+    """Of two batches a step."""
+    where = f"--data.file {text} --trainer.default_root_dir {tmp_path} --trainer.accumulate_grad_batches 2"
+    flags = f"fit --trainer.strategy kl_shampoo {TWO} {where} {MODEL} {DATA} --data.steps 2 {QUIET} {SAVED}"
+    saved = f"--trainer.callbacks.every_n_train_steps 1 --trainer.callbacks.dirpath {tmp_path / 'saved'}"
+    kept = []
+    for more in ("", "", f"--ckpt_path {tmp_path / 'saved/step=2.ckpt'}"):
+        done = on_ranks(worlds, "launch.train_lightning", 2, f"{flags} {saved} --trainer.max_steps 4 {more}")
+        assert done.status == 0, done.stderr
+        kept.append([(one["step"], one["loss"], "val_loss" in one) for one in records(tmp_path)])
+    assert [one[::2] for one in kept[0]] == [(step, True) for step in (1, 2, 3, 4)]
+    assert kept[0] == kept[1] and [one[0] for one in kept[2]] == [1, 2, 3, 4]
+    assert [one[1] for one in kept[2]] == pytest.approx([one[1] for one in kept[0]], rel=1e-6)
+    assert len(records(tmp_path / "earlier-1")) == 4 and not (tmp_path / "earlier-2").exists()
+
+
+def test_adamw_leaves_a_record_without_numbers_of_ours(trained: Runner) -> None:
+    found = records(trained("--trainer.strategy ddp"))
+    assert len(found) == STEPS and not any("optimizer" in one for one in found)
 
 
 def checkpoints(folder: Path) -> set[str]:

@@ -40,6 +40,7 @@ def test_a_learning_rate_that_is_given_replaces_the_optimizers_own(optimizer: st
         ("--width 130", "--width 130 does not divide into --heads 4"),
         ("--tokens-per-step 1000", "--tokens-per-step 1000 is not a whole number of windows of --context 128"),
         ("--steps 5 --warmup 5", "--warmup 5 leaves nothing of --steps 5"),
+        ("--schedule cosin", "--schedule takes cosine, linear, wsd, constant, not cosin"),
         ("--optimizer adamw --recipe paper", "--recipe means nothing to --optimizer adamw; leave it out"),
         ("--optimizer adamw --adamw-lr 1e-3", "with --optimizer adamw use --lr"),
     ],

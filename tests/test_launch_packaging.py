@@ -16,17 +16,50 @@ PACKAGES = ("kl_dist", "lightning_plugin", "deepspeed_integration")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built in a copy so that nothing is left in the tree, and without reaching for a network."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree, so that nothing is left in it."""
     source = tmp_path_factory.mktemp("source")
     unwanted = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, ignore=unwanted, dirs_exist_ok=True)
-    built = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", built, source]
+    return source
+
+
+def wheel_of(source: Path, folder: Path) -> Path:
+    """Built without reaching for a network."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = built.glob("*.whl")
+    (path,) = folder.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wheel_of(source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.glob("*.tar.gz")
+    return path
+
+
+def test_twine_has_nothing_to_say_of_what_is_shipped(wheel: Path, sdist: Path) -> None:
+    command = [sys.executable, "-m", "twine", "--no-color", "check", "--strict", wheel, sdist]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "999"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.rsplit(": ", 1)[1] for line in done.stdout.splitlines()] == ["PASSED", "PASSED"]
+
+
+def test_the_sdist_makes_the_same_wheel(wheel: Path, sdist: Path, tmp_path: Path) -> None:
+    first, second = (zipfile.ZipFile(path) for path in (wheel, wheel_of(sdist, tmp_path)))
+    assert sorted(first.namelist()) == sorted(second.namelist())
+    for name in first.namelist():
+        assert name.endswith("/RECORD") or first.read(name) == second.read(name), name
 
 
 def test_the_wheel_holds_the_importable_packages_and_nothing_else(wheel: Path) -> None:

@@ -8,11 +8,11 @@ from torch import nn
 
 from kl_dist import KLShampoo
 from launch.data import load_corpus, standard_library, training_starts, validation_starts, windows
-from launch.metrics import set_aside
 from launch.model import GPT
 from launch.muon import Float32Muon
 from launch.optimizers import make_trainer, schedule
 from launch.options import Options, UsageError
+from launch.records import set_aside
 from launch.report import smoothed
 
 
@@ -55,12 +55,29 @@ def test_every_window_lies_within_the_text() -> None:
         assert starts.min() >= 0 and starts.max() + 16 + 1 <= len(text)
 
 
-def test_the_schedule_warms_up_and_falls_towards_zero() -> None:
-    rates = [schedule(step, steps=100, warmup=10) for step in range(1, 101)]
+@pytest.mark.parametrize(("shape", "last", "half"), [("cosine", 0.01, 0.5), ("linear", 0.02, 0.5), ("wsd", 0.06, 1.0)])
+def test_the_schedule_warms_up_and_falls_towards_zero(shape: str, last: float, half: float) -> None:
+    rates = [schedule(step, steps=100, warmup=10, shape=shape) for step in range(1, 101)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == 1.0
     assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert 0 < rates[-1] < 0.01
+    assert 0 < rates[-1] < last
+    assert rates[54] == pytest.approx(half, abs=0.02)
+
+
+def test_the_schedule_is_torchs_after_the_warm_up() -> None:
+    """CosineAnnealingLR and LinearLR over the steps and one more, at which they would be at 0."""
+    lr_scheduler = torch.optim.lr_scheduler
+    parameter = nn.Parameter(torch.zeros(()))
+    cosine = lr_scheduler.CosineAnnealingLR(torch.optim.SGD([parameter], lr=1.0), 91)
+    linear = lr_scheduler.LinearLR(torch.optim.SGD([parameter], lr=1.0), 1.0, 0.0, 91)
+    for shape, theirs in (("cosine", cosine), ("linear", linear)):
+        for step in range(10, 101):
+            assert schedule(step, 100, 10, shape) == pytest.approx(theirs.get_last_lr()[0])
+            theirs.optimizer.step()
+            theirs.step()
+    assert [schedule(step, 100, 10, "constant") for step in (5, 10, 100)] == [0.5, 1.0, 1.0]
+    assert [schedule(step, 110, 10, "wsd") for step in (90, 100, 110)] == pytest.approx([1, 11 / 20.2, 1 / 20.2])
 
 
 def test_the_model_predicts_from_the_past_alone() -> None:

@@ -1,6 +1,5 @@
 """Several optimizers under our strategies, optimizers that grow, none at all, and what our callbacks say of them."""
 
-import math
 import warnings
 from typing import Any
 
@@ -11,8 +10,10 @@ from torch.optim import AdamW
 from torch.optim import lr_scheduler as schedules
 
 from kl_dist import KLShampoo
+from kl_dist.step.stats import scalars
+from tests.jobs import board_of
 from tests.lightning_runs import launched, module, on_ranks, pytorch, rows, trainer
-from tests.models import deviation, same_bits
+from tests.models import deviation, raising, same_bits
 from tests.sharded import tokens_of, weights_of
 
 DOUBLE = 1e-9
@@ -228,35 +229,34 @@ def monitored(group, folder: str):
     import lightning_plugin
 
     said = []
+    with raising(ValueError, "matrices_every is 0: a number of steps"):
+        lightning_plugin.KLShampooMonitor(matrices_every=0)
     with launched(group):
         lightning_plugin.PartitionSummary._say = said.append
         made = module(pl)
-        callbacks = [lightning_plugin.KLShampooMonitor(), lightning_plugin.PartitionSummary(parameters=True)]
-        logger = pl.loggers.CSVLogger(folder, name="log", version=0)
-        ran = trainer(pl, logger=logger, log_every_n_steps=4, callbacks=callbacks)
+        monitor = lightning_plugin.KLShampooMonitor(matrices_every=8)
+        callbacks = [monitor, lightning_plugin.PartitionSummary(parameters=True)]
+        loggers = [pl.loggers.CSVLogger(folder, name="log", version=0), pl.loggers.TensorBoardLogger(folder, "board")]
+        ran = trainer(pl, logger=loggers, log_every_n_steps=4, callbacks=callbacks)
         ran.fit(made, rows(2, group.rank()))
-        return said, {name: float(value) for name, value in ran.progress_bar_metrics.items()}
+        shown = {name: float(value) for name, value in ran.progress_bar_metrics.items()}
+        return said, shown, ran.optimizers[0].stats(all_ranks=True), sorted(ran.callback_metrics)
 
 
 def test_the_monitor_logs_and_the_summary_prints(worlds, tmp_path):
-    (said, shown), (others, _) = worlds[2].run(monitored, 2, str(tmp_path))
+    (said, shown, last, kept), (others, *_) = worlds[2].run(monitored, 2, str(tmp_path))
     assert said == others and "balance" in said[0] and "net.mix.weight" in said[0]
     assert set(shown) >= {"kl_shampoo/update_rms", "kl_shampoo/skipped_steps"}
-    header, *lines = (tmp_path / "log" / "version_0" / "metrics.csv").read_text().splitlines()
-    columns = header.split(",")
-    values = [dict(zip(columns, line.split(","), strict=True)) for line in lines]
-    assert [row["step"] for row in values] == ["3", "7", "11"]
-    for row in values:
-        found = {name.split("/")[1]: float(x) for name, x in row.items() if name.startswith("kl_shampoo/")}
-        counted = {"refreshes", "refresh_seconds", "wait_seconds", "skipped_steps", "restarts"}
-        assert found.keys() == {"condition", "update_rms", "balance", *counted}
-        assert found["condition"] > 1 and 0.1 < found["update_rms"] < 3 and found["balance"] >= 1
-        assert (
-            found["skipped_steps"] == found["restarts"] == 0
-            and found["wait_seconds"] > 0
-            and found["refreshes"] > 0
-            and not math.isnan(found["refresh_seconds"])
-        )
+    assert not any("/matrices/" in name for name in kept)
+    board = {name.removeprefix("kl_shampoo/"): values for name, values in board_of(tmp_path).items()}
+    wanted = scalars(last)
+    assert wanted.keys() <= board.keys()
+    for name in ("condition", "update_rms", "refreshes", "skipped_steps", "restarts", "wait_seconds"):
+        assert list(board[name]) == [3, 7, 11] and board[name][11] == pytest.approx(wanted[name], rel=1e-5)
+    of_matrices = {name: list(values) for name, values in board.items() if name.startswith("matrices/")}
+    assert of_matrices["matrices/net.mix.weight/effective_rank.0"] == [3, 11]
+    header, *_ = (tmp_path / "log" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert {f"kl_shampoo/{name}" for name in (*wanted, *of_matrices)} <= set(header.split(","))
 
 
 def monitored_without_klshampoo(group):

@@ -71,7 +71,11 @@ def _of_the_optimizer(numbers: Sequence[tuple[int, Record]]) -> Iterator[Plot]:
         "Of all matrices' updates, before the learning rate: 0.2 to 0.3 in an ordinary run.",
         _lines({"": over("update_rms")}, "step"),
     )
-    waits = {"waiting for exchanges": over("wait_seconds"), "refreshing eigenbases": over("refresh_seconds")}
+    waits = {
+        "waiting for exchanges": over("wait_seconds"),
+        "updates": over("update_seconds"),
+        "refreshing eigenbases": over("refresh_seconds"),
+    }
     yield Plot(
         "Seconds so far",
         "Of the rank that took longest; what is hidden behind computing is not waited for.",
@@ -84,12 +88,20 @@ def _of_the_optimizer(numbers: Sequence[tuple[int, Record]]) -> Iterator[Plot]:
             "Steps whose gradients were not finite, and matrices whose state was damaged.",
             _lines(left_out, "step"),
         )
-    balance = over("refresh_balance")
-    if any(value > 1 for value in balance[1]):
+    hidden = over("communication_hidden")
+    if hidden[0]:
         yield Plot(
-            "Balance of refreshes",
-            "The slowest rank's time over the mean: 1 is perfect.",
-            _lines({"": balance}, "step"),
+            "Communication hidden",
+            "Share of the time with an exchange in flight that was not waited for, over all ranks: 1 is all of it.",
+            _lines({"": hidden}, "step"),
+        )
+    work = {"updates and refreshes, against the plan": over("work_as_run"), "refreshes": over("refresh_balance")}
+    if any(value > 1 for _, values in work.values() for value in values):
+        yield Plot(
+            "Balance of work",
+            "The slowest rank's share of the time over its planned share of flops; of refreshes its time over the mean:"
+            " 1 is perfect.",
+            _lines(work, "step"),
         )
     sides = _sides(numbers)
     if sides:

@@ -1,1 +1,1 @@
-"""One step: `agreement` comes first, `engine` runs the plan, `stacks` compute, `trips` carry, `stats` tell."""
+"""One step: `agreement` comes first, `engine` runs the plan, `stacks` compute, `trips` carry; `clock`, `stats` tell."""

@@ -20,7 +20,6 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from time import perf_counter  # bound here: a program that replaces the clock counts its own looks
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +34,7 @@ from kl_dist.planning.traffic import LEGS_AT_A_TIME
 from kl_dist.planning.units import Unit
 from kl_dist.ranks import Exchange, Ranks
 from kl_dist.step.agreement import Presence, Sight, Trouble, agreed, bounds_of, describe_gradients
+from kl_dist.step.clock import Clock
 from kl_dist.step.stacks import Gradients, Stack, Updates, build_stacks
 from kl_dist.step.trips import Room, Trips, make_rooms
 
@@ -66,14 +66,12 @@ class Engine:
         self._bounds = bounds_of(self._seen, self.device)
         self.failure: Exception | None = None  # of this rank, not yet raised: see [Note: failures]
         self.refreshes = 0
-        self.refresh_seconds = 0.0
-        self.wait_seconds = 0.0  # of exchanges, as far as nothing was computed meanwhile
+        self.clock = Clock()
         self.idle_steps = 0  # in a row, without any gradient
         self.updates: list[Updates] = []  # of the last step
         if previous is not None:
             self.failure, self.idle_steps = previous.failure, previous.idle_steps
-            self.refreshes, self.refresh_seconds = previous.refreshes, previous.refresh_seconds
-            self.wait_seconds = previous.wait_seconds
+            self.refreshes, self.clock = previous.refreshes, previous.clock
 
     def agree(self, problem: Exception | None, moved: bool, steps: int) -> list[Presence] | None:
         """What all ranks know of this step before it changes anything: see [Note: agreement].
@@ -137,6 +135,7 @@ class Engine:
             while under_way:
                 under_way = _moved_on(under_way, free)
         self.shards.forget()
+        self.clock.end_step(self.plan.cost[self.ranks.rank])
         if self.device.type != "cuda":
             self.ranks.raise_together(self.failure)
 
@@ -185,7 +184,7 @@ class Engine:
             self.attempt(trips.pack_gradients, self.shards, room)
             trip = trips.send_gradients(room)
             yield
-            self._wait(trip)
+            self.clock.wait(trip)
         gradients = partial(trips.read_gradient, shards=self.shards, room=room)
         self.attempt(self._compute, stacks, presences, gradients, trips.updates(room))
         self.attempt(trips.pack_updates, room)
@@ -197,25 +196,20 @@ class Engine:
         self.attempt(self._refresh, stacks, presences)
         if trips.sharded:
             yield
-            self._wait(trip)
+            self.clock.wait(trip)
             legs = [trips.spread_updates(room, leg) for leg in range(min(LEGS_AT_A_TIME, trips.legs))]
         for leg in range(trips.legs):
             if trips.replicated:
                 yield
-            self._wait(legs[leg])
+            self.clock.wait(legs[leg])
             within = trips.spread_within(room, leg)
             if within:
                 yield
             for exchange in within:
-                self._wait(exchange)
+                self.clock.wait(exchange)
             self.attempt(self._apply, trips, room, leg, presences)
             if leg + LEGS_AT_A_TIME < trips.legs:
                 legs.append(trips.spread_updates(room, leg + LEGS_AT_A_TIME))
-
-    def _wait(self, exchange: Exchange) -> None:
-        began = perf_counter()
-        exchange.wait()
-        self.wait_seconds += perf_counter() - began
 
     def _sights(self) -> Iterator[Sight]:
         for trips in self.trips:
@@ -267,7 +261,7 @@ class Engine:
     def _compute(
         self, stacks: Sequence[Stack], presences: Sequence[Presence], gradients: Gradients, updates: Tensor
     ) -> None:
-        with record_function("kl_shampoo::update"):
+        with self.clock.updating(), record_function("kl_shampoo::update"):
             for stack in stacks:
                 out = updates[stack.offset : stack.offset + stack.numel]
                 made = stack.update([presences[i] for i in stack.indices], gradients, self._group(stack), out)
@@ -275,11 +269,9 @@ class Engine:
                     self.updates.append(made)
 
     def _refresh(self, stacks: Sequence[Stack], presences: Sequence[Presence]) -> None:
-        began = perf_counter()
-        with record_function("kl_shampoo::refresh"):
+        with self.clock.refreshing(), record_function("kl_shampoo::refresh"):
             for stack in stacks:
                 self.refreshes += stack.refresh([presences[i] for i in stack.indices], self._group(stack))
-        self.refresh_seconds += perf_counter() - began
 
     def _apply(self, trips: Trips, room: Room, leg: int, presences: Sequence[Presence]) -> None:
         with record_function("kl_shampoo::apply"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kl_dist.methods import fallbacks
 from kl_dist.ranks import Ranks
+from kl_dist.step.clock import Times
 from kl_dist.step.engine import Engine
 from kl_dist.step.stacks import unit_states
 
@@ -20,8 +21,13 @@ QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
 def of(engine: Engine, ranks: Ranks | None, matrices: bool) -> dict[str, Any]:
     """Of this rank, or of all together, which is a collective of `ranks`; see `KLShampoo.stats`."""
+    lately, on_host = engine.clock.lately(), engine.device.type == "cpu"
     mine = of_rank(engine)
-    found = mine if ranks is None else of_all(ranks.gather_objects(mine))
+    if ranks is None:
+        found = mine | of_times([lately], on_host)
+    else:
+        told = ranks.gather_objects((mine, lately))
+        found = of_all([one for one, _ in told]) | of_times([times for _, times in told], on_host)
     if matrices:
         named = of_matrices(engine)
         told = [named] if ranks is None else ranks.gather_objects(named)
@@ -42,12 +48,42 @@ def of_rank(engine: Engine) -> dict[str, Any]:
     norms = [made.norms.double().nan_to_num_(0.0, 0.0, 0.0) for made in matrices]
     return {
         "refreshes": engine.refreshes,
-        "refresh_seconds": engine.refresh_seconds,
-        "wait_seconds": engine.wait_seconds,
+        "refresh_seconds": engine.clock.refreshes,
+        "update_seconds": engine.clock.updates,
+        "wait_seconds": engine.clock.waits,
         "fallbacks": fallbacks.read(),
         "condition": float(torch.stack(ratios).amax()) if ratios else None,
         "update_rms": float(torch.cat(norms).norm()) / math.sqrt(elements) if elements else None,
         "update_elements": elements,
+    }
+
+
+def of_times(ranks: Sequence[Times], on_host: bool) -> dict[str, Any]:
+    """Of the steps since they were last asked for, on one rank or several.
+
+    `communication_hidden`, with the sums over ranks,
+
+        1 - (seconds in flight that were waited for) / (seconds in flight)
+
+    where one exchange at least of gradients or updates is in flight, launched and not arrived; the agreement that
+    begins a step is not among them. 1 is all hidden behind computing. A rank that is late is an exchange in flight to
+    those that wait for it, which the host cannot tell from a slow network. None alone, on CUDA, where only waiting for
+    the device would tell, and of point-to-point exchanges.
+
+    `flops_per_second`, planned flops (`Plan.cost`: refreshes amortised, bytes counted as flops) over seconds of updates
+    and refreshes. `work_as_run`, the largest over ranks of (its share of these seconds) / (its share of planned flops):
+    1 is as planned, 1.3 a rank that takes 30 % more than it was given. Both as if every parameter had a gradient, over
+    as many steps as several refreshes take; None on CUDA, where the host does not see the work.
+    """
+    exposed, in_flight = sum(one.exposed for one in ranks), sum(one.in_flight for one in ranks)
+    told = in_flight > 0 and not any(one.silent for one in ranks)
+    work = [(one.updates + one.refreshes, one.flops) for one in ranks if one.flops]
+    seconds, flops = (sum(parts) for parts in zip(*work, strict=True)) if work else (0.0, 0.0)
+    seen = on_host and seconds > 0
+    return {
+        "communication_hidden": 1 - exposed / in_flight if told else None,
+        "flops_per_second": flops / seconds if seen else None,
+        "work_as_run": max(mine / planned for mine, planned in work) * flops / seconds if seen else None,
     }
 
 
@@ -82,6 +118,22 @@ def of_matrices(engine: Engine) -> dict[str, dict[str, Any]]:
     return found
 
 
+def scalars(said: Mapping[str, Any]) -> dict[str, float]:
+    """What `stats` says, as names and numbers for a board.
+
+    Of a matrix "matrices/NAME/condition.0"; of quantiles "matrices/NAME/eigenvalues.0/q10"; what is None is left out.
+    """
+    found: dict[str, float] = {}
+    for name, value in said.items():
+        if isinstance(value, list):
+            value = {f"q{100 * q:.0f}": x for q, x in zip(QUANTILES, value, strict=True)}
+        if isinstance(value, Mapping):
+            found |= {f"{name}/{inner}": x for inner, x in scalars(value).items()}
+        elif value is not None:
+            found[name] = float(value)
+    return found
+
+
 def _eigenvalues(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """(side, eigenvalues in float64) of a matrix: those it keeps, or the diagonal of what is in an eigenbasis."""
     kept = {name.split(".")[1]: x for name, x in state.items() if name.startswith("eigenvalues.")}
@@ -106,6 +158,7 @@ def of_all(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "refreshes": sum(one["refreshes"] for one in ranks),
         "refresh_seconds": max(seconds),
+        "update_seconds": max(one["update_seconds"] for one in ranks),
         "wait_seconds": max(one["wait_seconds"] for one in ranks),
         "refresh_balance": max(seconds) * len(seconds) / sum(seconds) if sum(seconds) else 1.0,
         "fallbacks": dict(computed_otherwise),

@@ -163,6 +163,15 @@ def test_a_schedule_writes_into_no_state_that_was_loaded():
     assert opt.param_groups[0]["lr"] == 0.25 and other.param_groups[0]["lr"] == 0.25 / 2 ** len(AFTER)
 
 
+def test_two_that_load_one_state_share_nothing_of_it():
+    saved = trained(lr=torch.tensor(0.25))[0].state_dict()
+    one, other = (trained(lr=torch.tensor(0.5))[0] for _ in range(2))
+    for opt in (one, other):
+        opt.load_state_dict(saved)
+    one.param_groups[0]["lr"].fill_(0.125)  # as a schedule does
+    assert other.param_groups[0]["lr"] == saved["param_groups"][0]["lr"] == 0.25
+
+
 MISTAKES: dict[str, tuple[Callable[[dict], object], str]] = {
     "of another shape": (lambda entries: entries.update(exp_avg=torch.empty(0)), "'exp_avg'.*'square'.*replaced"),
     "gone beside others": (lambda entries: entries.pop("factors.0"), "'factors.0'.*'square'.*is gone"),

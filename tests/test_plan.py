@@ -225,6 +225,8 @@ def test_comm_bytes_count_padding(dtype):
     # chunks of matrices begin at multiples of 16 bytes
     uneven = plan({"a": (8, 8), "b": (3, 5)}, 2, dtype=dtype)
     assert chunks(uneven) == [64 * dtype.itemsize] and uneven.padding_bytes == 49 * dtype.itemsize
+    odd = plan({"a": (9, 9), "b": (3, 5)}, 2, dtype=dtype)
+    assert chunks(odd) == [-(-81 * dtype.itemsize // 16) * 16]
     # sharded, each rank sends half of the other's matrix on either trip
     sharded = plan({"a": (8, 8), "b": (8, 8)}, 2, shard_size=2)
     assert sum(one.gradients_sent + one.updates_sent for one in sharded.traffic_bytes) == 2 * 2 * 4 * 32

@@ -42,6 +42,8 @@ SAVED = "saved"
 """The entry of a saved group with the steps made and the checksum of its options."""
 
 COLUMNS = 1024
+IN_CACHE = 1 << 18
+"""Elements that are looked at together."""
 A, B, P = 0x9E3779B185EBCA6B, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
 S, T = 0x1027C4D1C386BBC5, 0xC2CE6F447ED4D57B
 
@@ -59,12 +61,14 @@ def total(x: Tensor) -> Tensor:
     body, rest = words[: rows * COLUMNS].view(rows, COLUMNS), words[rows * COLUMNS :]
     across = _weights(min(COLUMNS, _power_above(len(words))), x.device)
     down = _weights(_power_above(rows), x.device)
-    last = (rest * across[: len(rest)]).sum() * down[rows]
-    if not rows:
-        return last
-    # only CPUs multiply matrices of whole numbers
-    in_rows = torch.mv(body, across) if x.device.type == "cpu" else (body * across).sum(-1)
-    return (in_rows * down[:rows]).sum() + last
+    found = words.new_zeros(())
+    if rows:
+        # only CPUs multiply matrices of whole numbers
+        in_rows = torch.mv(body, across) if x.device.type == "cpu" else (body * across).sum(-1)
+        found = torch.mul(in_rows, down[:rows]).sum()
+    if len(rest):
+        found = (rest * across[: len(rest)]).sum() * down[rows] + found
+    return found
 
 
 def _words(x: Tensor) -> Tensor:
@@ -98,12 +102,21 @@ def check_bytes(first: Tensor, second: Tensor, boxes: Sequence[Box], shape: Sequ
     strides = torch.empty(tuple(shape), device="meta").stride()
     pairs = zip(in_boxes(first, boxes), in_boxes(second, boxes), in_boxes(found, boxes), strict=True)
     for (box, m), (_, v), (_, out) in pairs:
-        h = m.view(words) * _signed(A >> (64 - bits) | 1, bits)
-        h.add_(v.view(words), alpha=_signed(B >> (64 - bits) | 1, bits)).add_(_signed(base >> (64 - bits), bits))
-        for axis, ((start, stop), stride) in enumerate(zip(box, strides, strict=True)):
-            along = torch.arange(start, stop, device=h.device) * stride * _signed(P)
-            h.add_((along >> (64 - bits)).to(words).view(-1, *[1] * (len(box) - axis - 1)))
-        out.copy_(h.bitwise_right_shift_(bits - 8))
+        if not m.numel():
+            continue
+        along = [
+            (torch.arange(start, stop, device=first.device) * stride * _signed(P) >> (64 - bits)).to(words)
+            for (start, stop), stride in zip(box, strides, strict=True)
+        ]
+        columns = along.pop() if along else torch.zeros(1, dtype=words, device=first.device)
+        rows = torch.full((1,), _signed(base >> (64 - bits), bits), dtype=words, device=first.device)
+        for one in along:
+            rows = (rows[:, None] + one).view(-1)
+        parts = [x.reshape(len(rows), len(columns)).split(max(1, IN_CACHE // len(columns))) for x in (m, v, out)]
+        for row, of_first, of_second, place in zip(rows.split(len(parts[0][0])), *parts, strict=True):
+            h = torch.add(columns, of_first.view(words), alpha=_signed(A >> (64 - bits) | 1, bits))
+            h.add_(of_second.view(words), alpha=_signed(B >> (64 - bits) | 1, bits)).add_(row[:, None])
+            place.copy_(h.bitwise_right_shift_(bits - 8))
     return found
 
 

@@ -245,13 +245,18 @@ class Ranks(Team):
         return self.group is None or self.size == dist.get_world_size()
 
     def make_groups(self, lines: Iterable[tuple[int, ...]]) -> None:
-        """Have a process group for each of some lines of ranks, the same on all of them; a collective of everyone."""
+        """Have a process group for each of some lines of ranks, the same on all of them; a collective of everyone.
+
+        They have the backend of this one, which may be another than the job's.
+        """
         wanted = [line for line in lines if 1 < len(line) < self.size]
         if all(line in self._groups for line in wanted if self.rank in line):
             return
         assert self.is_everyone
+        names, backend = dist.get_process_group_ranks(self.group), dist.get_backend_config(self.group)
+        other = backend if backend != dist.get_backend_config() else None  # None: the job's, with its timeout
         for line in wanted:
-            made = dist.new_group(dist.get_process_group_ranks(self.group)[rank] for rank in line)
+            made = dist.new_group([names[rank] for rank in line], backend=other)
             if self.rank in line:
                 self._groups[line] = made
 
@@ -276,9 +281,19 @@ class Ranks(Team):
         return values
 
     def per_node(self, otherwise: int) -> int:
-        """Ranks on a node, by torchrun's LOCAL_WORLD_SIZE: the fewest of any; a collective."""
-        here = float(os.environ.get("LOCAL_WORLD_SIZE", otherwise))
-        return round(-self.largest(torch.tensor([-here], device=self._meeting_place))[0])
+        """Ranks on a node, by torchrun's LOCAL_WORLD_SIZE: the fewest of any; a collective.
+
+        Raises:
+            ValueError: it is no count on one of them; on all ranks.
+        """
+        said = os.environ.get("LOCAL_WORLD_SIZE", "").strip() or str(otherwise)
+        with self.together():
+            if not (said.isdecimal() and int(said)):
+                raise ValueError(
+                    f"the environment's LOCAL_WORLD_SIZE is {said!r}: leave it out, or have it say how many ranks share"
+                    " a node"
+                )
+        return round(-self.largest(torch.tensor([-float(said)], device=self._meeting_place))[0])
 
     def any(self, here: bool) -> bool:
         """Whether it is so on any rank; a collective of one number."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
@@ -80,8 +81,12 @@ def _reached(scheduler: Any, number: int) -> float:
 
 
 def _highest(multiplier: Callable[[int], float]) -> float:
-    """The peak of a LambdaLR's function, from steps a tenth apart: until it has halved since, or what it says ends."""
+    """The peak of a LambdaLR's function, from steps a tenth apart: until it has halved since, or what it says ends.
+
+    An object that is called may count its calls, so a copy is asked.
+    """
     highest, step = 0.0, 0
+    multiplier = copy.copy(multiplier)
     while step < _LONGEST:
         try:
             now = float(multiplier(step))

@@ -14,7 +14,18 @@ from kl_dist.planning.buckets import everywhere, ranks_on_a_node
 from kl_dist.planning.links import links_of
 from kl_dist.planning.traffic import along_the_column
 from tests.counting import Counter
-from tests.models import Weights, backward, same_bits, samples, small_buckets, train_alone, weights_of, zoo, zoo_groups
+from tests.models import (
+    Weights,
+    backward,
+    raising,
+    same_bits,
+    samples,
+    small_buckets,
+    train_alone,
+    weights_of,
+    zoo,
+    zoo_groups,
+)
 from tests.test_distributed_legs import broadcasts
 
 SHAPES = {"wte": (500, 64)} | {f"m{i}": shape for i, shape in enumerate([(192, 64), (64, 64), (64, 256)] * 4)}
@@ -82,6 +93,38 @@ def of_some(group) -> set[int]:
 def test_ranks_that_are_not_all_of_the_job_have_one_level(world):
     """They could not make the process groups of two."""
     assert world.run(of_some, 2) == [{1}, {1}]
+
+
+def on_a_group_of_ones_own(group) -> set[str]:
+    """Which backends the process groups have that are made beside one of all ranks, which is not the job's."""
+    model, optimizer = made(dist.new_group(backend="cpu:gloo"), 2, None)
+    train_alone(model, optimizer, range(1))
+    return {dist.get_backend_config(one) for one in optimizer.parts.ranks._groups.values()}
+
+
+def test_groups_of_two_levels_have_the_backend_that_the_optimizer_was_given(world):
+    assert world.run(on_a_group_of_ones_own, 4) == [{"cpu:gloo"}] * 4
+
+
+def said_by_one(group, said: str) -> None:
+    here = mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=said if group.rank() == 1 else "2")
+    with here, raising(ValueError, f"LOCAL_WORLD_SIZE is '{said}': leave it out"):
+        KLShampoo(zoo_groups(zoo()), process_group=group)
+
+
+@pytest.mark.parametrize("said", ["two", "0", "-2", "1.5"])
+def test_what_is_no_number_of_ranks_on_one_rank_is_refused_on_all(world, said):
+    world.run(said_by_one, 2, said)
+
+
+def said_nothing(group) -> set[int]:
+    with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="" if group.rank() == 1 else "2"):
+        optimizer = KLShampoo(zoo_groups(zoo()), process_group=group)
+    return {bucket.on_node for bucket in optimizer.plan.buckets}
+
+
+def test_ranks_that_say_nothing_leave_it_to_the_others(world):
+    assert world.run(said_nothing, 4) == [{2}] * 4
 
 
 # -- the plan of it ----------------------------------------------------------------------------------------------------

@@ -182,6 +182,19 @@ def test_a_peak_between_the_steps_that_are_looked_at_is_missed_by_a_tenth_at_mos
         assert 1e-2 / 1.1 <= found <= 1e-2
 
 
+def test_a_function_that_counts_its_calls_counts_only_its_schedules(net):
+    class Calls:
+        made = 0
+
+        def __call__(self, done: int) -> float:
+            self.made += 1
+            return min(1.0, self.made / 50)
+
+    optimizer = AdamW(net.parameters(), lr=1e-2)
+    schedule = schedules.LambdaLR(optimizer, Calls())
+    assert peaks([schedule], optimizer) == [1e-2] and schedule.lr_lambdas[0].made == 1
+
+
 def test_a_schedule_of_another_optimizer_says_nothing(net):
     first, second = AdamW(net.body.parameters(), lr=2e-3), AdamW(net.head.parameters(), lr=2e-3)
     others = schedules.OneCycleLR(first, 1.0, total_steps=20)

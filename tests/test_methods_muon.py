@@ -207,3 +207,20 @@ def test_a_run_that_is_resumed_goes_on_to_the_bit(recipe):
 def test_an_unknown_adjustment_is_refused():
     with pytest.raises(ValueError, match="unknown adjust_lr_fn 'match_rms'; did you mean 'match_rms_adamw'"):
         KLShampoo([nn.Parameter(torch.ones(3, 3))], method="muon", adjust_lr_fn="match_rms")
+
+
+@pytest.mark.parametrize("recipe", ["fresh", "normuon"])
+@pytest.mark.parametrize("beta1", [0.0, 0.4])
+def test_a_momentum_that_has_faded_to_zero_moves_nothing_and_ends_nothing(recipe, beta1):
+    """Denormal numbers end where they are halved and more."""
+    grads = gradients((8, 8), steps=300).float()
+    grads[5:-5] = 0
+    parameter = nn.Parameter(torch.zeros(8, 8))
+    optimizer = KLShampoo([parameter], method="muon", recipe=recipe, betas=(beta1, 0.95), weight_decay=0.0)
+    path = []
+    for G in grads:
+        parameter.grad = G.clone()
+        optimizer.step()
+        path.append(parameter.detach().clone())
+    assert torch.equal(path[-6], path[-7]) and not torch.equal(path[-1], path[-6])
+    assert optimizer.stats()["restarts"] == 0

@@ -82,7 +82,8 @@ def update_of_neurons(state: NorMuonState, grad: Tensor, hyper: Hyper, spare: Te
     mean_square.lerp_(torch.mul(x, x, out=spare).mean(-1), 1 - hyper.betas[1])
     floor = (NEURON_FLOOR * mean_square.mean(-1, keepdim=True)).clamp_min(averages.smallest_scale(x.dtype))
     normalized = torch.div(x, mean_square.maximum(floor).sqrt()[..., None], out=spare)
-    restored = _norm(x) / _norm(normalized) * scale(grad.shape[1:], hyper.adjust_lr_fn)
+    smallest = averages.smallest_scale(x.dtype)  # of a momentum that is zero X and Y are
+    restored = _norm(x) / _norm(normalized).clamp_min(smallest) * scale(grad.shape[1:], hyper.adjust_lr_fn)
     return normalized.mul_(restored[:, None, None]).view(grad.shape)
 
 

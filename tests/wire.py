@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kl_dist.planning.boxes import narrowed
 from kl_dist.planning.plan import Plan
+from kl_dist.ranks import Exchange
 from kl_dist.step.agreement import Presence
 from kl_dist.step.engine import Engine
 
@@ -26,12 +27,15 @@ PATIENCE = 30.0  # seconds that one waits for the others
 
 
 class Sent:
-    """A collective under way, of all ranks of a line."""
+    """A collective under way, of all ranks of a line: their `torch.distributed.Work`."""
 
     def __init__(self, size: int, arrived: Condition) -> None:
         self.size, self.arrived = size, arrived
         self.posts: dict[int, tuple[Callable[[Sequence[Any]], None], Any]] = {}
         self.done = False
+
+    def get_future(self) -> None:
+        raise RuntimeError("there is none")
 
     def wait(self) -> None:
         with self.arrived:
@@ -68,29 +72,25 @@ class Line:
     def __init__(self, wire: Wire, members: tuple[int, ...], rank: int) -> None:
         self.wire, self.members, self.size, self.place = wire, members, len(members), members.index(rank)
 
-    def gather(self, chunk: Tensor, room: Tensor) -> Sent:
+    def gather(self, chunk: Tensor, room: Tensor) -> Exchange:
         if self.size == 1:
-            return self._post(_nothing, None)
+            return Exchange(chunk, ())
         into = room[: self.size * chunk.nbytes].view(self.size, -1).view(chunk.dtype)
         into.fill_(torch.nan)
-        return self._post(_gather, (chunk, into))
+        return self._post(into, _gather, (chunk, into))
 
-    def broadcast(self, sent: Sequence[tuple[int, Tensor]]) -> Sent:
+    def broadcast(self, sent: Sequence[tuple[int, Tensor]]) -> Exchange:
         for place, tensor in sent:
             if place != self.place:
                 tensor.fill_(torch.nan)
-        return self._post(_broadcast, sent)
+        return self._post(sent[0][1], _broadcast, sent)
 
-    def swap(self, out: Tensor, sent: Sequence[int], into: Tensor, received: Sequence[int]) -> Sent:
+    def swap(self, out: Tensor, sent: Sequence[int], into: Tensor, received: Sequence[int]) -> Exchange:
         into.fill_(torch.nan)
-        return self._post(_swap, (out.split(list(sent)), into.split(list(received))))
+        return self._post(into, _swap, (out.split(list(sent)), into.split(list(received))))
 
-    def _post(self, kind: Callable[[Sequence[Any]], None], given: Any) -> Sent:
-        return self.wire.post(self.members, self.place, kind, given)
-
-
-def _nothing(given: Sequence[Any]) -> None:
-    pass
+    def _post(self, buffer: Tensor, kind: Callable[[Sequence[Any]], None], given: Any) -> Exchange:
+        return Exchange(buffer, (self.wire.post(self.members, self.place, kind, given),))
 
 
 def _gather(given: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -170,8 +170,7 @@ def relay(plan: Plan, steps: int) -> list[list[tuple[Tensor, Tensor]]]:
             presences = [Presence.PRESENT] * len(plan.units)
             for made in [threads.submit(torch.no_grad()(engine.run), presences) for engine in engines]:
                 made.result()
-    assert all(sent.done or sent.size == 1 for sent in wire.sent.values()), "something was sent that nobody waited for"
-    assert all(len(sent.posts) == sent.size for sent in wire.sent.values())
+    assert all(sent.done for sent in wire.sent.values()), "something was sent that nobody waited for"
     return [
         [(p.detach(), summed) for p, summed in zip(engine.shards.parameters, sums, strict=True)]
         for engine, sums in zip(engines, total, strict=True)

@@ -169,6 +169,7 @@ class Ranks(Team):
         self.device = torch.device("cpu")  # of the parameters, once they are known
         self.rank = dist.get_rank(self.group) if self.group is not None else 0
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._made: set[tuple[int, ...]] = set()  # lines of all ranks, this one in them or not
         if self.rank < 0:
             raise ValueError("this process does not belong to the process_group it gave to KLShampoo")
 
@@ -249,14 +250,14 @@ class Ranks(Team):
 
         They have the backend of this one, which may be another than the job's.
         """
-        wanted = [line for line in lines if 1 < len(line) < self.size]
-        if all(line in self._groups for line in wanted if self.rank in line):
-            return
-        assert self.is_everyone
+        # whether one is made may not hang on what this rank knows: the others would wait for it
+        wanted = [line for line in lines if 1 < len(line) < self.size and line not in self._made]
+        assert self.is_everyone or not wanted
         names, backend = dist.get_process_group_ranks(self.group), dist.get_backend_config(self.group)
         other = backend if backend != dist.get_backend_config() else None  # None: the job's, with its timeout
         for line in wanted:
             made = dist.new_group([names[rank] for rank in line], backend=other)
+            self._made.add(line)
             if self.rank in line:
                 self._groups[line] = made
 

@@ -1,7 +1,10 @@
 """The collectives: what every rank gets, and errors that reach all of them."""
 
+from unittest import mock
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from kl_dist.ranks import Ranks
 
@@ -26,6 +29,27 @@ def swap_and_gather(group, grid: tuple[tuple[int, ...], ...]) -> tuple[torch.Ten
     launched = [team.swap(out * k, lengths, torch.empty(sum(lengths)), lengths) for k in (1, 2)]
     launched.append(team.gather(torch.full((3,), float(place)), torch.empty(64, dtype=torch.uint8)))
     return tuple(exchange.wait() for exchange in launched)
+
+
+def make_groups_that_some_have(group) -> tuple[list[float], list[int]]:
+    """What comes to each rank within its pair, and how many groups each of two calls makes."""
+    ranks, pairs = Ranks(group), [(0, 1), (2, 3)]
+    of_two = dist.new_group([0, 1])
+    if ranks.rank in pairs[0]:
+        ranks.get_to_know(of_two)
+    made = []
+    for lines in (pairs, [*pairs, (0, 2), (1, 3)]):
+        with mock.patch.object(dist, "new_group", wraps=dist.new_group) as new_group:
+            ranks.make_groups(lines)
+        made.append(new_group.call_count)
+    team = ranks.team(next(pair for pair in pairs if ranks.rank in pair))
+    came = team.gather(torch.tensor([float(ranks.rank)]), torch.empty(64, dtype=torch.uint8)).wait()
+    return came.flatten().tolist(), made
+
+
+def test_groups_are_made_once_and_by_all_whoever_has_one_already(world):
+    found = world.run(make_groups_that_some_have, 4, timeout=20)
+    assert found == [([0.0, 1.0], [2, 2])] * 2 + [([2.0, 3.0], [2, 2])] * 2
 
 
 @pytest.mark.parametrize("grid", [((0, 1, 2, 3),), ((0, 1), (2, 3)), ((0, 2), (1, 3))])

@@ -57,6 +57,25 @@ def test_two_levels_bring_what_one_brings(world, bucket_bytes):
     assert expected[0][1] == {1}
 
 
+def train_past_nan(group, on_node: int) -> tuple[Weights, int]:
+    """A gradient is not finite in the third of six steps, on all ranks, as it is once they are averaged."""
+    model, optimizer = made(group, on_node, None)
+    for step in range(6):
+        backward(model, samples(step, torch.float32))
+        if step == 2:
+            next(model.parameters()).grad.view(-1)[0] = float("nan")
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights_of(model), optimizer.stats()["skipped_steps"]
+
+
+def test_a_step_is_left_out_in_two_levels_as_in_one(world):
+    expected, skipped = world.run(train_past_nan, 4, 4)[0]
+    assert skipped == 1
+    for weights, skipped in world.run(train_past_nan, 4, 2):
+        assert skipped == 1 and same_bits(weights, expected)
+
+
 def counted(group, bucket_bytes: int | None) -> tuple[Counter, Counter, KLShampoo]:
     """What a step sends to other nodes, and within, by the process groups of real collectives."""
     model, optimizer = made(group, 2, bucket_bytes)

@@ -1,11 +1,9 @@
-"""What it costs a process to be watched, CPU microseconds: kl_dist.watch, and the clock of kl_dist.step.clock.
+"""What it costs a process to tell the others that it is still there: kl_dist.watch, CPU microseconds.
 
     OMP_NUM_THREADS=1 python -m benchmarks.watch                  2 and 4 processes, a TCPStore beside them
 
 `sign`: what a thread does in each interval, at most every 5 s; the first rank's is to listen to all. `doing`: what the
-training's own thread does once or a few times a step. `exchange`: by how much an exchange of 32 bytes a rank takes
-longer, all threads of the process together, where it is heard when it has arrived. Medians of rounds, the largest of
-the ranks.
+training's own thread does once or a few times a step. Medians of rounds, the largest of the ranks.
 """
 
 from __future__ import annotations
@@ -18,14 +16,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from kl_dist.ranks import Exchange, Ranks
-from kl_dist.step.clock import Clock
 from kl_dist.watch import Watch
 
 
@@ -40,29 +35,6 @@ def per_call(call: Callable[[], object], calls: int, rounds: int) -> float:
     return median(found)
 
 
-def of_hearing(calls: int, rounds: int) -> float:
-    """CPU microseconds of this process, for one exchange."""
-    ranks, room, chunk = Ranks(), torch.empty(4096, dtype=torch.uint8), torch.ones(8)
-
-    def seconds(clock: Clock | None) -> float:
-        began = time.process_time()
-        for _ in range(calls):
-            exchange = ranks.gather(chunk, room)
-            if clock:
-                clock.wait(exchange)
-                clock.end_step(1.0)
-            else:
-                exchange.wait()
-        return time.process_time() - began
-
-    found = []
-    for _ in range(rounds):
-        with mock.patch.object(Exchange, "_hear_of", lambda *_: False):
-            unheard = seconds(None)
-        found.append(seconds(Clock()) - unheard)
-    return median(found) / calls * 1e6
-
-
 def measure(rank: int, ranks: int, port: int, folder: str, args: argparse.Namespace) -> None:
     """One rank; what it found goes to a file."""
     torch.set_num_threads(1)
@@ -73,8 +45,7 @@ def measure(rank: int, ranks: int, port: int, folder: str, args: argparse.Namesp
     dist.barrier()
     sign = per_call(lambda: watch.exchange(time.monotonic()), args.calls, args.rounds)
     doing = per_call(lambda: watch.doing("step 12"), args.calls, args.rounds)
-    exchange = of_hearing(args.calls, args.rounds)
-    Path(folder, f"{rank}").write_text(json.dumps({"sign": sign, "doing": doing, "exchange": exchange}))
+    Path(folder, f"{rank}").write_text(json.dumps({"sign": sign, "doing": doing}))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -91,11 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             mp.spawn(measure, (ranks, server.port, folder, args), nprocs=ranks)
             found = [json.loads(path.read_text()) for path in Path(folder).iterdir()]
-        record = {"ranks": ranks} | {
-            name: round(max(one[name] for one in found), 1) for name in ("sign", "doing", "exchange")
-        }
-        said = "{ranks} ranks: a sign {sign} us, what a rank is doing {doing} us, hearing of an exchange {exchange} us"
-        print(said.format(**record))
+        record = {"ranks": ranks} | {name: round(max(one[name] for one in found), 1) for name in ("sign", "doing")}
+        print("{ranks} ranks: a sign {sign} us, what a rank is doing {doing} us".format(**record))
         if args.out:
             record |= {"torch": torch.__version__, "python": platform.python_version(), "calls": args.calls}
             with args.out.open("a") as file:

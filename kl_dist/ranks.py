@@ -35,37 +35,11 @@ def start_of_torchrun() -> int:
 
 @dataclass
 class Exchange:
-    """A collective under way, or none where there is nobody to exchange with.
-
-    On a CPU a thread of the process group's notes when each work is done. Not on CUDA devices, where a work's future
-    says that it is launched, and not of point-to-point works, which have none.
-    """
+    """A collective under way, or none where there is nobody to exchange with."""
 
     buffer: Tensor  # what this rank receives
     works: tuple[Any, ...]  # torch.distributed.Work: what to wait for
     launched: float = field(default_factory=perf_counter)
-
-    def __post_init__(self) -> None:
-        self._done: list[float] = []
-        self.silent = not all(map(self._hear_of, self.works))
-        """Whether nobody will say when it has arrived."""
-
-    def _hear_of(self, work: Any) -> bool:
-        """Have it noted when a work is done; False where it does not say."""
-        if self.buffer.device.type != "cpu":
-            return False
-        try:
-            future = work.get_future()
-        except RuntimeError:
-            return False
-        done = self._done
-        future.add_done_callback(lambda _: done.append(perf_counter()))
-        return True
-
-    @property
-    def arrived(self) -> float | None:
-        """When all of it was there, on the clock of `launched`; None as long as nobody has said so."""
-        return max([self.launched, *self._done]) if len(self._done) == len(self.works) else None
 
     def wait(self) -> Tensor:
         with record_function("kl_shampoo::exchange"):

@@ -106,14 +106,14 @@ def test_the_owner_computes_while_its_updates_travel_and_the_others_wait(world):
     assert costs[1 - owner] == 0
     for first, mine, ours, _, times in found:
         assert all(first[key] is None for key in LATELY)
-        assert times.steps == 3 and mine["communication_hidden"] == 1 - times.exposed / times.in_flight
-        assert 0 <= times.exposed <= min(times.waits, times.in_flight)
+        assert times.steps == 3 and mine["communication_hidden"] == 1 - times.waits / times.in_flight
+        assert 0 < times.waits <= times.in_flight
         assert ours == {**ours, **{key: found[0][2][key] for key in LATELY}}
         assert ours["work_as_run"] == pytest.approx(1)  # of those who have work
     (hidden, waited), pooled = [found[rank][1]["communication_hidden"] for rank in (owner, 1 - owner)], found[0][2]
     assert 0 <= waited < hidden <= 1
-    exposed, in_flight = (sum(getattr(one[4], name) for one in found) for name in ("exposed", "in_flight"))
-    assert pooled["communication_hidden"] == 1 - exposed / in_flight
+    waits, in_flight = (sum(getattr(one[4], name) for one in found) for name in ("waits", "in_flight"))
+    assert pooled["communication_hidden"] == 1 - waits / in_flight
 
 
 def slowed(group, slow: int | None) -> tuple:

@@ -1,9 +1,8 @@
 """What the steps of one rank take, in seconds of its host's clock: updates, refreshes, waiting, and time in flight.
 
-An exchange is *in flight* from its launch until it has arrived; of several at once the time counts once. What it
-cannot know: how much of that the other ranks were late, and how much the network took. Work on a CPU tells in a thread
-of its own when it is done (`kl_dist.ranks.Exchange`). A device would have to be waited for, and point-to-point work
-says nothing: these are *silent*.
+An exchange is *in flight* from its launch until the host has it; of several at once the time counts once. What it
+cannot know: when it arrived before the host came for it, and of what is waited for how much the other ranks were late
+and how much the network took. What a device exchanges the host does not wait for: it is *silent*.
 """
 
 from __future__ import annotations
@@ -23,9 +22,8 @@ class Times(NamedTuple):
     flops: float = 0.0  # as planned, refreshes amortised: kl_dist.planning.plan.Plan.cost
     updates: float = 0.0
     refreshes: float = 0.0
-    waits: float = 0.0  # in which nothing was computed
     in_flight: float = 0.0
-    exposed: float = 0.0  # of it, what was waited for
+    waits: float = 0.0  # of it, in which nothing was computed
     silent: int = 0  # exchanges
 
 
@@ -34,7 +32,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.steps, self.silent = 0, 0
-        self.flops = self.updates = self.refreshes = self.waits = self.in_flight = self.exposed = 0.0
+        self.flops = self.updates = self.refreshes = self.in_flight = self.waits = 0.0
         self._flights: list[tuple[float, float]] = []  # of the step under way
         self._read = self._lately = Times()
 
@@ -54,14 +52,10 @@ class Clock:
         began = perf_counter()
         exchange.wait()
         ended = perf_counter()
-        self.waits += ended - began
-        if exchange.silent:
-            self.silent += 1
-            return
-        told = exchange.arrived
-        arrived = ended if told is None else min(told, ended)  # the thread that tells may be late itself
-        self._flights.append((exchange.launched, arrived))
-        self.exposed += max(0.0, arrived - began)  # what comes after is the host's way back from the wait
+        if exchange.works:
+            self.waits += ended - began
+            self.silent += exchange.buffer.device.type != "cpu"
+            self._flights.append((exchange.launched, ended))
 
     def end_step(self, flops: float) -> None:
         self.steps += 1

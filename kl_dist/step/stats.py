@@ -63,25 +63,25 @@ def of_times(ranks: Sequence[Times], on_host: bool) -> dict[str, Any]:
 
     `communication_hidden`, with the sums over ranks,
 
-        1 - (seconds in flight that were waited for) / (seconds in flight)
+        1 - (seconds of waiting) / (seconds in flight)
 
-    where one exchange at least of gradients or updates is in flight, launched and not arrived; the agreement that
-    begins a step is not among them. 1 is all hidden behind computing. A rank that is late is an exchange in flight to
-    those that wait for it, which the host cannot tell from a slow network. None alone, on CUDA, where only waiting for
-    the device would tell, and of point-to-point exchanges.
+    where one exchange at least of gradients or updates is in flight, launched and not yet in the host's hands; the
+    agreement that begins a step is not among them. 1 is all hidden behind computing. A rank that is late is an exchange
+    in flight to those that wait for it, which the host cannot tell from a slow network. None alone, and on CUDA, where
+    only waiting for the device would tell.
 
     `flops_per_second`, planned flops (`Plan.cost`: refreshes amortised, bytes counted as flops) over seconds of updates
     and refreshes. `work_as_run`, the largest over ranks of (its share of these seconds) / (its share of planned flops):
     1 is as planned, 1.3 a rank that takes 30 % more than it was given. Both as if every parameter had a gradient, over
     as many steps as several refreshes take; None on CUDA, where the host does not see the work.
     """
-    exposed, in_flight = sum(one.exposed for one in ranks), sum(one.in_flight for one in ranks)
+    waits, in_flight = sum(one.waits for one in ranks), sum(one.in_flight for one in ranks)
     told = in_flight > 0 and not any(one.silent for one in ranks)
     work = [(one.updates + one.refreshes, one.flops) for one in ranks if one.flops]
     seconds, flops = (sum(parts) for parts in zip(*work, strict=True)) if work else (0.0, 0.0)
     seen = on_host and seconds > 0
     return {
-        "communication_hidden": 1 - exposed / in_flight if told else None,
+        "communication_hidden": 1 - waits / in_flight if told else None,
         "flops_per_second": flops / seconds if seen else None,
         "work_as_run": max(mine / planned for mine, planned in work) * flops / seconds if seen else None,
     }

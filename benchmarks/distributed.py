@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -102,6 +103,7 @@ def _measure_in_process(
     Path(f"{store}.{rank}").write_text(json.dumps(measure(layout, contender, args)))
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # threads of gloo's that outlive the group abort an interpreter that is taken apart
 
 
 def _timed(step: Callable[[], Any]) -> tuple[float, float]:

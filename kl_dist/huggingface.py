@@ -25,7 +25,7 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import SaveStrategy
 
 from kl_dist.optimizer import KLShampoo
-from kl_dist.step.stats import scalars
+from kl_dist.step.stats import check_interval, scalars
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -133,8 +133,7 @@ def log_stats(trainer: Trainer, matrices_every: int | None = None) -> KLShampooC
     Raises:
         ValueError: `matrices_every` is below 1.
     """
-    if matrices_every is not None and matrices_every < 1:
-        raise ValueError(f"matrices_every is {matrices_every}: a number of steps, or None to leave the matrices out")
+    check_interval(matrices_every)
     callback = KLShampooCallback(trainer.callback_handler, matrices_every)
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback

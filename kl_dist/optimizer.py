@@ -381,7 +381,7 @@ class KLShampoo(StateDicts):
         `update_seconds`, `wait_seconds` (in which exchanges were waited for and nothing was computed). Of the last
         step: `condition` (largest ratio of eigenvalues of a Kronecker factor, None without any), `update_rms` (of the
         updates of matrices, before the learning rate; None without any), `update_elements` in them. Of the steps since
-        they were last asked for: `communication_hidden` (share of the time in flight), `flops_per_second`,
+        they were last asked for: `communication_hidden` (1 - waiting / time in flight), `flops_per_second`,
         `work_as_run` (against the plan; 1 is as planned): kl_dist.step.stats.of_times.
 
         Args:

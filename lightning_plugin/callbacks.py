@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch.distributed as dist
 
-from kl_dist.step.stats import scalars
+from kl_dist.step.stats import check_interval, scalars
 from kl_dist.watch import Watch
 from lightning_plugin.unwrapping import kl_shampoo_in
 
@@ -28,10 +28,7 @@ class MonitorsKLShampoo:
 
     def __init__(self, prefix: str = "kl_shampoo", prog_bar: bool = True, matrices_every: int | None = None) -> None:
         super().__init__()
-        if matrices_every is not None and matrices_every < 1:
-            raise ValueError(
-                f"matrices_every is {matrices_every}: a number of steps, or None to leave the matrices out"
-            )
+        check_interval(matrices_every)
         self.prefix, self.prog_bar, self.matrices_every = prefix, prog_bar, matrices_every
         self._due = 0  # the step from which on the matrices are to be looked at again
 

@@ -60,7 +60,6 @@ def plots(records: Sequence[Record]) -> Iterator[Plot]:
 def _of_the_optimizer(numbers: Sequence[tuple[int, Record]]) -> Iterator[Plot]:
     if not numbers:
         return
-    steps = [step for step, _ in numbers]
 
     def over(key: str) -> tuple[list[int], list[float]]:
         pairs = [(step, said[key]) for step, said in numbers if said.get(key) is not None]
@@ -103,30 +102,35 @@ def _of_the_optimizer(numbers: Sequence[tuple[int, Record]]) -> Iterator[Plot]:
             " 1 is perfect.",
             _lines(work, "step"),
         )
-    sides = _sides(numbers)
-    if sides:
+    yield from _of_the_factors(numbers)
 
-        def of_sides(kind: str) -> dict[str, Any]:
-            return {
-                name: (steps, [said["matrices"][matrix][f"{kind}.{side}"] for _, said in numbers])
-                for name, matrix, side in sides
-            }
 
-        yield Plot(
-            "Effective rank of factors",
-            "exp of the entropy of the eigenvalues, a line for each side of a matrix.",
-            _lines(of_sides("effective_rank"), "step", quiet=True),
-        )
-        yield Plot(
-            "Condition of factors",
-            "Largest over smallest eigenvalue.",
-            _lines(of_sides("condition"), "step", log=True, quiet=True),
-        )
-        yield Plot(
-            "Spectra",
-            "Eigenvalues of unit mean over all sides: smallest, 10, 50, 90 % and largest, medians.",
-            _spectra(numbers, sides),
-        )
+def _of_the_factors(numbers: Sequence[tuple[int, Record]]) -> Iterator[Plot]:
+    steps, sides = [step for step, _ in numbers], _sides(numbers)
+    if not sides:
+        return
+
+    def of_sides(kind: str) -> dict[str, Any]:
+        return {
+            name: (steps, [said["matrices"][matrix][f"{kind}.{side}"] for _, said in numbers])
+            for name, matrix, side in sides
+        }
+
+    yield Plot(
+        "Effective rank of factors",
+        "exp of the entropy of the eigenvalues, a line for each side of a matrix.",
+        _lines(of_sides("effective_rank"), "step", quiet=True),
+    )
+    yield Plot(
+        "Condition of factors",
+        "Largest over smallest eigenvalue.",
+        _lines(of_sides("condition"), "step", log=True, quiet=True),
+    )
+    yield Plot(
+        "Spectra",
+        "Eigenvalues of unit mean over all sides: smallest, 10, 50, 90 % and largest, medians.",
+        _spectra(numbers, sides),
+    )
 
 
 def numbers_of(records: Sequence[Record]) -> list[tuple[int, Record]]:

@@ -118,6 +118,12 @@ def of_matrices(engine: Engine) -> dict[str, dict[str, Any]]:
     return found
 
 
+def check_interval(matrices_every: int | None) -> None:
+    """Raises ValueError unless it can be the steps between two looks at the matrices, or None for no look."""
+    if matrices_every is not None and matrices_every < 1:
+        raise ValueError(f"matrices_every is {matrices_every}: a number of steps, or None to leave the matrices out")
+
+
 def scalars(said: Mapping[str, Any]) -> dict[str, float]:
     """What `stats` says, as names and numbers for a board.
 

@@ -35,7 +35,7 @@ def measure(width: int, layout: str, ranks: int, repeats: int) -> report.Line:
     plan = kl_dist.plan(shapes, ranks, shard_size=ranks if layout == "fsdp" else 1)
     group = dict(options.DEFAULTS)
     options.resolve(group)
-    machine = this_cpu(shared_side(plan), ranks, matrices_of_a_rank(plan))
+    machine = this_cpu(shared_side(plan), ranks, matrices_of_a_rank(plan), sharded=layout == "fsdp")
     found = forecast(plan, group, machine, ranks)
     sizes = argparse.Namespace(width=width, blocks=BLOCKS, repeats=repeats, warmup=3)
     stepped = run(ranks, layout, OURS, sizes)

@@ -123,6 +123,10 @@ def quick_meta_kernels() -> torch.library.Library:
     found.impl("_foreach_add_.List", lambda tensors, others, alpha=1: None, "Meta")
     found.impl("_foreach_norm.Scalar", lambda tensors, ord=2, dtype=None: [_numbers(1)[0]] * len(tensors), "Meta")
     found.impl("stack", lambda tensors, dim=0: _numbers(len(tensors)), "Meta")
+    found.impl("abs", lambda x: torch.empty_like(x), "Meta")  # with the next three: isfinite
+    found.impl("eq.Tensor", lambda x, y: torch.empty_like(x, dtype=torch.bool), "Meta")
+    found.impl("ne.Scalar", lambda x, y: torch.empty_like(x, dtype=torch.bool), "Meta")
+    found.impl("mul.Tensor", lambda x, y: torch.empty_like(x), "Meta")
     found.impl("cat", lambda tensors, dim=0: tensors[0].new_empty(sum(x.numel() for x in tensors)), "Meta")
     return found
 

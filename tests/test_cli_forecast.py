@@ -160,9 +160,10 @@ def test_adamws_part_is_memory_alone():
     assert found.idle == 0 and math.isfinite(found.step_seconds) and forecast.shared_side(plan) == 64
 
 
-def test_this_cpu_is_measured():
+@pytest.mark.parametrize("sharded", [False, True])
+def test_this_cpu_is_measured(sharded):
     threads = torch.get_num_threads()
-    found = machine.this_cpu(32, ranks=2)
+    found = machine.this_cpu(32, ranks=2, sharded=sharded)
     assert torch.get_num_threads() == threads
     for rate in (found.flops, found.refresh_flops, found.memory, found.within):
         assert 1e5 < rate < 1e14

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from kl_dist import KLShampoo
 from kl_dist.methods.linalg import QR_SLOWNESS
@@ -60,11 +62,12 @@ REPEATS = 5
 SECONDS = 0.05  # of one repetition, about
 
 
-def this_cpu(side: int, ranks: int = 1, matrices: int = 8) -> Machine:
+def this_cpu(side: int, ranks: int = 1, matrices: int = 8, sharded: bool = False) -> Machine:
     """Rates of this CPU, one thread a rank, on `matrices` a rank of `side` x `side` in float32; takes a few seconds.
 
     Products, QR and a step with nothing to compute are timed alone; what a real step takes beside these counts as
-    memory traffic. Links are measured by gloo between as many processes as there are `ranks`, four at most.
+    memory traffic. Links are measured by gloo between as many processes as there are `ranks`, four at most, and so is
+    a step with nothing to compute: by all-to-alls where parameters are `sharded`, as FSDP2 has them, else by all-gathers.
     """
     side, matrices = min(side, LARGEST), min(matrices, MOST)
     threads = torch.get_num_threads()
@@ -74,7 +77,7 @@ def this_cpu(side: int, ranks: int = 1, matrices: int = 8) -> Machine:
         refresh = _refresh(side, products)
         alone = _step(4, matrices)
         memory = _memory(side, matrices, products, alone)
-        links = _links(min(ranks, 4), matrices) if ranks > 1 else Links(0.0, 1e9, alone, 0.0)
+        links = _links(min(ranks, 4), matrices, sharded) if ranks > 1 else Links(0.0, 1e9, alone, 0.0)
     finally:
         torch.set_num_threads(threads)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -130,9 +133,11 @@ def _memory(side: int, matrices: int, products: float, alone: float) -> float:
     return min(most, matrices * work.moved / max(beside, 1e-9))
 
 
-def _step(side: int, matrices: int) -> float:
+def _step(side: int, matrices: int, sharded_on: DeviceMesh | None = None) -> float:
     """CPU seconds of a step without refreshes; a collective, where there are ranks."""
     some = torch.arange(float(side * side)).sin().view(side, side)  # the same on every rank
+    if sharded_on is not None:
+        some = distribute_tensor(some, sharded_on, [Shard(0)])
     parameters = [torch.nn.Parameter(some.clone()) for _ in range(matrices)]
     optimizer = KLShampoo(parameters, compare_every=1 << 30, precondition_frequency=1 << 30)
     found = []
@@ -159,30 +164,34 @@ class Links(NamedTuple):
     per_byte: float  # CPU seconds of a rank for each byte it sends
 
 
-def _links(ranks: int, matrices: int) -> Links:
+def _links(ranks: int, matrices: int, sharded: bool) -> Links:
     with TemporaryDirectory() as folder:
-        mp.spawn(_exchange, (f"{folder}/store", ranks, matrices), nprocs=ranks)
+        mp.spawn(_exchange, (f"{folder}/store", ranks, matrices, sharded), nprocs=ranks)
         small, large, host, cpu = map(float, Path(f"{folder}/store.0").read_text().split())
     sent = (ranks - 1) * LARGE
     return Links(small, sent / max(large - small, 1e-9), host, cpu / sent)
 
 
-def _exchange(rank: int, store: str, ranks: int, matrices: int) -> None:
+def _exchange(rank: int, store: str, ranks: int, matrices: int, sharded: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
     found, cpu = [], 0.0
     for nbytes in (SMALL, LARGE):
-        mine, room = torch.zeros(nbytes // 4), torch.zeros(ranks, nbytes // 4)
+        mine, room = torch.zeros(ranks, nbytes // 4), torch.zeros(ranks, nbytes // 4)
         times, spent = [], []
         for _ in range(2 * REPEATS):
             dist.barrier()
             began, worked = time.perf_counter(), time.process_time()
-            dist.all_gather(list(room), mine)
+            if sharded:
+                dist.all_to_all_single(room, mine)
+            else:
+                dist.all_gather(list(room), mine[0])
             times.append(time.perf_counter() - began)
             spent.append(time.process_time() - worked)
         found.append(min(times))
         cpu = median(spent)
-    found += [_step(4, ranks * matrices), cpu]  # of which each rank has its share
+    mesh = init_device_mesh("cpu", (ranks,)) if sharded else None
+    found += [_step(4, ranks * matrices, mesh), cpu]  # of which each rank has its share
     Path(f"{store}.{rank}").write_text(" ".join(map(str, found)))
     dist.barrier()
     dist.destroy_process_group()

@@ -112,11 +112,12 @@ class Question:
         return found
 
 
-def chosen_machine(name: str, plan: Plan, world_size: int, rates: Mapping[str, float | None]) -> Machine:
+def chosen_machine(name: str, question: Question, plan: Plan, rates: Mapping[str, float | None]) -> Machine:
     """A preset or this CPU, with the rates that are given in the place of its own."""
     if name == "cpu":
         most = min(forecast.matrices_of_a_rank(plan), MOST_MATRICES)
-        found = machine.this_cpu(forecast.shared_side(plan), world_size, most)
+        sharded = question.layout.shard_size(question.world_size) > 1
+        found = machine.this_cpu(forecast.shared_side(plan), question.world_size, most, sharded)
     else:
         found = machine.PRESETS[name]
     own: dict[str, Any] = {key: rate for key, rate in rates.items() if rate is not None}
@@ -134,7 +135,7 @@ def run(
 ) -> None:
     """Print the tables, and draw the picture where it is asked for."""
     plan = question.plan()
-    on = chosen_machine(machine_name, plan, question.world_size, rates)
+    on = chosen_machine(machine_name, question, plan, rates)
     today = forecast.forecast(plan, question.group, on, question.ranks_per_node)
     helps = advice.advise(
         question.given, question.group, today, lambda given: replace(question, given=given).forecast(on)

@@ -8,6 +8,8 @@ set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 
+half="shampoo_exponent=0.5"  # the default when most of this was measured
+
 compare() {
     ${PYTHON:-python} ${job:-launch/compare.py} --jobs "${JOBS:-2}" --results benchmarks/results/${results:-batches}.jsonl \
         --tokens-per-step "$batch" --steps "$steps" --eval-every "$((steps > 400 ? steps / 8 : 50))" \
@@ -17,46 +19,52 @@ compare() {
 # Three learning rates, and more where the best of three was at an edge; kl_muon is Muon on the engine's square blocks.
 over_batch() {
     compare --run "--optimizer muon" --run "--optimizer kl_muon" --grid lr=1.5e-2,2.2e-2,3.3e-2
-    compare --run "--optimizer kl_shampoo" --grid lr=1e-2,1.5e-2
+    compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --grid lr=1e-2,1.5e-2
+    compare --run "--optimizer kl_shampoo" --grid lr=2.2e-2
     [ "$batch" -le 8192 ] || return 0
     compare --run "--optimizer muon" --grid lr=5e-2
-    compare --run "--optimizer kl_shampoo --lr 2.2e-2" --run "--optimizer adamw --lr 8e-3"
-    compare --run "--optimizer kl_shampoo --set polar=3" --grid lr=1e-2,1.5e-2,2.2e-2
+    compare --run "--optimizer kl_shampoo --lr 2.2e-2 --set $half" --run "--optimizer adamw --lr 8e-3"
+    compare --run "--optimizer kl_shampoo --lr 3.3e-2"
+    compare --run "--optimizer kl_shampoo --set $half polar=3" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer soap" --run "--optimizer kl_soap" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer adamw" --grid lr=1e-3,2e-3,4e-3
-    compare --seeds 1 2 --run "--optimizer kl_shampoo --lr 1.5e-2" --run "--optimizer kl_muon --lr 2.2e-2"
+    compare --seeds 1 2 --run "--optimizer kl_shampoo --lr 1.5e-2 --set $half" --run "--optimizer kl_muon --lr 2.2e-2"
+    compare --seeds 1 2 --run "--optimizer kl_shampoo" --grid lr=1.5e-2,2.2e-2
     [ "$batch" -le 1024 ] || return 0
     compare --run "--optimizer adamw --lr 2e-3" --grid "betas=(0.9,0.99),(0.95,0.95),(0.8,0.95),(0.9,0.9)"
     compare --run "--optimizer adamw --warmup 80" --grid lr=2e-3,4e-3,6e-3,9e-3,1.3e-2
     compare --run "--optimizer adamw --warmup 80 --lr 4e-3 --set betas=(0.8,0.95)"
-    compare --run "--optimizer kl_shampoo --warmup 80 --lr 1.5e-2"
+    compare --run "--optimizer kl_shampoo --warmup 80 --lr 1.5e-2 --set $half"
+    compare --run "--optimizer kl_shampoo --lr 1.5e-2" --grid shampoo_exponent=0.6,0.8
 }
 
 over_length() {
-    compare --run "--optimizer kl_shampoo" --grid lr=6e-3,1e-2,1.5e-2
+    compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --grid lr=6e-3,1e-2,1.5e-2
+    compare --seeds 1 2 --run "--optimizer kl_shampoo" --grid lr=1e-2,1.5e-2
     compare --run "--optimizer kl_muon" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer muon" --grid lr=1.5e-2,2.2e-2
     compare --run "--optimizer adamw" --grid lr=1e-3,2e-3
     compare --run "--optimizer soap" --run "--optimizer kl_soap" --grid lr=1e-2,1.5e-2
-    compare --run "--optimizer kl_shampoo --set polar=3" --grid lr=1e-2,1.5e-2
-    compare --run "--optimizer kl_shampoo --lr 1.5e-2 --precondition-frequency 1"
+    compare --run "--optimizer kl_shampoo --set $half polar=3" --grid lr=1e-2,1.5e-2
+    compare --run "--optimizer kl_shampoo --lr 1.5e-2 --precondition-frequency 1 --set $half"
     compare --seeds 1 2 --run "--optimizer kl_muon --lr 2.2e-2"
-    compare --seeds 1 2 --run "--optimizer kl_shampoo" --run "--optimizer kl_soap" --run "--optimizer soap" \
-        --run "--optimizer kl_shampoo --set polar=3" --grid lr=1.5e-2
+    compare --seeds 1 2 --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_soap" --run "--optimizer soap" \
+        --run "--optimizer kl_shampoo --set $half polar=3" --grid lr=1.5e-2
     job="-m benchmarks.variants" compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1.5e-2" --grid recipe=zero_staleness
 }
 
 over_a_long_run() {
-    compare --run "--optimizer kl_shampoo" --run "--optimizer kl_soap" --grid lr=6e-3,1e-2,1.5e-2
+    compare --run "--optimizer kl_shampoo" --grid lr=6e-3,1e-2
+    compare --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_soap" --grid lr=6e-3,1e-2,1.5e-2
     compare --run "--optimizer kl_muon" --grid lr=6e-3,1e-2,1.5e-2,2.2e-2
-    compare --seeds 1 2 --run "--optimizer kl_shampoo" --run "--optimizer kl_muon" --grid lr=1e-2
+    compare --seeds 1 --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_muon" --grid lr=1e-2
 }
 
 over_choices() {
     job="-m benchmarks.variants" compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1.5e-2" \
-        --grid recipe=fresh,sooner,clipped,zero_staleness
-    compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1.5e-2 --precondition-frequency 1"
-    compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1.5e-2" --grid "betas=(0.9,0.8),(0.95,0.9),(0.85,0.9)"
+        --grid recipe=half,sooner,clipped,zero_staleness
+    compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1.5e-2 --precondition-frequency 1 --set $half"
+    compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1.5e-2 --set $half" --grid "betas=(0.9,0.8),(0.95,0.9),(0.85,0.9)"
 }
 
 # With spikes cut down, as batches.jsonl's earlier runs were without.

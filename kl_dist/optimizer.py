@@ -69,7 +69,8 @@ class KLShampoo(StateDicts):
         merge_dims: read small trailing dimensions (convolution kernels) as columns. None: True ("paper": False).
         matrices: which axes are batch, rows and columns, and equal parts along an axis, of all parameters of a group
             or by name: kl_dist.planning.matrices.
-        shampoo_exponent: p of method "shampoo". None: 1 / (2 K) for K sides.
+        shampoo_exponent: p of S_k^-p, with methods "kl_shampoo" and "shampoo". None: 0.7, and 1 / (2 K) for K sides.
+            KL-Shampoo's is 1/2 under "paper".
         adjust_lr_fn: the scale of method "muon", as torch.optim.Muon names it: "original", Keller Jordan's, or
             "match_rms_adamw". None: "match_rms_adamw" ("paper": "original").
         compute_dtype: what projections, grams and back-projections of float32 state are multiplied in: "float32",

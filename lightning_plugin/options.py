@@ -48,7 +48,7 @@ class TakesOptimizerOptions:
         merge_dims: read small trailing dimensions (convolution kernels) as columns.
         matrices: which axes are batch, rows and columns, and equal parts along an axis, of all parameters or by name:
             kl_dist.planning.matrices. It goes before what is known of the modules of libraries.
-        shampoo_exponent: p of method "shampoo".
+        shampoo_exponent: p of S_k^-p, with methods "kl_shampoo" and "shampoo".
         adjust_lr_fn: the scale of method "muon": "original" or "match_rms_adamw".
         compute_dtype: what most products are computed in: "float32", "tf32", "bfloat16" or "bf16x3".
         matrix_lr: the matrices' learning rate where the groups have `lr`, or AdamW's.

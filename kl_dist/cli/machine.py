@@ -67,7 +67,7 @@ def this_cpu(side: int, ranks: int = 1, matrices: int = 8, sharded: bool = False
 
     Products, QR and a step with nothing to compute are timed alone; what a real step takes beside these counts as
     memory traffic. Links are measured by gloo between as many processes as there are `ranks`, four at most, and so is
-    a step with nothing to compute: by all-to-alls where parameters are `sharded`, as FSDP2 has them, else by all-gathers.
+    a step with nothing to compute: by all-to-alls where parameters are `sharded`, as FSDP2's, else by all-gathers.
     """
     side, matrices = min(side, LARGEST), min(matrices, MOST)
     threads = torch.get_num_threads()

@@ -23,6 +23,7 @@ from kl_dist.methods.rule import MEASURED, Method, Rule, as_released
 from kl_dist.methods.state import KLShampooState, Side, unstarted
 
 START_REFRESHES = 4
+LEAST_TURNED = 0.1  # of the mean eigenvalue: below, no exponent but 1/2, for what is left there may be rounding noise
 
 
 def allocate(shape: Sequence[int], sides: Sequence[Side], batch: int, like: Tensor) -> KLShampooState:
@@ -46,10 +47,11 @@ def start(state: KLShampooState, grad: Tensor, hyper: Hyper) -> None:
 def update(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """The update U of one step, before the learning rate; the factors already know this step's gradient.
 
-        U = Q_a (N / (s sqrt(lambda_a lambda_b^T) (1 + eps))) Q_b^T
+        U = Q_a (r_a N r_b^T / (s (1 + eps))) Q_b^T,   r_k = lambda_k^-1/2 t_k,   t_k ~ lambda_k^-(p - 1/2)
 
-    with N the bias-corrected momentum and s the gradients' scale, so that U does not change when all gradients are
-    multiplied by a constant. What stands between the bases is orthogonalised if `polar` says so.
+    with N the bias-corrected momentum, s the gradients' scale, so that U does not change when all gradients are
+    multiplied by a constant, p the `shampoo_exponent`, and r from `inverse_root`. What stands between the bases is
+    orthogonalised if `polar` says so.
 
     Args:
         state: mutated.
@@ -64,11 +66,27 @@ def update(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> 
     projected, spare = kronecker.project(grad, spare, state.bases, hyper.compute_dtype)
     scale = kl_factors.learn(state, projected, spare, hyper)
     direction = averages.momentum_(state.exp_avg, projected, hyper)
-    roots = [None if x is None else x.rsqrt() for x in state.eigenvalues]
+    roots = [None if x is None else inverse_root(x, hyper.shampoo_exponent or 0.5) for x in state.eigenvalues]
     size = scale.reciprocal() * (averages.correction(state.step, hyper, scale) / (1 + hyper.eps))
     whitened = kronecker.scale_sides(direction, roots, size, out=direction)
     whitened = polar.orthogonalize_(whitened, hyper.polar, spare, hyper.compute_dtype)
     return kronecker.project_back(whitened, spare, state.bases, hyper.compute_dtype)
+
+
+def inverse_root(eigenvalues: Tensor, exponent: float) -> Tensor:
+    """lambda^-1/2 t of a side (B, d), where t = max(lambda, LEAST_TURNED)^-(p - 1/2), divided by its RMS.
+
+    lambda^-1/2 whitens the gradient's noise. Some of the way on from there to lambda^-1, where a natural gradient would
+    be, what was white keeps its size, for t has a mean square of one.
+
+    Args:
+        eigenvalues: lambda, of unit mean.
+        exponent: p.
+    """
+    if exponent == 0.5:
+        return eigenvalues.rsqrt()
+    turn = eigenvalues.clamp_min(LEAST_TURNED).pow_(0.5 - exponent)
+    return turn.mul_((eigenvalues * turn.square().mean(-1, keepdim=True)).rsqrt_())
 
 
 def update_as_released(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
@@ -92,7 +110,7 @@ FRESH = Rule(
     update,
     kl_factors.refresh,
     polar=True,
-    defaults=MappingProxyType({"betas": (0.9, 0.9)}),
+    defaults=MappingProxyType({"betas": (0.9, 0.9), "shampoo_exponent": 0.7}),
 )
 PAPER = as_released(allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released)
 METHOD = Method("KL-Shampoo", {"fresh": FRESH, "paper": PAPER, "compact": compact(FRESH, "fresh")}, from_adamw=MEASURED)

@@ -53,7 +53,7 @@ def reference(
 
     `phase` staggers the refreshes: one follows step t when (t + phase) % precondition_frequency == 0. `nesterov=None`
     is what the recipe does (paper: off, but for Muon; else on), `shampoo_beta=None` is beta2, `shampoo_exponent=None`
-    is 1/(2K), `adjust_lr_fn=None` the recipe's.
+    is 0.7 of a fresh KL-Shampoo and 1/(2K) of Shampoo, `adjust_lr_fn=None` the recipe's.
     `polar` are the coefficients (a, b, c) of the Newton-Schulz steps of a fresh matrix's update, if any.
     """
     if len(shape) < 2:
@@ -62,6 +62,7 @@ def reference(
     if plain and nesterov:
         raise ValueError("the paper recipe has no Nesterov momentum")
     beta1, beta2 = betas
+    default = 0.7 if (method, recipe) == ("kl_shampoo", "fresh") else 1 / (2 * len(shape))
     options = Options(
         lr=lr,
         beta1=beta1,
@@ -72,7 +73,7 @@ def reference(
         refresh_every=precondition_frequency,
         phase=phase,
         nesterov=not plain if nesterov is None else nesterov,
-        exponent=1 / (2 * len(shape)) if shampoo_exponent is None else shampoo_exponent,
+        exponent=default if shampoo_exponent is None else shampoo_exponent,
         adjust_lr_fn=adjust_lr_fn,
         polar=tuple(polar),
         dtype=dtype,

@@ -18,7 +18,7 @@ class Options:
     refresh_every: int  # T
     phase: int
     nesterov: bool
-    exponent: float  # Shampoo's p
+    exponent: float  # p, Shampoo's and KL-Shampoo's
     adjust_lr_fn: str | None  # Muon's; None is the recipe's
     polar: tuple[tuple[float, float, float], ...]  # (a, b, c) of each Newton-Schulz step; none without
     dtype: torch.dtype

@@ -1,9 +1,10 @@
 """KL-Shampoo with one of its choices made otherwise, to see what the choice is worth.
 
-    python -m benchmarks.variants --run "--optimizer kl_shampoo" --grid recipe=half,stale_eigenvalues,one_refresh
+    python -m benchmarks.variants --run "--optimizer kl_shampoo --set shampoo_exponent=0.5" \
+        --grid recipe=fresh,stale_eigenvalues,one_refresh
 
-is launch/compare.py with more recipes to choose from. Each is "fresh" at an exponent of 1/2 but for one thing; none is part
-of the engine, for what the study found to be worse, or no better and dearer, is no option a user should have to think about.
+is launch/compare.py with more recipes to choose from. Each is "fresh" but for one thing; none is part of the engine,
+for what the study found to be worse, or no better and dearer, is no option a user should have to think about.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -159,9 +159,7 @@ def inverse_root(factor: Tensor) -> Tensor:
 
 
 FRESH = rule("kl_shampoo", "fresh")
-FRESH = FRESH._replace(defaults=MappingProxyType({**FRESH.defaults, "shampoo_exponent": 0.5}))
 VARIANTS = {
-    "half": FRESH,
     "stale_eigenvalues": FRESH._replace(update=stale_eigenvalues),
     "unit_rms": FRESH._replace(update=unit_rms),
     "one_refresh": FRESH._replace(start=one_refresh),

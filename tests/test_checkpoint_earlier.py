@@ -83,6 +83,23 @@ def test_a_whole_state_of_every_method_loads_to_the_bit(method, recipe, caplog):
     assert optimizer.param_groups[1]["matrices"] == {"parts": {0: 3}}
 
 
+def test_a_run_that_was_saved_before_the_exponent_was_another_goes_on_with_its_own():
+    """It says None, which was 1/2 in every run, and so stays."""
+    state, paths = saved()["whole"]["kl_shampoo fresh"], []
+    for exponent in (None, 0.5, 0.7):
+        optimizer = trained("kl_shampoo", "fresh", steps=0)
+        load_full_state_dict(optimizer, state)
+        matrix = optimizer.param_groups[0]["params"][0]
+        assert optimizer.param_groups[0]["shampoo_exponent"] is None
+        optimizer.param_groups[0]["shampoo_exponent"] = exponent
+        with torch.no_grad():
+            matrix.zero_()
+        matrix.grad = torch.arange(matrix.numel()).sin().view(matrix.shape)
+        optimizer.step()
+        paths.append(matrix.detach().clone())
+    assert torch.equal(paths[0], paths[1]) and not torch.allclose(paths[0], paths[2])
+
+
 def loads_its_part(group: dist.ProcessGroup, parts: list[dict[str, Any]]) -> bool:
     optimizer = trained("kl_shampoo", "fresh", group, steps=0)
     optimizer.load_state_dict(parts[group.rank()])

@@ -76,10 +76,11 @@ def share_of_spike(scale: Tensor, mean_squares: Tensor, step: Tensor, beta: floa
     of steps, in which nothing is learnt. So cut, a lasting jump is still followed, by a factor of sqrt(1 + 99 (1 -
     beta)) a step, and what passes leaves within a few lifetimes of the averages.
     """
-    smallest = smallest_scale(scale.dtype) ** 2
     limit = of_step(lambda t: SPIKE**2 / (1 - beta ** (t - 1)) if t > 1 else math.inf, step, scale)
-    share = (scale.clamp_min(smallest) * limit / mean_squares.clamp_min(smallest)).clamp_max_(1.0)
-    return None if share.device.type == "cpu" and bool((share == 1).all()) else share
+    if scale.device.type == "cpu" and not bool((mean_squares > scale * limit).any()):
+        return None
+    smallest = smallest_scale(scale.dtype) ** 2
+    return (scale.clamp_min(smallest) * limit / mean_squares.clamp_min(smallest)).clamp_max_(1.0)
 
 
 def scale_without_spikes_(x: Tensor, scale: Tensor, step: Tensor, beta: float) -> Tensor:

@@ -83,10 +83,12 @@ def inverse_root(eigenvalues: Tensor, exponent: float) -> Tensor:
         eigenvalues: lambda, of unit mean.
         exponent: p.
     """
+    root = eigenvalues.rsqrt()
     if exponent == 0.5:
-        return eigenvalues.rsqrt()
+        return root
     turn = eigenvalues.clamp_min(LEAST_TURNED).pow_(0.5 - exponent)
-    return turn.mul_((eigenvalues * turn.square().mean(-1, keepdim=True)).rsqrt_())
+    size = torch.linalg.vector_norm(turn, dim=-1, keepdim=True) / turn.shape[-1] ** 0.5
+    return root.mul_(turn).div_(size)
 
 
 def update_as_released(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:

@@ -127,15 +127,15 @@ def digits_data(batch_size: int, seed: int) -> dict[str, DataLoader]:
     }
 
 
-def strategy_of(contender: str, lr: float, method: str) -> Any:
+def strategy_of(contender: str, lr: float, own: dict[str, Any]) -> Any:
     told = STRATEGIES[contender]
-    return "auto" if told is None else lightning_plugin.KLShampooStrategy(method=method, **told(lr))
+    return "auto" if told is None else lightning_plugin.KLShampooStrategy(**own, **told(lr))
 
 
 def loss_of(
-    contender: str, model: str, lr: float, seed: int, steps: int, batch_size: int, method: str = "kl_shampoo"
+    contender: str, model: str, lr: float, seed: int, steps: int, batch_size: int, own: dict[str, Any]
 ) -> float:
-    """The validation loss after a run."""
+    """The validation loss after a run; `own` are options of all but AdamW."""
     seed_everything(seed)
     trainer = Trainer(
         accelerator="cpu",
@@ -146,7 +146,7 @@ def loss_of(
         enable_model_summary=False,
         max_steps=steps,
         gradient_clip_val=1.0,
-        strategy=strategy_of(contender, lr, method),
+        strategy=strategy_of(contender, lr, own),
     )
     if model == "digits":
         trainer.fit(module := Digits(lr), **digits_data(batch_size, seed))  # type: ignore[arg-type]
@@ -167,6 +167,7 @@ def main(
     seeds: int = 3,
     contenders: tuple[str, ...] = ("adamw", "head a matrix", "at AdamW's rate", "by name"),
     method: str = "kl_shampoo",
+    shampoo_exponent: float | None = None,
 ) -> None:
     """Run all contenders.
 
@@ -179,7 +180,10 @@ def main(
         seeds: how many.
         contenders: which.
         method: of all but AdamW.
+        shampoo_exponent: likewise; None: the method's own.
     """
+    told = {"method": method, "shampoo_exponent": shampoo_exponent}
+    own = {key: x for key, x in told.items() if x not in ("kl_shampoo", None)}
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -187,9 +191,8 @@ def main(
     for lr in lrs:
         for seed in range(seeds):
             for contender in contenders:
-                found = loss_of(contender, model, lr, seed, steps, batch_size, method)
+                found = loss_of(contender, model, lr, seed, steps, batch_size, own)
                 settings = {"model": model, "steps": steps, "batch_size": batch_size, "torch": torch.__version__}
-                own = {} if method == "kl_shampoo" else {"method": method}
                 line = {"contender": contender, "lr": lr, "seed": seed, "val_loss": round(found, 4), **settings, **own}
                 print(json.dumps(line), flush=True)
                 if out is not None:

@@ -103,7 +103,7 @@ def _measure_in_process(
     Path(f"{store}.{rank}").write_text(json.dumps(measure(layout, contender, args)))
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # threads of gloo's that outlive the group abort an interpreter that is taken apart
+    os._exit(0)  # torch's caches of DTensors hold the group, and gloo's threads may abort what is taken apart
 
 
 def _timed(step: Callable[[], Any]) -> tuple[float, float]:

@@ -88,7 +88,7 @@ class LocalRanks(LocalTeam, Ranks):
 
     def __init__(self, size: int) -> None:
         Team.__init__(self, None, range(size), whole=True)
-        self.rank, self.device, self._groups = 0, torch.device("meta"), {}
+        self.rank, self.device = 0, torch.device("meta")
 
     def make_groups(self, lines: Iterable[tuple[int, ...]]) -> None:
         pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ def unknown_option(key: str, known: Iterable[str]) -> TypeError:
     """The error for an option nobody knows, naming the nearest that exists, or why torch's own is not here."""
     if key in _NOT_OURS:
         return TypeError(f"KLShampoo has no option {key!r}: {_NOT_OURS[key]}")
-    return TypeError(f"unknown option {key!r}{_nearest(key, known)}")
+    return TypeError(f"unknown option {key!r}{nearest(key, known)}")
 
 
 def check_known(given: Iterable[str], *also: str) -> None:
@@ -165,10 +165,11 @@ def check_keys(group: Mapping[str, Any]) -> None:
             log.warning("a parameter group has %r, which KLShampoo carries along unread; did you mean %r?", key, *close)
 
 
-def _nearest(word: object, known: Iterable[str]) -> str:
+def nearest(word: object, known: Iterable[str], spelt: Callable[[str], str] = repr) -> str:
+    """The end of an error about a word that is not known: which was probably meant, or else all that there are."""
     known = sorted(known)
     close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(map(repr, known))}"
+    return f"; did you mean {spelt(close[0])}?" if close else f"; there are {', '.join(map(spelt, known))}"
 
 
 def resolve(group: dict[str, Any]) -> None:
@@ -280,7 +281,7 @@ def _check_polar(group: Mapping[str, Any]) -> None:
 
 def _check_choice(group: Mapping[str, Any], key: str, known: tuple[str, ...]) -> None:
     if group[key] not in known:
-        raise ValueError(f"unknown {key} {group[key]!r}{_nearest(group[key], known)}")
+        raise ValueError(f"unknown {key} {group[key]!r}{nearest(group[key], known)}")
 
 
 def _check_number(name: str, value: Any, least: float, below: float) -> None:

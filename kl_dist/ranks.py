@@ -13,15 +13,37 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from time import perf_counter  # bound here: a program that replaces the clock counts its own looks
+from types import FunctionType
 from typing import Any
+from weakref import WeakValueDictionary, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.nn import functional
 from torch.profiler import record_function
 
 # torch 2.13 calls it all_gather_single, and the name that came before is deprecated there
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+# [Note: groups end with destroy_process_group] gloo's threads end with the C++ object of a process group, so whatever
+# holds a group leaves them running. They let go of a collective's tensors some time after it was waited for, and before
+# Python 3.14 one that does so while the interpreter ends aborts the process. So torch's tables alone hold a group here.
+
+
+def _let_go_of_default_groups() -> None:
+    """Have torch's functional collectives mean the default process group of when they are called.
+
+    Their `group=group.WORLD` is that of their import, which comes with the first optimizer that is made: kept for good.
+    """
+    for function in vars(functional).values():
+        if isinstance(function, FunctionType) and function.__defaults__:
+            given = (None if isinstance(value, dist.ProcessGroup) else value for value in function.__defaults__)
+            function.__defaults__ = tuple(given)
+
+
+_let_go_of_default_groups()
 
 
 def start_of_torchrun() -> int:
@@ -57,10 +79,26 @@ class Team:
     """
 
     def __init__(self, group: dist.ProcessGroup | None, members: Sequence[int], whole: bool) -> None:
-        self.group = group
+        self._group = None if group is None else ref(group)  # [Note: groups end with destroy_process_group]
         self.members = members  # as ranks of `group`, ascending
         self.size = len(members)
         self._whole = whole  # all of `group`
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group, None for this process alone.
+
+        Raises:
+            RuntimeError: it was destroyed.
+        """
+        if self._group is None:
+            return None
+        if not dist.is_initialized() or (group := self._group()) is None:  # something else may hold a destroyed one
+            raise RuntimeError(
+                "the process group of this KLShampoo was destroyed (torch.distributed.destroy_process_group): step and"
+                " save before that, or construct KLShampoo anew after init_process_group"
+            )
+        return group
 
     def gather(self, chunk: Tensor, room: Tensor) -> Exchange:
         """Launch an all-gather of equal chunks into a room, and do not wait: (size, chunk), a row a rank."""
@@ -139,13 +177,13 @@ class Ranks(Team):
                 " TrainingArguments and accelerate's Accelerator do)"
             )
         group = process_group if process_group is not None or not initialized else dist.group.WORLD
-        super().__init__(group, range(dist.get_world_size(group) if group is not None else 1), whole=True)
-        self.device = torch.device("cpu")  # of the parameters, once they are known
-        self.rank = dist.get_rank(self.group) if self.group is not None else 0
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        self._made: set[tuple[int, ...]] = set()  # lines of all ranks, this one in them or not
+        self.rank = dist.get_rank(group) if group is not None else 0
         if self.rank < 0:
             raise ValueError("this process does not belong to the process_group it gave to KLShampoo")
+        super().__init__(group, range(dist.get_world_size(group) if group is not None else 1), whole=True)
+        self.device = torch.device("cpu")  # of the parameters, once they are known
+        self._groups: WeakValueDictionary[tuple[int, ...], dist.ProcessGroup] = WeakValueDictionary()
+        self._made: set[tuple[int, ...]] = set()  # lines of all ranks, this one in them or not
 
     def __deepcopy__(self, _: dict[int, Any]) -> Ranks:
         """Itself: a connection is not data."""

@@ -95,9 +95,9 @@ def record(words: str, trace: str | None = None, after: float = 0.0) -> None:
 def leave(status: int) -> NoReturn:
     """End the process, under a launcher without taking the interpreter apart.
 
-    Threads of gloo's may run until then: destroy_process_group leaves those of a group that anything still holds, an
-    optimizer or DeepSpeed (findings/torch_gloo_threads.sh). One that lets go of a tensor while the interpreter ends
-    aborts a process that has done all it had to.
+    Threads of gloo's may run until then: destroy_process_group leaves those of a group that anything still holds, a
+    model in DistributedDataParallel, torch's caches of DTensors, DeepSpeed (findings/torch_gloo_threads.sh). One that
+    lets go of a tensor while the interpreter ends aborts a process that has done all it had to.
     """
     if "RANK" not in os.environ:
         sys.exit(status)

@@ -6,7 +6,6 @@ can be refused before the first tensor is made is refused in `__post_init__`, in
 
 import argparse
 import ast
-import difflib
 import math
 import os
 import re
@@ -19,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, get_args, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser
 
 from kl_dist import METHODS
+from kl_dist.options import nearest
 
 
 class UsageError(Exception):
@@ -114,7 +114,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.optimizer not in DEFAULT_RATES:
-            raise UsageError(f"--optimizer {self.optimizer} is unknown{_nearest(self.optimizer, DEFAULT_RATES)}")
+            raise UsageError(f"--optimizer {self.optimizer} is unknown{nearest(self.optimizer, DEFAULT_RATES, str)}")
         if self.parallel not in PARALLEL:
             raise UsageError(f"--parallel takes {', '.join(PARALLEL)}, not {self.parallel}")
         if self.schedule not in SCHEDULES:
@@ -260,13 +260,8 @@ def _refuse_unknown_flags(arguments: Sequence[str], names: Sequence[str]) -> Non
     for argument in arguments:
         flag = argument.split("=")[0]
         if flag.startswith("--") and flag not in known:
-            raise UsageError(f"{flag} is no option{_nearest(flag, known)}; --help lists them")
+            raise UsageError(f"{flag} is no option{nearest(flag, known, str)}; --help lists them")
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _nearest(word: str, known: Sequence[str] | dict[str, Any]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"

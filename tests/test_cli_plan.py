@@ -133,6 +133,10 @@ def test_a_layout_is_a_number_of_ranks_to_a_replica():
         ("gpt2 --world 16 --set max_state_bytes=1000", "max_state_bytes is 1000"),
         ("gpt2 --bandwidth -1", "between must be more than 0, not -1"),
         ("gpt4", "no model 'gpt4'"),
+        ("--wrld 8", "--wrld is no option of plan; did you mean --world?"),
+        ("gpt2 --bandwith=1e9", "did you mean --bandwidth?"),
+        ("gpt2 --wor 8", "did you mean --world?"),
+        ("gpt2 --qqqqq", "--qqqqq is no option of plan; there are --bandwidth, --bandwidth-within, --dtype,"),
     ],
 )
 def test_a_mistake_is_one_line(command, said, capsys):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from kl_dist.options import nearest
 
 EXTRA = "kl-shampoo needs its extra: pip install 'kl-shampoo[plan]'"
 OF_EXTRA = ("jsonargparse", "matplotlib", "rich")
@@ -15,7 +18,7 @@ OF_EXTRA = ("jsonargparse", "matplotlib", "rich")
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script: exit status 2 and one line for what cannot be done."""
     try:
-        given = _parser().parse_args(argv)
+        given = _given(sys.argv[1:] if argv is None else argv)
         _plan(given.plan) if given.command == "plan" else _report(given.report)
     except ModuleNotFoundError as missing:  # each subcommand imports what it needs, and no more
         if missing.name not in OF_EXTRA:
@@ -26,14 +29,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
 
 
-def _parser() -> Any:
+def _given(words: Sequence[str]) -> Any:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog="kl-shampoo", description="Distributed KL-Shampoo, before and after a run.")
     commands = parser.add_subcommands(required=True, dest="command")
-    commands.add_subcommand("plan", _plan_parser(), help="who does what at a world size, what it takes, and how long")
-    commands.add_subcommand("report", _report_parser(), help="what a run recorded, as one page of HTML")
-    return parser
+    made = {"plan": _plan_parser(), "report": _report_parser()}
+    commands.add_subcommand("plan", made["plan"], help="who does what at a world size, what it takes, and how long")
+    commands.add_subcommand("report", made["report"], help="what a run recorded, as one page of HTML")
+    if words and words[0] in made:
+        _refuse_unknown_flags(words, re.findall(r"--[a-z-]+", made[words[0]].format_usage()))
+    return parser.parse_args(words)
+
+
+def _refuse_unknown_flags(words: Sequence[str], known: Sequence[str]) -> None:
+    """Name the flag that was probably meant; the parser would only repeat the mistake, or guess."""
+    for word in words:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag not in ("--help", *known):
+            raise ValueError(f"{flag} is no option of {words[0]}{nearest(flag, known, str)}; --help lists them")
 
 
 def _plan_parser() -> Any:

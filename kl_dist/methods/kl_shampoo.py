@@ -4,7 +4,7 @@ Resident in the eigenbasis, one projection of the gradient is all a step needs:
 
     G~ = Q_a^T G Q_b;   M~ <- beta1 M~ + (1 - beta1) G~;   U = Q_a (M~ / D) Q_b^T,   D_ij = sqrt(lambda_a,i lambda_b,j)
 
-6 mn(m+n) flops for an m x n matrix. Letters: M exp_avg, S factors, Q bases, lambda eigenvalues, v scale.
+6 mn(m+n) flops for an m x n matrix. Recipe "fresh" goes on from S^-1/2 to S^-0.7: `inverse_root`. Letters: M exp_avg, S factors, Q bases, lambda eigenvalues, v scale.
 Source: Lin et al., "Understanding and Improving Shampoo and SOAP via Kullback-Leibler Minimization", ICLR 2026.
 """
 
@@ -23,7 +23,7 @@ from kl_dist.methods.rule import MEASURED, Method, Rule, as_released
 from kl_dist.methods.state import KLShampooState, Side, unstarted
 
 START_REFRESHES = 4
-LEAST_TURNED = 0.1  # of the mean eigenvalue: below, no exponent but 1/2, for what is left there may be rounding noise
+EXPONENT_FLOOR = 0.1  # of the mean eigenvalue: below, no exponent but 1/2, for what is left there may be rounding noise
 
 
 def allocate(shape: Sequence[int], sides: Sequence[Side], batch: int, like: Tensor) -> KLShampooState:
@@ -74,7 +74,7 @@ def update(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> 
 
 
 def inverse_root(eigenvalues: Tensor, exponent: float) -> Tensor:
-    """lambda^-1/2 t of a side (B, d), where t = max(lambda, LEAST_TURNED)^-(p - 1/2), divided by its RMS.
+    """lambda^-1/2 t of a side (B, d), where t = max(lambda, EXPONENT_FLOOR)^-(p - 1/2), divided by its RMS.
 
     lambda^-1/2 whitens the gradient's noise. Some of the way on from there to lambda^-1, where a natural gradient would
     be, what was white keeps its size, for t has a mean square of one.
@@ -86,9 +86,9 @@ def inverse_root(eigenvalues: Tensor, exponent: float) -> Tensor:
     root = eigenvalues.rsqrt()
     if exponent == 0.5:
         return root
-    turn = eigenvalues.clamp_min(LEAST_TURNED).pow_(0.5 - exponent)
-    size = torch.linalg.vector_norm(turn, dim=-1, keepdim=True) / turn.shape[-1] ** 0.5
-    return root.mul_(turn).div_(size)
+    further = eigenvalues.clamp_min(EXPONENT_FLOOR).pow_(0.5 - exponent)
+    size = torch.linalg.vector_norm(further, dim=-1, keepdim=True) / further.shape[-1] ** 0.5
+    return root.mul_(further).div_(size)
 
 
 def update_as_released(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:

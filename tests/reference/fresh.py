@@ -30,7 +30,7 @@ from tests.reference.options import Options
 DAMPING = 0.01  # c of a refresh, relative to the mean eigenvalue
 ROOT_DAMPING = 1e-4  # Shampoo's, relative to the mean eigenvalue
 SMALLEST_EIGENVALUE = 1e-6  # of lambda_k, whose mean is one
-LEAST_TURNED = 0.1  # of lambda_k: below, an exponent other than 1/2 counts no more
+EXPONENT_FLOOR = 0.1  # of lambda_k: below, an exponent other than 1/2 counts no more
 SPIKE = 10  # times the scale so far
 SMALLEST_MOMENT = 1e-10  # of V, whose mean is one
 
@@ -108,9 +108,9 @@ class KLShampoo(Reference):
     def update(self, G: Tensor) -> Tensor:
         s = self.learn(G)
         denominator = s * outer(self.lam).sqrt() * (1 + self.options.eps)
-        turns = [lam.clamp(min=LEAST_TURNED) ** (0.5 - self.options.exponent) for lam in self.lam]
-        turned = into_basis(self.momentum(G), self.Q) * outer([turn / rms(turn) for turn in turns])
-        return out_of_basis(turned / denominator, self.Q)
+        t = [lam.clamp(min=EXPONENT_FLOOR) ** (0.5 - self.options.exponent) for lam in self.lam]
+        further = outer([one / rms(one) for one in t])
+        return out_of_basis(into_basis(self.momentum(G), self.Q) * further / denominator, self.Q)
 
     def learn(self, G: Tensor) -> Tensor:
         """The new scale s, and then S_k and lambda_k from H = G / s, all with the old lambdas on the right.

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
 
 from kl_dist import KLShampoo, full_state_dict, load_full_state_dict
 from kl_dist.checkpoint import sums
@@ -143,6 +144,41 @@ def test_an_option_that_is_not_as_it_was_saved_is_named():
             if key != "of":
                 state["param_groups"][0][key] = plain(make())["param_groups"][0][key]
         make(steps=0).load_state_dict(state)
+
+
+FUSED = {
+    "of all": {"parts": {0: 3}},
+    "by name": {"fused": {"parts": {0: 3}}, "experts": {"batch": (0,), "parts": {1: 2}}},
+}
+
+
+@pytest.mark.parametrize("declared", FUSED)
+def test_an_option_with_whole_numbers_for_keys_is_as_it_was_saved_also_where_it_is_read_in_place(declared, tmp_path):
+    """torch.distributed.checkpoint puts "0" back, beside the 0 that is there; fused and stacked weights have such keys."""
+    shapes = {"fused": (12, 4), **({"experts": (2, 8, 4)} if declared == "by name" else {})}
+
+    def made() -> tuple[KLShampoo, dict[str, nn.Parameter]]:
+        parameters = {name: nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
+        return KLShampoo([{"params": list(parameters.items()), "matrices": FUSED[declared]}], lr=1e-2), parameters
+
+    def step(optimizer: KLShampoo, parameters: dict[str, nn.Parameter], number: int) -> None:
+        for parameter in parameters.values():
+            parameter.grad = torch.arange(float(parameter.numel())).add(number).sin().view(parameter.shape)
+        optimizer.step()
+
+    one, of_one = made()
+    step(one, of_one, 0)
+    dcp.save({"optimizer": one.state_dict()}, checkpoint_id=tmp_path)
+    other, of_other = made()
+    read = {"optimizer": other.state_dict()}
+    dcp.load(read, checkpoint_id=tmp_path)
+    other.load_state_dict(read["optimizer"])
+    assert other.param_groups[0]["matrices"] == FUSED[declared]
+    for name, parameter in of_other.items():
+        parameter.data.copy_(of_one[name])
+    step(one, of_one, 1)
+    step(other, of_other, 1)
+    assert all(torch.equal(of_one[name], of_other[name]) for name in shapes)
 
 
 def test_a_state_without_checksums_is_taken_with_one_line_and_what_has_some_must_have_all(caplog):

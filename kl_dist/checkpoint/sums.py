@@ -219,9 +219,13 @@ def _digests(group: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _said(value: Any) -> str:
-    """A plain value, in the same words whatever became of its tuples and scalar tensors; of others nothing."""
+    """A plain value, in the same words whatever became of its tuples and scalar tensors; of others nothing.
+
+    What is read in place has 1 and "1" where a key was 1: torch.distributed.checkpoint puts back strings, beside it.
+    """
     if isinstance(value, Mapping):
-        return "{" + ",".join(sorted(f"{key}:{_said(x)}" for key, x in value.items())) + "}"
+        by_name = {str(key): _said(x) for key, x in value.items()}  # what was read comes last
+        return "{" + ",".join(sorted(f"{key}:{said}" for key, said in by_name.items())) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(_said, value)) + "]"
     if isinstance(value, Tensor):

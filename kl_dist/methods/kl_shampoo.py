@@ -4,7 +4,8 @@ Resident in the eigenbasis, one projection of the gradient is all a step needs:
 
     G~ = Q_a^T G Q_b;   M~ <- beta1 M~ + (1 - beta1) G~;   U = Q_a (M~ / D) Q_b^T,   D_ij = sqrt(lambda_a,i lambda_b,j)
 
-6 mn(m+n) flops for an m x n matrix. Recipe "fresh" goes on from S^-1/2 to S^-0.7: `inverse_root`. Letters: M exp_avg, S factors, Q bases, lambda eigenvalues, v scale.
+6 mn(m+n) flops for an m x n matrix. Recipe "fresh" goes on from S^-1/2 to S^-0.7: `inverse_root`. Letters: M exp_avg,
+S factors, Q bases, lambda eigenvalues, v scale.
 Source: Lin et al., "Understanding and Improving Shampoo and SOAP via Kullback-Leibler Minimization", ICLR 2026.
 """
 

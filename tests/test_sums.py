@@ -154,7 +154,7 @@ FUSED = {
 
 @pytest.mark.parametrize("declared", FUSED)
 def test_an_option_with_whole_numbers_for_keys_is_as_it_was_saved_also_where_it_is_read_in_place(declared, tmp_path):
-    """torch.distributed.checkpoint puts "0" back, beside the 0 that is there; fused and stacked weights have such keys."""
+    """torch.distributed.checkpoint puts "0" back, beside the 0 that is there: of fused and stacked weights."""
     shapes = {"fused": (12, 4), **({"experts": (2, 8, 4)} if declared == "by name" else {})}
 
     def made() -> tuple[KLShampoo, dict[str, nn.Parameter]]:

@@ -22,3 +22,6 @@ compare 64 --seeds 1 --run "--optimizer adamw" --run "$kl --long-side diagonal" 
 compare 8 --b-ratio 4 --run "--optimizer adamw" --run "$kl --long-side diagonal" --grid lr=5e-3
 compare 8 --seeds 0 1 --run "$kl --long-side blocks --lr 1e-2" --grid max_preconditioner_dim=8,12
 compare 8 --seeds 0 1 --run "$kl --long-side blocks --recipe compact --lr 1e-2" --grid max_preconditioner_dim=32,8192
+# the exponent, on one base for both
+${PYTHON:-python} -m benchmarks.finetuning --results benchmarks/results/lora-exponent.jsonl --rank 8 --run "--optimizer kl_shampoo --long-side blocks" \
+    --run "$kl --long-side blocks" --grid lr=1e-2,2e-2 >/dev/null

@@ -24,7 +24,6 @@ over_batch() {
     [ "$batch" -le 8192 ] || return 0
     compare --run "--optimizer muon" --grid lr=5e-2
     compare --run "--optimizer kl_shampoo --lr 2.2e-2 --set $half" --run "--optimizer adamw --lr 8e-3"
-    compare --run "--optimizer kl_shampoo --lr 3.3e-2"
     compare --run "--optimizer kl_shampoo --set $half polar=3" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer soap" --run "--optimizer kl_soap" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer adamw" --grid lr=1e-3,2e-3,4e-3
@@ -36,6 +35,7 @@ over_batch() {
     compare --run "--optimizer adamw --warmup 80 --lr 4e-3 --set betas=(0.8,0.95)"
     compare --run "--optimizer kl_shampoo --warmup 80 --lr 1.5e-2 --set $half"
     compare --run "--optimizer kl_shampoo --lr 1.5e-2" --grid shampoo_exponent=0.6,0.8
+    compare --run "--optimizer kl_shampoo --lr 3.3e-2"
 }
 
 over_length() {

@@ -20,6 +20,7 @@ grid() {
     $text --run "--optimizer adamw" --grid lr=1e-3,1.5e-3,2e-3,3e-3,4e-3
     $text --run "--optimizer kl_shampoo --set $longer" --grid lr=4e-3,6e-3,1e-2,1.5e-2,2.2e-2
     $text --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --grid lr=6e-3,1e-2,1.5e-2
+    $text --run "--optimizer kl_shampoo --lr 2.2e-2"
     $text --run "--optimizer muon --set adjust_lr_fn=None momentum=0.95" --grid lr=1e-2,2e-2,3e-2,4.5e-2,7e-2
     $text --run "--optimizer muon --set momentum=0.95" --grid lr=4e-3,6e-3,1e-2,1.5e-2,2.2e-2
     $text --run "--optimizer soap" --grid lr=4e-3,6e-3,1e-2,1.5e-2,2.2e-2
@@ -57,7 +58,8 @@ seeds() {
     text="compare --results $results/text.jsonl --seeds 0 1 2"
     $text --run "--optimizer kl_shampoo --lr 1e-2" --run "--optimizer muon --lr 1.5e-2" \
         --run "--optimizer soap --lr 1.5e-2" --run "--optimizer adamw --lr 2e-3" \
-        --run "--optimizer kl_shampoo --lr 1e-2 --set $half" --run "--optimizer kl_soap --lr 1.5e-2" \
+        --run "--optimizer kl_shampoo --lr 1.5e-2" --run "--optimizer kl_soap --lr 1.5e-2" \
+        --run "--optimizer kl_shampoo --lr 1e-2 --set $half" \
         --run "--optimizer kl_shampoo --lr 1e-2 --set betas=(0.95,0.95) $half"
     $text --run "--optimizer muon --lr 3e-2 --set adjust_lr_fn=None momentum=0.95" \
         --run "--optimizer shampoo --lr 6e-3" --run "--optimizer soap --recipe paper --lr 4.5e-3" \
@@ -113,6 +115,10 @@ polar() {
     $large --run "$kl --lr 1e-2" --seeds 1
     $large --run "$kl --lr 2.2e-2" --grid polar=2,5
     $large --run "--optimizer kl_soap --lr 1.5e-2" --run "--optimizer soap --lr 1.5e-2" --grid polar=0,3
+    now="--optimizer kl_shampoo"
+    $large --run "$now" --run "$now --set polar=3" --grid lr=1.5e-2,2.2e-2,3.3e-2
+    $large --run "$now --lr 2.2e-2" --seeds 1
+    $large --run "--optimizer kl_muon" --grid lr=3.3e-2,5e-2,7e-2
 }
 
 parts=${*:-grid choices seeds long regression polar}

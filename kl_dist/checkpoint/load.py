@@ -18,7 +18,7 @@ from kl_dist.checkpoint.holdings import Holding, held_here, is_divided
 from kl_dist.checkpoint.inventory import FORM
 from kl_dist.checkpoint.local import ORIGIN, origin_of
 from kl_dist.checkpoint.saved import REMEDY, Saved, is_made_up, names_in, read
-from kl_dist.checkpoint.sums import SAVED, by_unit, entry_of
+from kl_dist.checkpoint.sums import SAVED, as_read, by_unit, entry_of
 from kl_dist.methods import form
 from kl_dist.ranks import Ranks
 
@@ -254,11 +254,4 @@ def _structure(group: Mapping[str, Any], key: str) -> Any:
     """An option that shapes the state, as far as what is saved depends on it."""
     if key == "recipe":
         return form(str(group["method"]), str(group["recipe"]))
-    return _lists(group[key])
-
-
-def _lists(value: Any) -> Any:
-    """With lists for tuples and strings for keys, as torch.distributed.checkpoint hands things back."""
-    if isinstance(value, Mapping):
-        return {str(key): _lists(x) for key, x in value.items()}
-    return [_lists(x) for x in value] if isinstance(value, (list, tuple)) else value
+    return as_read(group[key])

@@ -215,18 +215,24 @@ def changed_option(group: Mapping[str, Any]) -> str | None:
 def _digests(group: Mapping[str, Any]) -> dict[str, int]:
     """Of what parameters are called torch makes other lists."""
     kept = {str(key): x for key, x in group.items() if key not in ("params", "param_names", SAVED)}
-    return {key: zlib.crc32(_said(x).encode()) for key, x in kept.items()}
+    return {key: zlib.crc32(_said(as_read(x)).encode()) for key, x in kept.items()}
+
+
+def as_read(value: Any) -> Any:
+    """An option with lists for tuples and strings for keys, as torch.distributed.checkpoint hands things back.
+
+    It puts those keys beside what is read into: of 1 and "1" the latter, which was read, comes last and is meant.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): as_read(x) for key, x in value.items()}
+    return [as_read(x) for x in value] if isinstance(value, (list, tuple)) else value
 
 
 def _said(value: Any) -> str:
-    """A plain value, in the same words whatever became of its tuples and scalar tensors; of others nothing.
-
-    What is read in place has 1 and "1" where a key was 1: torch.distributed.checkpoint puts back strings, beside it.
-    """
+    """A plain value `as_read`, in the same words whatever became of its scalar tensors; of others nothing."""
     if isinstance(value, Mapping):
-        by_name = {str(key): _said(x) for key, x in value.items()}  # what was read comes last
-        return "{" + ",".join(sorted(f"{key}:{said}" for key, said in by_name.items())) + "}"
-    if isinstance(value, (list, tuple)):
+        return "{" + ",".join(sorted(f"{key}:{_said(x)}" for key, x in value.items())) + "}"
+    if isinstance(value, list):
         return "[" + ",".join(map(_said, value)) + "]"
     if isinstance(value, Tensor):
         return _said(value.tolist())

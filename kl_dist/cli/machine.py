@@ -195,3 +195,4 @@ def _exchange(rank: int, store: str, ranks: int, matrices: int, sharded: bool) -
     Path(f"{store}.{rank}").write_text(" ".join(map(str, found)))
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # torch's caches of DTensors hold the group, and gloo's threads may abort what is taken apart

@@ -3,9 +3,12 @@
     OMP_NUM_THREADS=1 python -m benchmarks.sums              two GPT blocks of width 384 and an embedding
     OMP_NUM_THREADS=1 python -m benchmarks.sums --width 768 --blocks 2 --vocabulary 16384
 
-Process CPU seconds, medians; `share` is of the load that they are part of. By torch.distributed.checkpoint into a
-temporary folder, whose files are in the page cache, and by torch.save of the full state: a disk would take longer, and
-checksums not.
+    OMP_NUM_THREADS=1 python -m benchmarks.sums --width 768 --blocks 12 --vocabulary 50257      GPT-2 124M
+
+Process CPU seconds, medians: of making them (for a save), of looking at them again within a load of the full state by
+torch.load (`verify_share` of the load), and of loads with and without. By torch.distributed.checkpoint into a temporary
+folder, whose files are in the page cache, and by torch.save of the full state: a disk would take longer, and checksums
+not.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ import kl_dist
 from benchmarks.gpu import gpt_shapes
 from kl_dist import KLShampoo
 from kl_dist.checkpoint import sums, verify
+from kl_dist.checkpoint.load import faults
+from kl_dist.checkpoint.saved import read
 
 
 def made(width: int, blocks: int, vocabulary: int) -> KLShampoo:
@@ -68,6 +73,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     size = sum(one.memory.nbytes for one in held)
     making = seconds(lambda: sums.with_sums(held, 1, rank), args.repeats)
     state = kl_dist.full_state_dict(optimizer)
+    saved = read(state, optimizer.param_groups)
+    verifying = seconds(lambda: list(faults(held, saved)), args.repeats)
     largest = max((x for one in state["state"].values() for x in one.values()), key=lambda x: x.nbytes)
     raw = largest.numpy()
     crc = seconds(lambda: zlib.crc32(raw), args.repeats) * size / raw.nbytes
@@ -91,6 +98,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "state_bytes": size,
         "sums_seconds": making,
         "sums_bytes_per_second": size / making,
+        "verify_seconds": verifying,
+        "verify_share": verifying / full[0],
         "crc32_seconds": crc,
         "full_load_seconds": full[0],
         "full_load_without": full[1],

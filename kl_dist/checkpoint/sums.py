@@ -42,7 +42,7 @@ SAVED = "saved"
 """The entry of a saved group with the steps made and the checksum of its options."""
 
 COLUMNS = 1024
-IN_CACHE = 1 << 18
+IN_CACHE = 1 << 17
 """Elements that are looked at together."""
 A, B, P = 0x9E3779B185EBCA6B, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
 S, T = 0x1027C4D1C386BBC5, 0xC2CE6F447ED4D57B
@@ -57,17 +57,17 @@ Parts = Sequence[tuple[Tensor, Sequence[Box]]]
 def total(x: Tensor) -> Tensor:
     """sum_i w_i b_i mod 2^64 over the words of x's memory, as a 0-d int64 tensor; the same on every device."""
     words = _words(x)
-    rows = len(words) // COLUMNS
-    body, rest = words[: rows * COLUMNS].view(rows, COLUMNS), words[rows * COLUMNS :]
-    across = _weights(min(COLUMNS, _power_above(len(words))), x.device)
+    rows, over = divmod(words.numel(), COLUMNS)
+    across = _weights(COLUMNS if rows else _power_above(over), x.device)
     down = _weights(_power_above(rows), x.device)
-    found = words.new_zeros(())
-    if rows:
-        # only CPUs multiply matrices of whole numbers
-        in_rows = torch.mv(body, across) if x.device.type == "cpu" else (body * across).sum(-1)
-        found = torch.mul(in_rows, down[:rows]).sum()
-    if len(rest):
-        found = (rest * across[: len(rest)]).sum() * down[rows] + found
+    if not rows:
+        return (words * across[:over]).sum() * down[0]
+    body = words[: rows * COLUMNS].view(rows, COLUMNS)
+    # only CPUs multiply matrices of whole numbers
+    in_rows = torch.mv(body, across) if x.device.type == "cpu" else (body * across).sum(-1)
+    found = (in_rows * down[:rows]).sum()
+    if over:
+        found = (words[rows * COLUMNS :] * across[:over]).sum() * down[rows] + found
     return found
 
 
@@ -96,12 +96,29 @@ def _power_above(count: int) -> int:
 
 def check_bytes(first: Tensor, second: Tensor, boxes: Sequence[Box], shape: Sequence[int], base: int) -> Tensor:
     """The byte of each element of AdamW's moments, uint8 (elements,), from what is held of them end to end in boxes."""
+    found = torch.empty(first.numel(), dtype=torch.uint8, device=first.device)
+    for place, high in _high_bytes(first, second, found, boxes, shape, base):
+        place.copy_(high)
+    return found
+
+
+def are_check_bytes(
+    given: Tensor, first: Tensor, second: Tensor, boxes: Sequence[Box], shape: Sequence[int], base: int
+) -> bool:
+    """Whether `given` is what `check_bytes` makes of the others; in cache, a part after the other."""
+    parts = _high_bytes(first, second, given, boxes, shape, base)
+    return all(torch.equal(_words(place), _words(high.to(torch.uint8))) for place, high in parts)
+
+
+def _high_bytes(
+    first: Tensor, second: Tensor, places: Tensor, boxes: Sequence[Box], shape: Sequence[int], base: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of `places`, an element for each of the moments, and the bytes of their elements as integers."""
     bits = 8 * first.element_size()
     words = torch.int32 if bits == 32 else torch.int64
-    found = torch.empty(first.numel(), dtype=torch.uint8, device=first.device)
     strides = torch.empty(tuple(shape), device="meta").stride()
-    pairs = zip(in_boxes(first, boxes), in_boxes(second, boxes), in_boxes(found, boxes), strict=True)
-    for (box, m), (_, v), (_, out) in pairs:
+    triples = zip(in_boxes(first, boxes), in_boxes(second, boxes), in_boxes(places, boxes), strict=True)
+    for (box, m), (_, v), (_, out) in triples:
         if not m.numel():
             continue
         along = [
@@ -116,8 +133,7 @@ def check_bytes(first: Tensor, second: Tensor, boxes: Sequence[Box], shape: Sequ
         for row, of_first, of_second, place in zip(rows.split(len(parts[0][0])), *parts, strict=True):
             h = torch.add(columns, of_first.view(words), alpha=_signed(A >> (64 - bits) | 1, bits))
             h.add_(of_second.view(words), alpha=_signed(B >> (64 - bits) | 1, bits)).add_(row[:, None])
-            place.copy_(h.bitwise_right_shift_(bits - 8))
-    return found
+            yield place, h.bitwise_right_shift_(bits - 8)
 
 
 def _signed(value: int, bits: int = 64) -> int:
@@ -155,13 +171,33 @@ def entry_of(unit: Sequence[Holding]) -> Entry:
 
 def sums_of(unit: Sequence[Holding], parts: Parts, steps: int, name: str) -> Tensor:
     """What `sums` has of some boxes of a unit, whose parameter has this name in what is saved."""
-    salts = [_salt(f"{name} {holding.entry.key}") + T * steps for holding in unit]
+    salts = _salts(unit, steps, name)
     if entry_of(unit).dtype is torch.uint8:
-        (step, _), (first, boxes), (second, _) = parts
-        base = salts[1] + S * int(step.view(-1)[0])
-        return check_bytes(first.contiguous(), second.contiguous(), boxes, unit[1].entry.shape, base)
+        return check_bytes(*_moments(parts), unit[1].entry.shape, _base(parts, salts))
     totals = [total(tensor).to(parts[-1][0].device) for tensor, _ in parts]
     return torch.stack(totals) + torch.tensor([_signed(salt) for salt in salts]).to(totals[0].device)
+
+
+def are_sums_of(given: Tensor, unit: Sequence[Holding], parts: Parts, steps: int, name: str) -> bool:
+    """Whether `given`, on the device of the parts, is what `sums_of` makes of them."""
+    if entry_of(unit).dtype is torch.uint8 and given.dtype is torch.uint8 and given.shape == (parts[1][0].numel(),):
+        base = _base(parts, _salts(unit, steps, name))
+        return are_check_bytes(given, *_moments(parts), unit[1].entry.shape, base)
+    wanted = sums_of(unit, parts, steps, name)
+    return given.dtype == wanted.dtype and torch.equal(given, wanted)
+
+
+def _salts(unit: Sequence[Holding], steps: int, name: str) -> list[int]:
+    return [_salt(f"{name} {holding.entry.key}") + T * steps for holding in unit]
+
+
+def _moments(parts: Parts) -> tuple[Tensor, Tensor, Sequence[Box]]:
+    _, (first, boxes), (second, _) = parts
+    return first.contiguous(), second.contiguous(), boxes
+
+
+def _base(parts: Parts, salts: Sequence[int]) -> int:
+    return salts[1] + S * int(parts[0][0].view(-1)[0])
 
 
 def with_sums(held: Sequence[Holding], steps: int, rank: int) -> list[Holding]:
@@ -173,7 +209,7 @@ def with_sums(held: Sequence[Holding], steps: int, rank: int) -> list[Holding]:
         memory = torch.empty(0, dtype=entry.dtype, device=unit[-1].memory.device)
         if boxes:
             made = sums_of(unit, [(one.memory, one.boxes) for one in unit], steps, unit[0].name)
-            memory = made.clone()  # never written into since, which `verify` asks
+            memory = made.data  # with a count of writes of its own, which is 0: `verify` asks
         found[id(unit[-1])] = Holding(unit[0].name, entry, boxes, memory)
     return [one for holding in held for one in (holding, found.get(id(holding))) if one is not None]
 

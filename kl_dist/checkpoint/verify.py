@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kl_dist.checkpoint.holdings import Holding, held_here, is_divided
-from kl_dist.checkpoint.sums import SAVED, SUMS, T, by_unit, changed_option, entry_of, sums_of
+from kl_dist.checkpoint.sums import SAVED, SUMS, T, are_sums_of, by_unit, changed_option, entry_of, sums_of
 from kl_dist.planning.boxes import Box, whole
 
 log = logging.getLogger(__name__)
@@ -104,16 +104,13 @@ def faults(
         given = held_here(given)
         if not written(given) and any(map(is_live, found, unit)):
             continue  # this very state, as state_dict() gave it
-        wanted = sums_of(unit, parts, steps, called[name]).to(given.device)
-        problem = _difference(unit, given.reshape(-1), wanted)
-        if problem is not None:
-            yield unit, f"{problem}; {WAY_OUT}"
+        given = given.reshape(-1).to(parts[-1][0].device)
+        if not are_sums_of(given, unit, parts, steps, called[name]):
+            yield unit, f"{_difference(unit, given, sums_of(unit, parts, steps, called[name]))}; {WAY_OUT}"
 
 
-def _difference(unit: Sequence[Holding], given: Tensor, wanted: Tensor) -> str | None:
+def _difference(unit: Sequence[Holding], given: Tensor, wanted: Tensor) -> str:
     """What is wrong where sums differ."""
-    if given.dtype == wanted.dtype and torch.equal(given, wanted):
-        return None
     name, keys = unit[0].name, [holding.entry.key for holding in unit]
     if given.dtype != wanted.dtype or given.shape != wanted.shape:
         return f"the checksums of parameter {name!r} are damaged"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -18,8 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from kl_dist import KLShampoo
-from kl_dist.methods.linalg import QR_SLOWNESS
 from kl_dist.planning import costs
+from kl_dist.planning.links import links_of
 from kl_dist.planning.matrices import Block
 
 
@@ -58,41 +59,49 @@ PRESETS = {
 refresh the rate is an H200's (docs/gpu.md): the 1.48 Tflop that are counted for GPT-2 124M's took it 62 ms."""
 
 LARGEST, MOST = 1024, 32  # side and number of the matrices that this CPU is measured with
+ELEMENTS = 8 * 512**3  # of so many products of their sides there are no more of them
+EVERY = 2  # T of the steps that refreshes are measured in
 REPEATS = 5
 SECONDS = 0.05  # of one repetition, about
 
 
 def this_cpu(side: int, ranks: int = 1, matrices: int = 8, sharded: bool = False) -> Machine:
-    """Rates of this CPU, one thread a rank, on `matrices` a rank of `side` x `side` in float32; takes a few seconds.
+    """Rates of this CPU, one thread a rank, on `matrices` a rank of `side` x `side` in float32; takes 5 to 30 seconds.
 
-    Products, QR and a step with nothing to compute are timed alone; what a real step takes beside these counts as
-    memory traffic. Links are measured by gloo between as many processes as there are `ranks`, four at most, and so is
-    a step with nothing to compute: by all-to-alls where parameters are `sharded`, as FSDP2's, else by all-gathers.
+    Products, and a step with nothing to compute, are timed alone; what a real step takes beside these counts as memory
+    traffic, and what it takes more at T = 2 as refreshes. Links are measured by gloo between as many processes as there
+    are `ranks`, four at most, by all-to-alls where parameters are `sharded`, as FSDP2's, else by all-gathers. What a
+    step of theirs takes beside all this is the host's, and where no rank computes its exchanges are waited for.
     """
-    side, matrices = min(side, LARGEST), min(matrices, MOST)
+    side = min(side, LARGEST)
+    matrices = min(matrices, MOST, max(2, ELEMENTS // side**3))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         products = _products(side)
-        refresh = _refresh(side, products)
-        alone = _step(4, matrices)
-        memory = _memory(side, matrices, products, alone)
-        links = _links(min(ranks, 4), matrices, sharded) if ranks > 1 else Links(0.0, 1e9, alone, 0.0)
+        alone, plain, refreshing = _step(4, matrices).cpu, _step(side, matrices).cpu, _step(side, matrices, EVERY).cpu
+        computing = refreshing - alone
+        links = _links(min(ranks, 4), side, matrices, computing, sharded) if ranks > 1 else Links(0.0, 1e9, alone, 0.0)
     finally:
         torch.set_num_threads(threads)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    block = Block(0, ((0, side), (0, side)), ("full", "full"))
+    work = costs.Work(*(matrices * x for x in costs.matrix_work("kl_shampoo", "fresh", block, torch.float32, 0)))
     return Machine(
-        f"this CPU, one thread of {cores}",
+        f"this CPU, one thread of {_cores()}",
         products,
-        refresh,
-        memory,
+        work.refresh / EVERY / max(refreshing - plain, 1e-9),
+        min(_most_memory(), work.moved / max(plain - alone - work.products / products, 1e-9)),
         links.bandwidth,
         links.bandwidth,
         links.latency,
         host=links.host,
         per_byte=links.per_byte,
-        cores=cores or 1,
+        cores=_cores(),
     )
+
+
+def _cores() -> int:
+    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -115,39 +124,44 @@ def _products(side: int) -> float:
     return 8 * 2 * side**3 / _seconds(lambda: torch.bmm(a, b, out=out))
 
 
-def _refresh(side: int, products: float) -> float:
-    """Of a matrix's side: QR, the products P O and Q O, and half of its momentum's, as `flops_in_eigenbasis` counts."""
-    factor = torch.eye(side) + 0.01 * torch.randn(side, side)
-    qr = _seconds(lambda: torch.linalg.qr(factor))
-    counted = (8 / 3 * QR_SLOWNESS + 6) * side**3
-    return counted / (qr + 6 * side**3 / products)
-
-
-def _memory(side: int, matrices: int, products: float, alone: float) -> float:
-    """Bytes per second, as `kl_dist.planning.costs` counts them, of a step's time beside its products and its own."""
-    block = Block(0, ((0, side), (0, side)), ("full", "full"))
-    work = costs.matrix_work("kl_shampoo", "fresh", block, torch.float32, 0)
-    beside = _step(side, matrices) - alone - matrices * work.products / products
+def _most_memory() -> float:
+    """Bytes per second of an addition, which nothing moves faster than."""
     x, y = torch.randn(1 << 22), torch.randn(1 << 22)
-    most = 3 * x.nbytes / _seconds(lambda: x.add_(y))
-    return min(most, matrices * work.moved / max(beside, 1e-9))
+    return 3 * x.nbytes / _seconds(lambda: x.add_(y))
 
 
-def _step(side: int, matrices: int, sharded_on: DeviceMesh | None = None) -> float:
-    """CPU seconds of a step without refreshes; a collective, where there are ranks."""
+class Step(NamedTuple):
+    """Of one step, on average."""
+
+    cpu: float  # seconds
+    wall: float  # seconds
+    sent: int  # bytes
+    exchanges: int  # of them, and one for each doubling of the ranks that agree
+
+
+def _step(side: int, matrices: int, every: int = 1 << 30, sharded_on: DeviceMesh | None = None) -> Step:
+    """A step with its share of the refreshes, which by default has none; a collective, where there are ranks."""
     some = torch.arange(float(side * side)).sin().view(side, side)  # the same on every rank
     if sharded_on is not None:
         some = distribute_tensor(some, sharded_on, [Shard(0)])
     parameters = [torch.nn.Parameter(some.clone()) for _ in range(matrices)]
-    optimizer = KLShampoo(parameters, compare_every=1 << 30, precondition_frequency=1 << 30)
-    found = []
+    optimizer = KLShampoo(parameters, compare_every=1 << 30, precondition_frequency=every)
+    cpu, wall = [], []
     for _ in range(4 * REPEATS if side <= 128 else REPEATS):
-        for parameter in parameters:
-            parameter.grad = some.clone()
-        began = time.process_time()
-        optimizer.step()
-        found.append(time.process_time() - began)
-    return median(found)
+        spent, passed = 0.0, 0.0
+        for _ in range(EVERY):
+            for parameter in parameters:
+                parameter.grad = some.clone()
+            began, worked = time.perf_counter(), time.process_time()
+            optimizer.step()
+            spent += time.process_time() - worked
+            passed += time.perf_counter() - began
+        cpu.append(spent / EVERY)
+        wall.append(passed / EVERY)
+    plan, rank = optimizer.plan, dist.get_rank() if dist.is_initialized() else 0
+    links = links_of(plan.buckets, plan.travelling(rank)[0], rank, plan.world_size)
+    exchanges = links.exchanges + math.ceil(math.log2(plan.world_size))
+    return Step(median(cpu), median(wall), links.within + links.between, exchanges)
 
 
 # -- several processes -------------------------------------------------------------------------------------------------
@@ -158,21 +172,25 @@ SMALL, LARGE = 1 << 10, 8 << 20
 class Links(NamedTuple):
     """What some processes found."""
 
-    latency: float  # seconds of a small exchange
+    latency: float  # seconds that a step waits for an exchange, however small
     bandwidth: float  # bytes per second of a large one
-    host: float  # CPU seconds of a step with nothing to compute
+    host: float  # CPU seconds of a step beside what it computes and sends
     per_byte: float  # CPU seconds of a rank for each byte it sends
 
 
-def _links(ranks: int, matrices: int, sharded: bool) -> Links:
+def _links(ranks: int, side: int, matrices: int, computing: float, sharded: bool) -> Links:
+    """Between so many ranks, each of which computes for so many CPU seconds in a step."""
     with TemporaryDirectory() as folder:
-        mp.spawn(_exchange, (f"{folder}/store", ranks, matrices, sharded), nprocs=ranks)
-        small, large, host, cpu = map(float, Path(f"{folder}/store.0").read_text().split())
-    sent = (ranks - 1) * LARGE
-    return Links(small, sent / max(large - small, 1e-9), host, cpu / sent)
+        mp.spawn(_exchange, (f"{folder}/store", ranks, side, matrices, sharded), nprocs=ranks)
+        found = [tuple(map(float, Path(f"{folder}/store.{rank}").read_text().split())) for rank in range(ranks)]
+    small, large, sending, cpu, wall, sent, exchanges = map(median, zip(*found, strict=True))
+    bandwidth = (ranks - 1) * LARGE / max(large - small, 1e-9)
+    per_byte = sending / ((ranks - 1) * LARGE)
+    waited = wall - cpu * max(1.0, ranks / _cores()) - sent / bandwidth
+    return Links(max(small, waited / exchanges), bandwidth, max(0.0, cpu - computing - sent * per_byte), per_byte)
 
 
-def _exchange(rank: int, store: str, ranks: int, matrices: int, sharded: bool) -> None:
+def _exchange(rank: int, store: str, ranks: int, side: int, matrices: int, sharded: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
     found, cpu = [], 0.0
@@ -191,7 +209,7 @@ def _exchange(rank: int, store: str, ranks: int, matrices: int, sharded: bool) -
         found.append(min(times))
         cpu = median(spent)
     mesh = init_device_mesh("cpu", (ranks,)) if sharded else None
-    found += [_step(4, ranks * matrices, mesh), cpu]  # of which each rank has its share
+    found += [cpu, *_step(side, ranks * matrices, EVERY, mesh)]  # of which each rank has its share
     Path(f"{store}.{rank}").write_text(" ".join(map(str, found)))
     dist.barrier()
     dist.destroy_process_group()

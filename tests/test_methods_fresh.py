@@ -41,6 +41,27 @@ def test_fresh_first_step_moves_and_is_bounded(method, shape):
         assert 0.05 < update_sizes(path) < 1.5
 
 
+@pytest.mark.parametrize("shape", [(64, 32), (64, 64)], ids=str)
+def test_what_gets_a_gradient_moves_as_far_beside_what_gets_none(shape):
+    """By the scale alone, at an exponent of 1/2, the live part moves sqrt(2) and 2 times as far: the norm is one's."""
+    alone = torch.randn(100, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    beside = torch.zeros(100, *shape, dtype=torch.float64)
+    beside[:, :32, :32] = alone
+    assert 0.85 < rms(last_update(beside)[:32, :32]) / rms(last_update(alone)) < 1.05
+    by_scale = (shape[0] * shape[1]) ** 0.5 / 32
+    whitened = last_update(beside, shampoo_exponent=0.5)[:32, :32]
+    assert 0.95 < rms(whitened) / rms(last_update(alone, shampoo_exponent=0.5)) / by_scale < 1.05
+
+
+def last_update(grads: Tensor, **options: float) -> Tensor:
+    path = train(grads, method="kl_shampoo", **UNIT_LR, **options)
+    return path[-2] - path[-1]
+
+
+def rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
 class Dead(nn.Module):
     """Switches units off: rows of the layer before and columns of the layer after get gradients of exactly zero."""
 

@@ -3,7 +3,7 @@
 # that, KL-Shampoo with one thing otherwise: about two hours on two cores. Runs that are in benchmarks/results already are
 # not repeated, so it can be stopped and started again.
 #
-#   benchmarks/batches.sh [1024x400] [8192x400] [32768x400] [1024x2000] [1024x10000] [choices] [spikes]
+#   benchmarks/batches.sh [1024x400] [8192x400] [32768x400] [1024x2000] [1024x10000] [choices] [spikes] [beginning]
 set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -58,6 +58,8 @@ over_a_long_run() {
     compare --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_soap" --grid lr=6e-3,1e-2,1.5e-2
     compare --run "--optimizer kl_muon" --grid lr=6e-3,1e-2,1.5e-2,2.2e-2
     compare --seeds 1 --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_muon" --grid lr=1e-2
+    job="-m benchmarks.variants" compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1e-2" --grid recipe=longer_memory
+    compare --run "--optimizer kl_muon --lr 1e-2" --grid "betas=(0.95,0.95)"
 }
 
 over_choices() {
@@ -65,6 +67,29 @@ over_choices() {
         --grid recipe=fresh,sooner,clipped,zero_staleness
     compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1.5e-2 --precondition-frequency 1 --set $half"
     compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1.5e-2 --set $half" --grid "betas=(0.9,0.8),(0.95,0.9),(0.85,0.9)"
+}
+
+# What the first steps are made otherwise for, and what is left of it later.
+over_the_beginning() {
+    batch=1024
+    for steps in 150 400; do
+        job="-m benchmarks.variants" compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 2.2e-2" \
+            --grid recipe=fresh,sooner_yet,orthogonal_start
+    done
+    steps=2000
+    job="-m benchmarks.variants" compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1e-2" \
+        --grid recipe=fresh,sooner_yet,orthogonal_start
+    batch=8192
+    for steps in 150 400; do
+        job="-m benchmarks.variants" compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 2.2e-2" \
+            --grid recipe=fresh,sooner_yet,orthogonal_start
+    done
+    batch=32768 steps=150
+    compare --run "--optimizer kl_muon" --grid lr=3.3e-2,5e-2,7e-2
+    compare --run "--optimizer kl_shampoo --set $half" --grid lr=1e-2,1.5e-2,2.2e-2
+    compare --run "--optimizer kl_shampoo" --grid lr=1.5e-2,2.2e-2,3.3e-2
+    compare --run "--optimizer kl_shampoo --set polar=3" --grid lr=2.2e-2
+    job="-m benchmarks.variants" compare --run "--optimizer kl_shampoo --lr 2.2e-2" --grid recipe=orthogonal_start
 }
 
 # With spikes cut down, as batches.jsonl's earlier runs were without.
@@ -77,6 +102,10 @@ for arena in ${*:-1024x400 8192x400 32768x400 1024x2000 choices}; do
     if [ "$arena" = spikes ]; then
         batch=1024 steps=400
         over_spikes
+        continue
+    fi
+    if [ "$arena" = beginning ]; then
+        over_the_beginning
         continue
     fi
     if [ "$arena" = choices ]; then

@@ -99,6 +99,31 @@ def sooner(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> 
     return kl_shampoo.update(state, grad, replace(hyper, shampoo_beta=beta), spare)
 
 
+ORTHOGONAL_UPDATES = 50  # of a run, by `orthogonal_start`
+
+
+def orthogonal_start(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
+    """Three Newton-Schulz steps orthogonalise the first updates, which eigenvalues that began equal do not whiten."""
+    steps = 3 if int(state.step[0]) < ORTHOGONAL_UPDATES else hyper.polar
+    return kl_shampoo.update(state, grad, replace(hyper, polar=steps), spare)
+
+
+def sooner_yet(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
+    """As `sooner`, b(t) = min(beta, 1 - 3/(t+3))."""
+    beta = min(hyper.factor_beta, 1 - 3 / (int(state.step[0]) + 4))
+    return kl_shampoo.update(state, grad, replace(hyper, shampoo_beta=beta), spare)
+
+
+LONGER_AFTER = 1000  # updates, from which on `longer_memory` remembers longer
+
+
+def longer_memory(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
+    """All averages lengthen with the run: beta(t) = 1 - (1 - beta) / min(2, max(1, sqrt(t / LONGER_AFTER)))."""
+    longer = min(2.0, max(1.0, ((int(state.step[0]) + 1) / LONGER_AFTER) ** 0.5))
+    first, second = (1 - (1 - beta) / longer for beta in hyper.betas)
+    return kl_shampoo.update(state, grad, replace(hyper, betas=(first, second)), spare)
+
+
 @dataclass
 class InverseRootsState(MatrixState):
     """KL-Shampoo's in the original coordinates: nothing waits for a refresh."""
@@ -167,6 +192,9 @@ VARIANTS = {
     "products": FRESH._replace(refresh=refresh_by_products),
     "clipped": FRESH._replace(update=clipped),
     "sooner": FRESH._replace(update=sooner),
+    "sooner_yet": FRESH._replace(update=sooner_yet),
+    "orthogonal_start": FRESH._replace(update=orthogonal_start),
+    "longer_memory": FRESH._replace(update=longer_memory),
     "zero_staleness": FRESH._replace(
         allocate=allocate_roots, start=start_roots, update=zero_staleness, refresh=None, working_copies=8, polar=False
     ),

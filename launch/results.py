@@ -1,7 +1,7 @@
 """The record of finished runs: a file with one line of JSON a run, to which lines are only ever added.
 
 A run is known by its settings: every number that decides how it goes, after all defaults are filled in, and a hash of
-its data.  whose defaults have changed since is not mistaken for it.
+its data. One whose defaults have changed since is not mistaken for it.
 """
 
 import json
@@ -43,8 +43,14 @@ def append(path: Path, record: Record) -> None:
 
 
 def identity(settings: Record, leave_out: Iterable[str] = ()) -> str:
-    """Settings as a text that is the same exactly when they are."""
-    return json.dumps({key: value for key, value in settings.items() if key not in leave_out}, sort_keys=True)
+    """Settings as a text that is the same exactly when they are.
+
+    An option at None counts for none, so that a run made before there was that option is not made again.
+    """
+    kept = {key: value for key, value in settings.items() if key not in leave_out}
+    if "groups" in kept:
+        kept["groups"] = [{key: x for key, x in group.items() if x is not None} for group in kept["groups"]]
+    return json.dumps(kept, sort_keys=True)
 
 
 def arena(settings: Record) -> tuple[object, ...]:

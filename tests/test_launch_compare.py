@@ -180,6 +180,22 @@ def test_adamw_with_other_steps_is_no_mark() -> None:
     assert (short.label, long.label) == ("adamw, steps 10", "muon, steps 20")
 
 
+def test_a_run_from_before_there_was_an_option_is_not_made_again_where_that_is_none(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ("--run", "--optimizer kl_shampoo")
+    assert call(file, *run) == 0
+    (record,) = lines(file)
+    (options,) = record["settings"]["groups"]
+    assert options.pop("matrix_lr") is None
+    file.write_text(json.dumps(record) + "\n")
+    capsys.readouterr()
+    assert call(file, *run) == 0
+    assert len(lines(file)) == 1 and "1 are in" in capsys.readouterr().out
+    assert call(file, "--run", "--optimizer kl_shampoo --set matrix_lr=1e-3") == 0
+    assert len(lines(file)) == 2
+
+
 def test_a_line_that_a_crash_cut_short_costs_no_other(file: Path) -> None:
     results.append(file, made_up("adamw", [5.0, 2.0]))
     with file.open("a") as torn:

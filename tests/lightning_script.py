@@ -68,6 +68,10 @@ def main() -> None:
     if given.get("saves"):
         quiet |= {"callbacks": [pl.callbacks.OnExceptionCheckpoint(given["out"])], "enable_checkpointing": True}
     pl.Trainer(**{**quiet, **given["trainer"]}).fit(Layers(given))
+    if {"RANK", "SLURM_PROCID"} & os.environ.keys():  # as a job under a launcher leaves: launch/endings.py
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.sums              two GPT blocks of width 384 and an embedding
     OMP_NUM_THREADS=1 python -m benchmarks.sums --width 768 --blocks 2 --vocabulary 16384
-
     OMP_NUM_THREADS=1 python -m benchmarks.sums --width 768 --blocks 12 --vocabulary 50257      GPT-2 124M
 
 Process CPU seconds, medians: of making them (for a save), of looking at them again within a load of the full state by

@@ -10,7 +10,7 @@ for what the study found to be worse, or no better and dearer, is no option a us
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +31,8 @@ from kl_dist.methods import (
 )
 from kl_dist.methods.state import KLShampooState, unstarted
 from launch import compare
+
+Update = Callable[[KLShampooState, Tensor, Hyper, Tensor], Tensor]
 
 
 def stale_eigenvalues(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
@@ -93,10 +95,14 @@ def clipped(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) ->
     return kronecker.project_back(inside.clamp_(-1, 1), free, state.bases)
 
 
-def sooner(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
-    """What eigenvalues and factors started from is forgotten twice as fast: b(t) = min(beta, 1 - 2/(t+2))."""
-    beta = min(hyper.factor_beta, 1 - 2 / (int(state.step[0]) + 3))
-    return kl_shampoo.update(state, grad, replace(hyper, shampoo_beta=beta), spare)
+def sooner(times: int) -> Update:
+    """What eigenvalues and factors started from is forgotten faster: b(t) = min(beta, 1 - times / (t + times))."""
+
+    def update(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
+        beta = min(hyper.factor_beta, 1 - times / (int(state.step[0]) + 1 + times))
+        return kl_shampoo.update(state, grad, replace(hyper, shampoo_beta=beta), spare)
+
+    return update
 
 
 ORTHOGONAL_UPDATES = 50  # of a run, by `orthogonal_start`
@@ -106,12 +112,6 @@ def orthogonal_start(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: T
     """Three Newton-Schulz steps orthogonalise the first updates, which eigenvalues that began equal do not whiten."""
     steps = 3 if int(state.step[0]) < ORTHOGONAL_UPDATES else hyper.polar
     return kl_shampoo.update(state, grad, replace(hyper, polar=steps), spare)
-
-
-def sooner_yet(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
-    """As `sooner`, b(t) = min(beta, 1 - 3/(t+3))."""
-    beta = min(hyper.factor_beta, 1 - 3 / (int(state.step[0]) + 4))
-    return kl_shampoo.update(state, grad, replace(hyper, shampoo_beta=beta), spare)
 
 
 LONGER_AFTER = 1000  # updates, from which on `longer_memory` remembers longer
@@ -191,8 +191,8 @@ VARIANTS = {
     "eigh_start": FRESH._replace(start=eigh_start),
     "products": FRESH._replace(refresh=refresh_by_products),
     "clipped": FRESH._replace(update=clipped),
-    "sooner": FRESH._replace(update=sooner),
-    "sooner_yet": FRESH._replace(update=sooner_yet),
+    "sooner": FRESH._replace(update=sooner(2)),
+    "sooner_yet": FRESH._replace(update=sooner(3)),
     "orthogonal_start": FRESH._replace(update=orthogonal_start),
     "longer_memory": FRESH._replace(update=longer_memory),
     "zero_staleness": FRESH._replace(

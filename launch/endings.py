@@ -99,7 +99,7 @@ def leave(status: int) -> NoReturn:
     model in DistributedDataParallel, torch's caches of DTensors, DeepSpeed (findings/torch_gloo_threads.sh). One that
     lets go of a tensor while the interpreter ends aborts a process that has done all it had to.
     """
-    if "RANK" not in os.environ:
+    if not os.environ.keys() & {"RANK", "SLURM_PROCID"}:
         sys.exit(status)
     if status == 0 and dist.is_initialized():  # a rank that failed must not wait for the others
         dist.destroy_process_group()

@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import torch
 
 import lightning_plugin
+from launch.endings import leave
 from tests.lightning_runs import OfLayers, rows
 from tests.sharded import weights_of
 
@@ -68,10 +69,7 @@ def main() -> None:
     if given.get("saves"):
         quiet |= {"callbacks": [pl.callbacks.OnExceptionCheckpoint(given["out"])], "enable_checkpointing": True}
     pl.Trainer(**{**quiet, **given["trainer"]}).fit(Layers(given))
-    if {"RANK", "SLURM_PROCID"} & os.environ.keys():  # as a job under a launcher leaves: launch/endings.py
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -85,12 +85,13 @@ def assert_goes_on(stopped: Ended, folder: Path, worlds: dict[int, World], proce
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # the child calls nothing that needs other threads
-def test_under_torchrun_a_process_ends_with_the_status_of_the_job_and_nothing_it_said_is_lost() -> None:
+@pytest.mark.parametrize("launcher", ["RANK", "SLURM_PROCID"])
+def test_under_a_launcher_a_process_ends_with_the_status_of_the_job_and_nothing_it_said_is_lost(launcher: str) -> None:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            os.environ["RANK"] = "0"
+            os.environ[launcher] = "0"
             sys.stdout = sys.stderr = os.fdopen(writing, "w")
             sys.stdout.write("the last words")
             leave(3)

@@ -59,7 +59,7 @@ PRESETS = {
 refresh the rate is an H200's (docs/gpu.md): the 1.48 Tflop that are counted for GPT-2 124M's took it 62 ms."""
 
 LARGEST, MOST = 1024, 32  # side and number of the matrices that this CPU is measured with
-ELEMENTS = 8 * 512**3  # of so many products of their sides there are no more of them
+MOST_WORK = 8 * 512**3  # d^3 of all of them together; they are two at least, to take turns at T = 2
 EVERY = 2  # T of the steps that refreshes are measured in
 REPEATS = 5
 SECONDS = 0.05  # of one repetition, about
@@ -74,7 +74,7 @@ def this_cpu(side: int, ranks: int = 1, matrices: int = 8, sharded: bool = False
     step of theirs takes beside all this is the host's, and where no rank computes its exchanges are waited for.
     """
     side = min(side, LARGEST)
-    matrices = min(matrices, MOST, max(2, ELEMENTS // side**3))
+    matrices = min(matrices, MOST, max(EVERY, MOST_WORK // side**3))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -8,7 +8,8 @@ set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 
-half="shampoo_exponent=0.5"  # the default when most of this was measured
+half="polar=0 shampoo_exponent=0.5"  # the defaults when most of this was measured
+later="polar=0"  # and after that
 
 compare() {
     ${PYTHON:-python} ${job:-launch/compare.py} --jobs "${JOBS:-2}" --results benchmarks/results/${results:-batches}.jsonl \
@@ -19,46 +20,49 @@ compare() {
 # Three learning rates, and more where the best of three was at an edge; kl_muon is Muon on the engine's square blocks.
 over_batch() {
     compare --run "--optimizer muon" --run "--optimizer kl_muon" --grid lr=1.5e-2,2.2e-2,3.3e-2
-    compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --grid lr=1e-2,1.5e-2
-    compare --run "--optimizer kl_shampoo" --grid lr=2.2e-2
+    compare --run "--optimizer kl_shampoo --set $half" --grid lr=1e-2,1.5e-2
+    compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $later" --grid lr=1.5e-2,2.2e-2
     [ "$batch" -le 8192 ] || return 0
     compare --run "--optimizer muon" --grid lr=5e-2
     compare --run "--optimizer kl_shampoo --lr 2.2e-2 --set $half" --run "--optimizer adamw --lr 8e-3"
-    compare --run "--optimizer kl_shampoo --set $half polar=3" --grid lr=1e-2,1.5e-2,2.2e-2
+    compare --run "--optimizer kl_shampoo --set shampoo_exponent=0.5 polar=3" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer soap" --run "--optimizer kl_soap" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer adamw" --grid lr=1e-3,2e-3,4e-3
     compare --seeds 1 2 --run "--optimizer kl_shampoo --lr 1.5e-2 --set $half" --run "--optimizer kl_muon --lr 2.2e-2"
-    compare --seeds 1 2 --run "--optimizer kl_shampoo" --grid lr=1.5e-2,2.2e-2
+    compare --seeds 1 2 --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $later" --grid lr=1.5e-2,2.2e-2
+    compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $later" --grid lr=1e-2
     [ "$batch" -le 1024 ] || return 0
     compare --run "--optimizer adamw --lr 2e-3" --grid "betas=(0.9,0.99),(0.95,0.95),(0.8,0.95),(0.9,0.9)"
     compare --run "--optimizer adamw --warmup 80" --grid lr=2e-3,4e-3,6e-3,9e-3,1.3e-2
     compare --run "--optimizer adamw --warmup 80 --lr 4e-3 --set betas=(0.8,0.95)"
     compare --run "--optimizer kl_shampoo --warmup 80 --lr 1.5e-2 --set $half"
-    compare --run "--optimizer kl_shampoo --lr 1.5e-2" --grid shampoo_exponent=0.6,0.8
-    compare --run "--optimizer kl_shampoo --lr 3.3e-2"
+    compare --run "--optimizer kl_shampoo --lr 1.5e-2 --set $later" --grid shampoo_exponent=0.6,0.8
+    compare --run "--optimizer kl_shampoo --lr 3.3e-2" --run "--optimizer kl_shampoo --lr 3.3e-2 --set $later"
 }
 
 over_length() {
-    compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --grid lr=6e-3,1e-2,1.5e-2
-    compare --seeds 1 2 --run "--optimizer kl_shampoo" --grid lr=1e-2,1.5e-2
+    compare --run "--optimizer kl_shampoo --set $later" --run "--optimizer kl_shampoo --set $half" --grid lr=6e-3,1e-2,1.5e-2
+    compare --run "--optimizer kl_shampoo" --grid lr=6e-3,1e-2,1.5e-2
+    compare --seeds 1 2 --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $later" --grid lr=1e-2,1.5e-2
     compare --run "--optimizer kl_muon" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer muon" --grid lr=1.5e-2,2.2e-2
     compare --run "--optimizer adamw" --grid lr=1e-3,2e-3
     compare --run "--optimizer soap" --run "--optimizer kl_soap" --grid lr=1e-2,1.5e-2
-    compare --run "--optimizer kl_shampoo --set $half polar=3" --grid lr=1e-2,1.5e-2
+    compare --run "--optimizer kl_shampoo --set shampoo_exponent=0.5 polar=3" --grid lr=1e-2,1.5e-2
     compare --run "--optimizer kl_shampoo --lr 1.5e-2 --precondition-frequency 1 --set $half"
     compare --seeds 1 2 --run "--optimizer kl_muon --lr 2.2e-2"
     compare --seeds 1 2 --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_soap" --run "--optimizer soap" \
-        --run "--optimizer kl_shampoo --set $half polar=3" --grid lr=1.5e-2
+        --run "--optimizer kl_shampoo --set shampoo_exponent=0.5 polar=3" --grid lr=1.5e-2
     job="-m benchmarks.variants" compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1.5e-2 --set $half" --grid recipe=zero_staleness
 }
 
 over_a_long_run() {
-    compare --run "--optimizer kl_shampoo" --grid lr=6e-3,1e-2
+    compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $later" --grid lr=6e-3,1e-2
     compare --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_soap" --grid lr=6e-3,1e-2,1.5e-2
     compare --run "--optimizer kl_muon" --grid lr=6e-3,1e-2,1.5e-2,2.2e-2
-    compare --seeds 1 --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_muon" --grid lr=1e-2
-    job="-m benchmarks.variants" compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1e-2" --grid recipe=longer_memory
+    compare --seeds 1 --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $later" \
+        --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_muon" --grid lr=1e-2
+    job="-m benchmarks.variants" compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1e-2 --set $later" --grid recipe=longer_memory
     compare --run "--optimizer kl_muon --lr 1e-2" --grid "betas=(0.95,0.95)"
 }
 
@@ -71,25 +75,19 @@ over_choices() {
 
 # What the first steps are made otherwise for, and what is left of it later.
 over_the_beginning() {
-    batch=1024
-    for steps in 150 400; do
-        job="-m benchmarks.variants" compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 2.2e-2" \
-            --grid recipe=fresh,sooner_yet,orthogonal_start
-    done
-    steps=2000
-    job="-m benchmarks.variants" compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1e-2" \
-        --grid recipe=fresh,sooner_yet,orthogonal_start
-    batch=8192
-    for steps in 150 400; do
-        job="-m benchmarks.variants" compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 2.2e-2" \
-            --grid recipe=fresh,sooner_yet,orthogonal_start
+    alone="--optimizer kl_shampoo --set $later"
+    for arena in 1024x150 1024x400 1024x2000 8192x150 8192x400; do
+        batch=${arena%x*} steps=${arena#*x} lr=2.2e-2 seeds="0 1 2"
+        [ "$steps" -lt 2000 ] || lr=1e-2
+        [ "$batch" -lt 8192 ] || seeds="0 1"
+        compare --seeds $seeds --run "--optimizer kl_shampoo --lr $lr"
+        job="-m benchmarks.variants" compare --seeds $seeds --run "$alone --lr $lr" --grid recipe=fresh,sooner_yet
     done
     batch=32768 steps=150
     compare --run "--optimizer kl_muon" --grid lr=3.3e-2,5e-2,7e-2
     compare --run "--optimizer kl_shampoo --set $half" --grid lr=1e-2,1.5e-2,2.2e-2
-    compare --run "--optimizer kl_shampoo" --grid lr=1.5e-2,2.2e-2,3.3e-2
+    compare --run "--optimizer kl_shampoo" --run "$alone" --grid lr=1.5e-2,2.2e-2,3.3e-2
     compare --run "--optimizer kl_shampoo --set polar=3" --grid lr=2.2e-2
-    job="-m benchmarks.variants" compare --run "--optimizer kl_shampoo --lr 2.2e-2" --grid recipe=orthogonal_start
 }
 
 # With spikes cut down, as batches.jsonl's earlier runs were without.
@@ -98,21 +96,21 @@ over_spikes() {
         --run "--optimizer kl_soap --lr 1.5e-2" --run "--optimizer soap --lr 1.5e-2" --run "--optimizer kl_muon --lr 2.2e-2"
 }
 
-for arena in ${*:-1024x400 8192x400 32768x400 1024x2000 choices}; do
-    if [ "$arena" = spikes ]; then
+for part in ${*:-1024x400 8192x400 32768x400 1024x2000 choices}; do
+    if [ "$part" = spikes ]; then
         batch=1024 steps=400
         over_spikes
         continue
     fi
-    if [ "$arena" = beginning ]; then
+    if [ "$part" = beginning ]; then
         over_the_beginning
         continue
     fi
-    if [ "$arena" = choices ]; then
+    if [ "$part" = choices ]; then
         batch=1024
         for steps in 150 400; do over_choices; done
         continue
     fi
-    batch=${arena%x*} steps=${arena#*x}
+    batch=${part%x*} steps=${part#*x}
     if [ "$steps" -gt 2000 ]; then over_a_long_run; elif [ "$steps" -gt 400 ]; then over_length; else over_batch; fi
 done

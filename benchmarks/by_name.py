@@ -168,6 +168,7 @@ def main(
     contenders: tuple[str, ...] = ("adamw", "head a matrix", "at AdamW's rate", "by name"),
     method: str = "kl_shampoo",
     shampoo_exponent: float | None = None,
+    polar: int | Literal["start"] | None = None,
 ) -> None:
     """Run all contenders.
 
@@ -181,8 +182,9 @@ def main(
         contenders: which.
         method: of all but AdamW.
         shampoo_exponent: likewise; None: the method's own.
+        polar: likewise.
     """
-    told = {"method": method, "shampoo_exponent": shampoo_exponent}
+    told = {"method": method, "shampoo_exponent": shampoo_exponent, "polar": polar}
     own = {key: x for key, x in told.items() if x not in ("kl_shampoo", None)}
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")

@@ -1,6 +1,6 @@
 """KL-Shampoo with one of its choices made otherwise, to see what the choice is worth.
 
-    python -m benchmarks.variants --run "--optimizer kl_shampoo --set shampoo_exponent=0.5" \
+    python -m benchmarks.variants --run "--optimizer kl_shampoo --set shampoo_exponent=0.5 polar=0" \
         --grid recipe=fresh,stale_eigenvalues,one_refresh
 
 is launch/compare.py with more recipes to choose from. Each is "fresh" but for one thing; none is part of the engine,
@@ -105,15 +105,6 @@ def sooner(times: int) -> Update:
     return update
 
 
-ORTHOGONAL_UPDATES = 50  # of a run, by `orthogonal_start`
-
-
-def orthogonal_start(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
-    """Three Newton-Schulz steps orthogonalise the first updates, which eigenvalues that began equal do not whiten."""
-    steps = 3 if int(state.step[0]) < ORTHOGONAL_UPDATES else hyper.polar
-    return kl_shampoo.update(state, grad, replace(hyper, polar=steps), spare)
-
-
 LONGER_AFTER = 1000  # updates, from which on `longer_memory` remembers longer
 
 
@@ -193,10 +184,15 @@ VARIANTS = {
     "clipped": FRESH._replace(update=clipped),
     "sooner": FRESH._replace(update=sooner(2)),
     "sooner_yet": FRESH._replace(update=sooner(3)),
-    "orthogonal_start": FRESH._replace(update=orthogonal_start),
     "longer_memory": FRESH._replace(update=longer_memory),
     "zero_staleness": FRESH._replace(
-        allocate=allocate_roots, start=start_roots, update=zero_staleness, refresh=None, working_copies=8, polar=False
+        allocate=allocate_roots,
+        start=start_roots,
+        update=zero_staleness,
+        refresh=None,
+        working_copies=8,
+        polar=False,
+        defaults={**FRESH.defaults, "polar": 0},
     ),
 }
 

@@ -16,6 +16,7 @@ from kl_dist.checkpoint.holdings import Holding, carry_over, holdings
 from kl_dist.layouts import placement
 from kl_dist.layouts.reduction import Reduction
 from kl_dist.layouts.replicas import check_replicas
+from kl_dist.methods.kronecker import Polar
 from kl_dist.methods.products import check_device
 from kl_dist.planning.making import make_plan
 from kl_dist.planning.partition import FEWEST, Partition
@@ -63,7 +64,8 @@ class KLShampoo(StateDicts):
         process_group: ranks to partition over. None: all of them.
         nesterov: momentum one step ahead. None: True ("paper": False).
         polar: Newton-Schulz steps that orthogonalise the whitened momentum of each matrix, its norm kept
-            (kl_dist.methods.polar); 0 is none. Not for "shampoo" and "paper". None: 0 ("paper": 0).
+            (kl_dist.methods.polar); 0 is none, "start" three in the first 5 / (1 - betas[1]) updates and then none.
+            Not for "shampoo" and "paper". None: "start", but 0 of other methods and of "paper".
         stagger: spread the refreshes over the T steps. None: True ("paper": False).
         long_side: "cut", "diagonal" or "identity". None: "cut", but for "muon", which keeps nothing of any side.
         merge_dims: read small trailing dimensions (convolution kernels) as columns. None: True ("paper": False).
@@ -113,7 +115,7 @@ class KLShampoo(StateDicts):
         max_preconditioner_dim: int = 8192,
         process_group: dist.ProcessGroup | None = None,
         nesterov: bool | None = None,
-        polar: int | None = None,
+        polar: Polar | None = None,
         stagger: bool | None = None,
         long_side: str | None = None,
         merge_dims: bool | None = None,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_dist.methods import ELEMENTWISE, METHODS
+from kl_dist.methods import ELEMENTWISE, METHODS, polar
 from kl_dist.methods.products import COMPUTE_DTYPES
 
 log = logging.getLogger(__name__)
@@ -271,7 +271,11 @@ def _check_memory(group: Mapping[str, Any]) -> None:
 
 
 def _check_polar(group: Mapping[str, Any]) -> None:
-    _check_integer(group, "polar", least=0)
+    if isinstance(group["polar"], str):
+        if group["polar"] != polar.START:
+            raise ValueError(f"polar is {polar.START!r} or a whole number, not {group['polar']!r}")
+    else:
+        _check_integer(group, "polar", least=0)
     method, recipe = group["method"], group["recipe"]
     if group["polar"] and method in METHODS and not METHODS[method].rules[recipe].polar:
         raise ValueError(

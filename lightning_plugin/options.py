@@ -42,7 +42,8 @@ class TakesOptimizerOptions:
         blocking: "square" cuts a matrix along its long side into near-square blocks; "none".
         max_preconditioner_dim: sides longer than this are handled as `long_side` says.
         nesterov: momentum one step ahead.
-        polar: Newton-Schulz steps that orthogonalise the whitened momentum; 0 is none.
+        polar: Newton-Schulz steps that orthogonalise the whitened momentum; 0 is none, "start" three in the first
+            updates of each matrix.
         stagger: spread the refreshes over the T steps.
         long_side: "cut", "diagonal" or "identity".
         merge_dims: read small trailing dimensions (convolution kernels) as columns.
@@ -79,7 +80,7 @@ class TakesOptimizerOptions:
         blocking: Literal["square", "none"] | None = None,
         max_preconditioner_dim: int | None = None,
         nesterov: bool | None = None,
-        polar: int | None = None,
+        polar: int | Literal["start"] | None = None,
         stagger: bool | None = None,
         long_side: Literal["cut", "diagonal", "identity"] | None = None,
         merge_dims: bool | None = None,

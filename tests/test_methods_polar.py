@@ -10,7 +10,7 @@ from benchmarks import polar as fits
 from kl_dist import KLShampoo
 from kl_dist.methods import METHODS, polar
 from tests.models import deviation
-from tests.paths import OPTIONS, UNIT_LR, WHOLE, follow, peak_of_a_step, train, update_sizes, weights
+from tests.paths import OPTIONS, UNIT_LR, WHOLE, follow, peak_of_a_step, train, train_many, update_sizes, weights
 from tests.products import product
 from tests.sharded import train_alone, train_sharded
 from tests.test_distributed import on_ranks, one_process
@@ -89,15 +89,43 @@ def test_engine_agrees_with_the_reference_in_the_original_coordinates(method, sh
     grads, W = gradients(shape), weights(shape)
     path = train(grads, W, method=method, polar=steps, **WHOLE)
     assert distance(path, follow(method, "fresh", grads, W, polar=polar.coefficients(steps))) < 1e-9
-    plain = train(grads, W, method=method, **WHOLE)
+    plain = train(grads, W, method=method, polar=0, **WHOLE)
     assert torch.equal(path, plain) == (len(shape) == 3)
 
 
+@pytest.mark.parametrize("recipe", ["fresh", "paper"])
 @pytest.mark.parametrize("method", METHODS)
-def test_without_it_nothing_changes(method):
+def test_it_is_the_start_alone_of_kl_shampoo_and_nothing_of_the_others(method, recipe):
     grads, W = gradients((7, 4)), weights((7, 4))
-    plain = train(grads, W, method=method)
-    assert all(torch.equal(train(grads, W, method=method, polar=off), plain) for off in (0, None))
+    said = "start" if (method, recipe) == ("kl_shampoo", "fresh") else 0
+    paths = [train(grads, W, method=method, recipe=recipe, polar=one) for one in (None, said)]
+    assert torch.equal(*paths)
+
+
+@product(method=TAKE_IT, shape=[(6, 6), (4, 7)])
+def test_a_start_is_orthogonalised_until_what_eigenvalues_began_with_is_forgotten(method, shape):
+    """5 / (1 - 0.5) = 10 updates of 20."""
+    grads, options = gradients(shape, steps=20), {"betas": (0.9, 0.5), "weight_decay": 0.0}
+    whole = {"method": method, **options, **WHOLE}
+    path, always, never = (train(grads, polar=polar, **whole) for polar in ("start", 3, 0))
+    assert torch.equal(path[:11], always[:11]) and distance(path[1:11], never[1:11]) > 0.01
+    assert distance(path[11:] - path[10], never[11:] - never[10]) < 1e-12
+    if method == "kl_shampoo":
+        assert distance(path, follow(method, "fresh", grads, **options)) < 1e-9
+    longer = [train(grads, polar=polar, shampoo_beta=0.75, **whole) for polar in ("start", 3)]  # 20 updates
+    assert torch.equal(*longer)
+
+
+def test_matrices_of_a_stack_have_each_its_own_start():
+    """Those of 9 that miss gradients are behind, beside one another or apart."""
+    grads = [gradients((6, 6), steps=24) for _ in range(9)]
+    options = {"betas": (0.9, 0.5), "precondition_frequency": 1, "stagger": False}
+    for late, first in ((1, 3), (4, 5), (5, 9), (8, 12)):
+        grads[late] = grads[late].clone()
+        grads[late][:first] = torch.nan
+    together = train_many(grads, **options)
+    for found, own in zip(together, grads, strict=True):
+        assert distance(found, train(own, **options)) < 1e-12
 
 
 def test_it_may_be_changed_between_steps():
@@ -142,7 +170,7 @@ def test_every_update_has_the_size_that_it_has_without(method, steps, kind):
     elif kind == "dead rows":
         grads[:, ::3] = 0
     sizes = update_sizes(train(grads, method=method, polar=steps, **UNIT_LR))
-    torch.testing.assert_close(sizes, update_sizes(train(grads, method=method, **UNIT_LR)))
+    torch.testing.assert_close(sizes, update_sizes(train(grads, method=method, polar=0, **UNIT_LR)))
     assert sizes.max() < 1.5 and sizes[0] > (1 / 48 if kind == "rank one" else 0.05)
 
 
@@ -172,7 +200,7 @@ def test_a_jump_of_scale_does_not_stall_it(method, jump):
     grads = gradients((24, 24), steps=100)
     grads[50:] *= jump
     sizes = update_sizes(train(grads, method=method, polar=3, **UNIT_LR))
-    torch.testing.assert_close(sizes, update_sizes(train(grads, method=method, **UNIT_LR)))
+    torch.testing.assert_close(sizes, update_sizes(train(grads, method=method, polar=0, **UNIT_LR)))
     assert sizes.max() < 10
 
 
@@ -201,7 +229,12 @@ def test_the_flops_of_its_products_are_those_in_the_plan(shape, steps):
     assert counted.get_total_flops() == polar.flops(shape, steps) == pytest.approx(said[1] - said[0])
 
 
-@pytest.mark.parametrize("method", TAKE_IT)
-def test_the_peak_of_a_step_is_what_the_plan_says(method):
-    peak, said = peak_of_a_step(method=method, polar=3)
+def test_a_start_costs_nothing_in_the_long_run():
+    plans = [kl_dist.plan({"W": (96, 96)}, 1, polar=polar) for polar in ("start", 0)]
+    assert plans[0].cost == plans[1].cost
+
+
+@product(method=TAKE_IT, steps=[3, "start"])
+def test_the_peak_of_a_step_is_what_the_plan_says(method, steps):
+    peak, said = peak_of_a_step(method=method, polar=steps)
     assert peak == pytest.approx(said, rel=0.02)

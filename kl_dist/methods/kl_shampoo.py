@@ -70,7 +70,7 @@ def update(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> 
     roots = [None if x is None else inverse_root(x, hyper.shampoo_exponent or 0.5) for x in state.eigenvalues]
     size = scale.reciprocal() * (averages.correction(state.step, hyper, scale) / (1 + hyper.eps))
     whitened = kronecker.scale_sides(direction, roots, size, out=direction)
-    whitened = polar.orthogonalize_(whitened, hyper.polar, spare, hyper.compute_dtype)
+    whitened = polar.orthogonalize_as_asked_(whitened, state.step, hyper, spare)
     return kronecker.project_back(whitened, spare, state.bases, hyper.compute_dtype)
 
 
@@ -113,7 +113,7 @@ FRESH = Rule(
     update,
     kl_factors.refresh,
     polar=True,
-    defaults=MappingProxyType({"betas": (0.9, 0.9), "shampoo_exponent": 0.7}),
+    defaults=MappingProxyType({"betas": (0.9, 0.9), "shampoo_exponent": 0.7, "polar": polar.START}),
 )
 PAPER = as_released(allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released)
 METHOD = Method("KL-Shampoo", {"fresh": FRESH, "paper": PAPER, "compact": compact(FRESH, "fresh")}, from_adamw=MEASURED)

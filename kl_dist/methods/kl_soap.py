@@ -42,7 +42,7 @@ def update(state: KLSOAPState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Ten
     kl_factors.learn(state, projected, spare, hyper)
     scale = averages.scale_without_spikes_(projected, state.grad_scale, state.step, hyper.betas[1])
     adam = scaled_adam(state, projected, spare, scale, hyper)
-    adam = polar.orthogonalize_(adam, hyper.polar, spare, hyper.compute_dtype)
+    adam = polar.orthogonalize_as_asked_(adam, state.step, hyper, spare)
     return kronecker.project_back(adam, spare, state.bases, hyper.compute_dtype)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from kl_dist.methods.products import Operand
 
 SMALLEST_HALF = 48
 """Rows that a symmetric product is halved down to: below, a call costs more than the flops it saves."""
+
+Polar = int | Literal["start"]
+"""Option `polar`: kl_dist.methods.polar."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Hyper:
     precondition_frequency: int = 1
     shampoo_beta: float | None = None
     nesterov: bool = False
-    polar: int = 0
+    polar: Polar = 0
     shampoo_exponent: float | None = None
     adjust_lr_fn: str | None = None
     compute_dtype: str | None = "float32"

@@ -1,5 +1,8 @@
 """Orthogonalisation after whitening: option `polar`, the number of Newton-Schulz steps towards the polar factor.
 
+Or "start": START_STEPS of them in a matrix's first updates, and none from there on. Eigenvalues begin equal, and until
+they have come down to their own, whitening divides weak directions by too much; orthogonalised, all move as far.
+
 With P, the whitened momentum of a block in its eigenbasis, m x n and m <= n (else its transpose),
 
     X_0 = P / t,   t = |(P P^T)^2|_F^1/4;       X_k+1 = a_k X_k + (b_k A + c_k A^2) X_k,   A = X_k X_k^T
@@ -19,12 +22,21 @@ left as they are. Source: Amsel et al., "The Polar Express" (arXiv 2505.16932); 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from kl_dist.methods import averages, quintic
+from kl_dist.methods.kronecker import Hyper, Polar
+from kl_dist.methods.state import span
+
+START: Final = "start"
+START_STEPS = 3
+START_LIFETIMES = 5
+"""Of the averages of the eigenvalues: after as many no 150th of what these began with is left."""
 
 LOWER_ENDS = {1: 0.15, 2: 0.07, 3: 0.025, 4: 0.01, 5: 0.01}
 """l by number of steps: of those tried, that which aligns P' best with the polar factor in training, of a GPT of width
@@ -58,6 +70,42 @@ def coefficients(steps: int) -> tuple[tuple[float, float, float], ...]:
     """(a, b, c) of each of `steps` steps."""
     fitted = COEFFICIENTS[min(steps, max(COEFFICIENTS))]
     return fitted + (LAST,) * (steps - len(fitted))
+
+
+def orthogonalize_as_asked_(whitened: Tensor, step: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
+    """`orthogonalize_` as `hyper.polar` says, of those matrices whose number of updates it says it for.
+
+    Args:
+        whitened: P (B, m, n), overwritten by P'; of any other number of sides it is left as it is.
+        step: t of each, this update counted (B,), on the CPU.
+        spare: like P, overwritten.
+    """
+    if not hyper.polar or whitened.ndim != 3:
+        return whitened
+    steps, last = hyper.polar, math.inf
+    if steps == START:
+        steps, last = START_STEPS, start_updates(hyper.factor_beta)
+    due = [row for row, t in enumerate(step.tolist()) if t <= last]
+    at_once = orthogonalized_at_once(len(step))
+    for some in (due[first : first + at_once] for first in range(0, len(due), at_once)):
+        rows = span(some)
+        whitened[rows] = orthogonalize_(whitened[rows], steps, spare[: len(some)], hyper.compute_dtype)
+    return whitened
+
+
+def orthogonalized_at_once(count: int) -> int:
+    """How many of the `count` matrices of a stack are orthogonalised together: so few that its refresh holds more."""
+    return max(1, count // 4)
+
+
+def start_updates(beta: float) -> int:
+    """How many first updates are orthogonalised under "start": START_LIFETIMES / (1 - beta), beta the factors'."""
+    return round(START_LIFETIMES / (1 - beta))
+
+
+def lasting_steps(polar: Polar) -> int:
+    """Newton-Schulz steps of an update in the long run."""
+    return 0 if polar == START else polar
 
 
 def orthogonalize_(

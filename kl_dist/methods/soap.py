@@ -45,7 +45,7 @@ def update(state: SOAPState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tenso
         state.factors, projected, spare, keep, by=scale.reciprocal(), compute_dtype=hyper.compute_dtype
     )
     adam = scaled_adam(state, projected, spare, scale, hyper)
-    adam = polar.orthogonalize_(adam, hyper.polar, spare, hyper.compute_dtype)
+    adam = polar.orthogonalize_as_asked_(adam, state.step, hyper, spare)
     return kronecker.project_back(adam, spare, state.bases, hyper.compute_dtype)
 
 

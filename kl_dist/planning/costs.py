@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from kl_dist.methods import Side, adamw, polar, rule
+from kl_dist.methods.kronecker import Polar
 from kl_dist.methods.state import state_dtype
 from kl_dist.planning.matrices import Block
 
@@ -32,31 +33,37 @@ class Work(NamedTuple):
         return self.products + self.refresh / every + FLOPS_PER_BYTE * self.moved
 
 
-def matrix_work(method: str, recipe: str, block: Block, dtype: torch.dtype, polar_steps: int) -> Work:
+def matrix_work(method: str, recipe: str, block: Block, dtype: torch.dtype, polar_option: Polar) -> Work:
     """Of one block."""
-    return _work(method, recipe, block.shape, block.sides, dtype, polar_steps)
+    return _work(method, recipe, block.shape, block.sides, dtype, polar_option)
 
 
 @lru_cache(maxsize=4096)
 def _work(
-    method: str, recipe: str, shape: tuple[int, ...], sides: tuple[Side, ...], dtype: torch.dtype, polar_steps: int
+    method: str, recipe: str, shape: tuple[int, ...], sides: tuple[Side, ...], dtype: torch.dtype, polar_option: Polar
 ) -> Work:
     flops = rule(method, recipe).flops(shape, sides)
     moved = 2 * state_bytes(method, recipe, shape, sides, dtype) + 2 * math.prod(shape) * dtype.itemsize
-    return Work(flops.update + polar.flops(shape, polar_steps), flops.refresh, moved)
+    return Work(flops.update + polar.flops(shape, polar.lasting_steps(polar_option)), flops.refresh, moved)
 
 
-def matrix_cost(method: str, recipe: str, block: Block, dtype: torch.dtype, every: int, polar_steps: int) -> float:
+def matrix_cost(method: str, recipe: str, block: Block, dtype: torch.dtype, every: int, polar_option: Polar) -> float:
     """Flops per step of one block, refreshes divided by `every`, bytes counted as flops."""
-    return matrix_work(method, recipe, block, dtype, polar_steps).cost(every)
+    return matrix_work(method, recipe, block, dtype, polar_option).cost(every)
 
 
-def update_bytes(method: str, recipe: str, block: Block, dtype: torch.dtype, polar_steps: int) -> int:
-    """Bytes that an update of one block holds at its peak; those of a stack add up."""
-    chosen = rule(method, recipe)
-    copies = chosen.working_copies + (polar_steps > 0 and chosen.polar and len(block.shape) == 2)
+def update_bytes(method: str, recipe: str, block: Block, dtype: torch.dtype) -> int:
+    """Bytes that an update of one block holds at its peak, but for `polar_bytes`; those of a stack add up."""
+    copies = rule(method, recipe).working_copies
     copies += 2 * (len(block.shape) > 2)  # of a side in the middle, moved to the end and multiplied there
     return copies * block.numel * state_dtype(dtype).itemsize
+
+
+def polar_bytes(method: str, recipe: str, block: Block, dtype: torch.dtype, polar_option: Polar) -> int:
+    """Bytes that orthogonalising one block's update holds beside these."""
+    if not (polar_option and rule(method, recipe).polar and len(block.shape) == 2):
+        return 0
+    return min(block.shape) ** 2 * state_dtype(dtype).itemsize
 
 
 def adamw_update_bytes(numel: int, dtype: torch.dtype) -> int:

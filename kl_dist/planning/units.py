@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kl_dist.methods import ELEMENTWISE
+from kl_dist.methods import ELEMENTWISE, polar
 from kl_dist.planning import costs
 from kl_dist.planning.boxes import Box, Sharding, joined, volume, whole
 from kl_dist.planning.matrices import Block, Reading, cut, flat_reading, plain_reading, read_matrices
@@ -51,6 +51,7 @@ class Unit:
     cost: float  # flops per step, refreshes amortised, with bytes counted as flops
     state_bytes: int
     update_bytes: int  # of memory, at the peak of its update
+    polar_bytes: int  # beside these, where the update is orthogonalised
 
     @cached_property
     def numel(self) -> int:
@@ -82,6 +83,7 @@ def stack_bytes(units: Sequence[Unit]) -> int:
     update, first = sum(unit.update_bytes for unit in units), units[0]
     if first.elementwise:
         return update
+    update += first.polar_bytes * polar.orthogonalized_at_once(len(units))
     return max(update, costs.refresh_bytes(first.method, first.recipe, first.block, first.dtype, len(units)))
 
 
@@ -92,9 +94,10 @@ def recast(unit: Unit, number: int, parameter: Parameter, group: Mapping[str, An
         unit.method, unit.recipe, unit.block, dtype, group["precondition_frequency"], group["polar"]
     )
     held = costs.state_bytes(unit.method, unit.recipe, unit.block.shape, unit.block.sides, dtype)
-    working = costs.update_bytes(unit.method, unit.recipe, unit.block, dtype, group["polar"])
+    working = costs.update_bytes(unit.method, unit.recipe, unit.block, dtype)
+    beside = costs.polar_bytes(unit.method, unit.recipe, unit.block, dtype, group["polar"])
     unit = replace(unit, parameter=number, group=parameter.group, dtype=dtype)
-    return replace(unit, cost=cost, state_bytes=held, update_bytes=working)
+    return replace(unit, cost=cost, state_bytes=held, update_bytes=working, polar_bytes=beside)
 
 
 def method_of(parameter: Parameter, group: Mapping[str, Any]) -> str:
@@ -138,7 +141,8 @@ def matrix_units(
             seen[kind],
             cost,
             costs.state_bytes(method, recipe, block.shape, block.sides, parameter.dtype),
-            costs.update_bytes(method, recipe, block, parameter.dtype, group["polar"]),
+            costs.update_bytes(method, recipe, block, parameter.dtype),
+            costs.polar_bytes(method, recipe, block, parameter.dtype, group["polar"]),
         )
         seen[kind] += 1
 
@@ -161,6 +165,7 @@ def adamw_unit(index: int, parameter: Parameter) -> Unit:
         costs.adamw_cost(parameter.numel, parameter.dtype),
         costs.adamw_state_bytes(parameter.numel, parameter.dtype),
         costs.adamw_update_bytes(parameter.numel, parameter.dtype),
+        0,
     )
 
 

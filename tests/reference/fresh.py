@@ -32,6 +32,7 @@ ROOT_DAMPING = 1e-4  # Shampoo's, relative to the mean eigenvalue
 SMALLEST_EIGENVALUE = 1e-6  # of lambda_k, whose mean is one
 EXPONENT_FLOOR = 0.1  # of lambda_k: below, an exponent other than 1/2 counts no more
 SPIKE = 10  # times the scale so far
+START_POLAR = ((7.532763, -21.412573, 15.691826), (3.054176, -2.288511, 0.487458), (2.114614, -1.496300, 0.400362))
 SMALLEST_MOMENT = 1e-10  # of V, whose mean is one
 
 
@@ -56,7 +57,7 @@ class Reference:
         self.t += 1
         G = self.without_spike(G)
         self.M = ema(self.M, G, o.beta1)
-        W = W - o.lr * nearly_orthogonal(self.update(G), o.polar)
+        W = W - o.lr * nearly_orthogonal(self.update(G), o.polar if self.t <= o.polar_updates + 0.5 else ())
         if o.refresh_due(self.t):
             self.refresh()
         return W

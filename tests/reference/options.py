@@ -21,6 +21,7 @@ class Options:
     exponent: float  # p, Shampoo's and KL-Shampoo's
     adjust_lr_fn: str | None  # Muon's; None is the recipe's
     polar: tuple[tuple[float, float, float], ...]  # (a, b, c) of each Newton-Schulz step; none without
+    polar_updates: float  # how many first updates take these steps
     dtype: torch.dtype
 
     def refresh_due(self, t: int) -> bool:

@@ -1,5 +1,7 @@
 """Option `polar`: whitened momentum near its polar factor, with the norm it had; all demands on "fresh" hold."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kl_dist
 from benchmarks import polar as fits
 from kl_dist import KLShampoo
-from kl_dist.methods import METHODS, polar
+from kl_dist.methods import METHODS, averages, polar
 from tests.models import deviation
 from tests.paths import OPTIONS, UNIT_LR, WHOLE, follow, peak_of_a_step, train, train_many, update_sizes, weights
 from tests.products import product
@@ -114,6 +116,13 @@ def test_a_start_is_orthogonalised_until_what_eigenvalues_began_with_is_forgotte
         assert distance(path, follow(method, "fresh", grads, **options)) < 1e-9
     longer = [train(grads, polar=polar, shampoo_beta=0.75, **whole) for polar in ("start", 3)]  # 20 updates
     assert torch.equal(*longer)
+
+
+def test_a_start_leaves_a_750th_of_what_eigenvalues_began_with_however_long_they_remember():
+    for beta, updates in ((0.5, 10), (0.9, 50), (0.999, 750), (0.9999, 750)):
+        assert polar.start_updates(beta) == updates
+        left = math.prod(averages.warm_beta(beta)(t) for t in range(1, updates + 1))
+        assert left == pytest.approx(1 / 750, rel=0.35)
 
 
 def test_matrices_of_a_stack_have_each_its_own_start():

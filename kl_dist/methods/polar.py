@@ -35,8 +35,8 @@ from kl_dist.methods.state import span
 
 START: Final = "start"
 START_STEPS = 3
-START_LIFETIMES = 5
-"""Of the averages of the eigenvalues: after as many no 150th of what these began with is left."""
+START_LIFETIMES, START_AT_MOST = 5, 750
+"""How long, in lifetimes of the eigenvalues' averages, and at most: either leaves a 750th of what these began with."""
 
 LOWER_ENDS = {1: 0.15, 2: 0.07, 3: 0.025, 4: 0.01, 5: 0.01}
 """l by number of steps: of those tried, that which aligns P' best with the polar factor in training, of a GPT of width
@@ -99,8 +99,12 @@ def orthogonalized_at_once(count: int) -> int:
 
 
 def start_updates(beta: float) -> int:
-    """How many first updates are orthogonalised under "start": START_LIFETIMES / (1 - beta), beta the factors'."""
-    return round(START_LIFETIMES / (1 - beta))
+    """How many first updates are orthogonalised under "start": min(5 / (1 - beta), 750), beta the factors'.
+
+    Averages begin as plain means (`averages.warm_beta`), so of what they began with n updates leave 1 / (n + 1) and no
+    more, however long they remember.
+    """
+    return round(min(START_LIFETIMES / (1 - beta), START_AT_MOST))
 
 
 def lasting_steps(polar: Polar) -> int:

@@ -68,7 +68,7 @@ def reference(
     factor_beta = beta2 if shampoo_beta is None else shampoo_beta
     polar_updates = math.inf
     if polar is None and (method, recipe) == ("kl_shampoo", "fresh"):
-        polar, polar_updates = fresh.START_POLAR, 5 / (1 - factor_beta)
+        polar, polar_updates = fresh.START_POLAR, min(5 / (1 - factor_beta), 750)
     options = Options(
         lr=lr,
         beta1=beta1,

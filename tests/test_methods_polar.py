@@ -104,6 +104,18 @@ def test_it_is_the_start_alone_of_kl_shampoo_and_nothing_of_the_others(method, r
     assert torch.equal(*paths)
 
 
+def test_what_goes_beyond_whitening_outlives_it():
+    """Orthogonalised last, all directions would move alike, whatever the exponent."""
+    generator = torch.Generator().manual_seed(2)
+    grads = torch.randn(40, 12, 12, generator=generator, dtype=torch.float64) * torch.logspace(0, -1, 12)
+    options = {"polar": 5, "blocking": "none", **UNIT_LR}
+    spread = []
+    for exponent in (0.5, 0.7):
+        U = train(grads, shampoo_exponent=exponent, **options).diff(dim=0)[-1]
+        spread.append(float(torch.linalg.svdvals(U)[0] / torch.linalg.svdvals(U)[-1]))
+    assert spread[0] < 1.1 and spread[1] > 1.5
+
+
 @product(method=TAKE_IT, shape=[(6, 6), (4, 7)])
 def test_a_start_is_orthogonalised_until_what_eigenvalues_began_with_is_forgotten(method, shape):
     """5 / (1 - 0.5) = 10 updates of 20."""
@@ -170,6 +182,11 @@ def test_it_does_not_see_the_scale_of_the_gradients(method, steps, scale):
     assert distance(train(scale * grads, method=method, polar=steps), path) < 1e-10
 
 
+def whitening_alone(method: str) -> dict[str, float]:
+    """What KL-Shampoo does beyond it comes after, and changes the size of directions that are no longer the same."""
+    return {"shampoo_exponent": 0.5} if method == "kl_shampoo" else {}
+
+
 @product(method=TAKE_IT, steps=[1, 3, 5], kind=["rank one", "dead rows", "full"])
 def test_every_update_has_the_size_that_it_has_without(method, steps, kind):
     """Demand (b), of gradients of any rank."""
@@ -178,9 +195,12 @@ def test_every_update_has_the_size_that_it_has_without(method, steps, kind):
         grads = grads[:, :, :1] * grads[:, :1, :]
     elif kind == "dead rows":
         grads[:, ::3] = 0
-    sizes = update_sizes(train(grads, method=method, polar=steps, **UNIT_LR))
-    torch.testing.assert_close(sizes, update_sizes(train(grads, method=method, polar=0, **UNIT_LR)))
+    same = {"method": method, **UNIT_LR, **whitening_alone(method)}
+    sizes = update_sizes(train(grads, polar=steps, **same))
+    torch.testing.assert_close(sizes, update_sizes(train(grads, polar=0, **same)))
     assert sizes.max() < 1.5 and sizes[0] > (1 / 48 if kind == "rank one" else 0.05)
+    beyond = [update_sizes(train(grads, method=method, polar=polar, **UNIT_LR)) for polar in (steps, 0)]
+    assert ((beyond[0] / beyond[1]).log2().abs() < 0.5).all()
 
 
 @product(method=TAKE_IT, steps=[0, 1, 3, 5])
@@ -208,8 +228,9 @@ def test_a_jump_of_scale_does_not_stall_it(method, jump):
     """Demand (d): the size is that of the whitened momentum, whatever its directions."""
     grads = gradients((24, 24), steps=100)
     grads[50:] *= jump
-    sizes = update_sizes(train(grads, method=method, polar=3, **UNIT_LR))
-    torch.testing.assert_close(sizes, update_sizes(train(grads, method=method, polar=0, **UNIT_LR)))
+    same = {"method": method, **UNIT_LR, **whitening_alone(method)}
+    sizes = update_sizes(train(grads, polar=3, **same))
+    torch.testing.assert_close(sizes, update_sizes(train(grads, polar=0, **same)))
     assert sizes.max() < 10
 
 

@@ -4,8 +4,8 @@ Resident in the eigenbasis, one projection of the gradient is all a step needs:
 
     G~ = Q_a^T G Q_b;   M~ <- beta1 M~ + (1 - beta1) G~;   U = Q_a (M~ / D) Q_b^T,   D_ij = sqrt(lambda_a,i lambda_b,j)
 
-6 mn(m+n) flops for an m x n matrix. Recipe "fresh" goes on from S^-1/2 to S^-0.7: `inverse_root`. Letters: M exp_avg,
-S factors, Q bases, lambda eigenvalues, v scale.
+6 mn(m+n) flops for an m x n matrix. Recipe "fresh" goes on from S^-1/2 to S^-0.7: `beyond_whitening`. Letters:
+M exp_avg, S factors, Q bases, lambda eigenvalues, v scale.
 Source: Lin et al., "Understanding and Improving Shampoo and SOAP via Kullback-Leibler Minimization", ICLR 2026.
 """
 
@@ -48,11 +48,11 @@ def start(state: KLShampooState, grad: Tensor, hyper: Hyper) -> None:
 def update(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """The update U of one step, before the learning rate; the factors already know this step's gradient.
 
-        U = Q_a (r_a N r_b^T / (s (1 + eps))) Q_b^T,   r_k = lambda_k^-1/2 t_k,   t_k ~ lambda_k^-(p - 1/2)
+        U = Q_a (t_a P t_b^T) Q_b^T,   P = N / (s sqrt(lambda_a lambda_b^T) (1 + eps)),   t_k ~ lambda_k^-(p - 1/2)
 
     with N the bias-corrected momentum, s the gradients' scale, so that U does not change when all gradients are
-    multiplied by a constant, p the `shampoo_exponent`, and r from `inverse_root`. What stands between the bases is
-    orthogonalised if `polar` says so.
+    multiplied by a constant, p the `shampoo_exponent`, and t from `beyond_whitening`. P is orthogonalised if `polar`
+    says so.
 
     Args:
         state: mutated.
@@ -67,15 +67,17 @@ def update(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> 
     projected, spare = kronecker.project(grad, spare, state.bases, hyper.compute_dtype)
     scale = kl_factors.learn(state, projected, spare, hyper)
     direction = averages.momentum_(state.exp_avg, projected, hyper)
-    roots = [None if x is None else inverse_root(x, hyper.shampoo_exponent or 0.5) for x in state.eigenvalues]
+    roots = [None if x is None else x.rsqrt() for x in state.eigenvalues]
+    beyond = [None if x is None else beyond_whitening(x, hyper.shampoo_exponent or 0.5) for x in state.eigenvalues]
+    both = [root if root is None or t is None else root.mul_(t) for root, t in zip(roots, beyond, strict=True)]
     size = scale.reciprocal() * (averages.correction(state.step, hyper, scale) / (1 + hyper.eps))
-    whitened = kronecker.scale_sides(direction, roots, size, out=direction)
-    whitened = polar.orthogonalize_as_asked_(whitened, state.step, hyper, spare)
+    whitened = kronecker.scale_sides(direction, both, size, out=direction)
+    whitened = polar.orthogonalize_as_asked_(whitened, state.step, hyper, spare, beyond)
     return kronecker.project_back(whitened, spare, state.bases, hyper.compute_dtype)
 
 
-def inverse_root(eigenvalues: Tensor, exponent: float) -> Tensor:
-    """lambda^-1/2 t of a side (B, d), where t = max(lambda, EXPONENT_FLOOR)^-(p - 1/2), divided by its RMS.
+def beyond_whitening(eigenvalues: Tensor, exponent: float) -> Tensor | None:
+    """t of a side (B, d), max(lambda, EXPONENT_FLOOR)^-(p - 1/2) divided by its RMS; None where that is 1.
 
     lambda^-1/2 whitens the gradient's noise. Some of the way on from there to lambda^-1, where a natural gradient would
     be, what was white keeps its size, for t has a mean square of one.
@@ -84,12 +86,11 @@ def inverse_root(eigenvalues: Tensor, exponent: float) -> Tensor:
         eigenvalues: lambda, of unit mean.
         exponent: p.
     """
-    root = eigenvalues.rsqrt()
     if exponent == 0.5:
-        return root
+        return None
     further = eigenvalues.clamp_min(EXPONENT_FLOOR).pow_(0.5 - exponent)
     size = torch.linalg.vector_norm(further, dim=-1, keepdim=True) / further.shape[-1] ** 0.5
-    return root.mul_(further).div_(size)
+    return further.div_(size)
 
 
 def update_as_released(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:

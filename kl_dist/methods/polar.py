@@ -6,11 +6,12 @@ they have come down to their own, whitening divides weak directions by too much;
 With P, the whitened momentum of a block in its eigenbasis, m x n and m <= n (else its transpose),
 
     X_0 = P / t,   t = |(P P^T)^2|_F^1/4;       X_k+1 = a_k X_k + (b_k A + c_k A^2) X_k,   A = X_k X_k^T
-    P' = X_K |P|_F / |X_K|_F;                   U = Q_a P' Q_b^T
+    P' = X_K |P|_F / |X_K|_F;                   U = Q_a (r_a P' r_b^T) Q_b^T
 
 A step turns each singular value s into a s + b s^3 + c s^5 and leaves the singular vectors, so P' is near the polar
 factor of P, at P's norm. It commutes with the bases: no projection is added. t is the norm of the singular values to
-the power of 8, at least the largest and at most d^1/8 of it, and comes with the first step's products.
+the power of 8, at least the largest and at most d^1/8 of it, and comes with the first step's products. What KL-Shampoo
+scales by beyond whitening, r_a and r_b for an exponent other than 1/2, comes after: orthogonalised it would be lost.
 
 P's singular values are not those of a raw momentum, and the steps are fitted to them: the odd quintics whose
 composition is nearest to 1 on [l, 1], l from LOWER_ENDS. Two then do what three of Muon's do, three what five do.
@@ -29,7 +30,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from kl_dist.methods import averages, quintic
+from kl_dist.methods import averages, kronecker, quintic
 from kl_dist.methods.kronecker import Hyper, Polar
 from kl_dist.methods.state import span
 
@@ -72,13 +73,16 @@ def coefficients(steps: int) -> tuple[tuple[float, float, float], ...]:
     return fitted + (LAST,) * (steps - len(fitted))
 
 
-def orthogonalize_as_asked_(whitened: Tensor, step: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
+def orthogonalize_as_asked_(
+    whitened: Tensor, step: Tensor, hyper: Hyper, spare: Tensor, beyond: Sequence[Tensor | None] = ()
+) -> Tensor:
     """`orthogonalize_` as `hyper.polar` says, of those matrices whose number of updates it says it for.
 
     Args:
         whitened: P (B, m, n), overwritten by P'; of any other number of sides it is left as it is.
         step: t of each, this update counted (B,), on the CPU.
         spare: like P, overwritten.
+        beyond: what P is scaled by on each side (B, d) beside what whitens it; taken off before, and put on after.
     """
     if not hyper.polar or whitened.ndim != 3:
         return whitened
@@ -89,7 +93,11 @@ def orthogonalize_as_asked_(whitened: Tensor, step: Tensor, hyper: Hyper, spare:
     at_once = orthogonalized_at_once(len(step))
     for some in (due[first : first + at_once] for first in range(0, len(due), at_once)):
         rows = span(some)
-        whitened[rows] = orthogonalize_(whitened[rows], steps, spare[: len(some)], hyper.compute_dtype)
+        put_on = [None if x is None else x[rows] for x in beyond]
+        part = whitened[rows]
+        kronecker.scale_sides(part, [None if x is None else x.reciprocal() for x in put_on], 1.0, out=part)
+        orthogonalize_(part, steps, spare[: len(some)], hyper.compute_dtype)
+        whitened[rows] = kronecker.scale_sides(part, put_on, 1.0, out=part)
     return whitened
 
 

@@ -57,10 +57,14 @@ class Reference:
         self.t += 1
         G = self.without_spike(G)
         self.M = ema(self.M, G, o.beta1)
-        W = W - o.lr * nearly_orthogonal(self.update(G), o.polar if self.t <= o.polar_updates + 0.5 else ())
+        W = W - o.lr * self.update(G)
         if o.refresh_due(self.t):
             self.refresh()
         return W
+
+    def orthogonalized(self, U: Tensor) -> Tensor:
+        """U, near its polar factor if that was asked for of step t."""
+        return nearly_orthogonal(U, self.options.polar if self.t <= self.options.polar_updates + 0.5 else ())
 
     def momentum(self, G: Tensor) -> Tensor:
         """N = (beta1 M + (1 - beta1) G) / (1 - beta1^(t+1)), without Nesterov M / (1 - beta1^t); M has G already."""
@@ -87,7 +91,7 @@ class Reference:
 
 
 class KLShampoo(Reference):
-    """U = Q_a (N~ t_a t_b^T / (s sqrt(lambda_a lambda_b^T) (1 + eps))) Q_b^T, the scale s^2 ~ v a third factor.
+    """U = Q_a (P t_a t_b^T) Q_b^T, P = N~ / (s sqrt(lambda_a lambda_b^T) (1 + eps)), the scale s^2 ~ v a third factor.
 
     t_k = max(lambda_k, 0.1)^-(p - 1/2) / its RMS.
     """
@@ -110,8 +114,9 @@ class KLShampoo(Reference):
         s = self.learn(G)
         denominator = s * outer(self.lam).sqrt() * (1 + self.options.eps)
         t = [lam.clamp(min=EXPONENT_FLOOR) ** (0.5 - self.options.exponent) for lam in self.lam]
+        whitened = out_of_basis(into_basis(self.momentum(G), self.Q) / denominator, self.Q)
         further = outer([one / rms(one) for one in t])
-        return out_of_basis(into_basis(self.momentum(G), self.Q) * further / denominator, self.Q)
+        return out_of_basis(into_basis(self.orthogonalized(whitened), self.Q) * further, self.Q)
 
     def learn(self, G: Tensor) -> Tensor:
         """The new scale s, and then S_k and lambda_k from H = G / s, all with the old lambdas on the right.
@@ -152,7 +157,7 @@ class KLSOAP(KLShampoo):
     def update(self, G: Tensor) -> Tensor:
         self.learn(G)
         self.moment.learn(into_basis(G, self.Q), self.t)
-        return out_of_basis(into_basis(self.momentum(G), self.Q) / self.moment.denominator, self.Q)
+        return self.orthogonalized(out_of_basis(into_basis(self.momentum(G), self.Q) / self.moment.denominator, self.Q))
 
 
 class SOAP(Reference):
@@ -170,7 +175,7 @@ class SOAP(Reference):
         """S_k <- b S_k + (1-b) (d_k/N) K_k K_k^T with K = G / r; not whitened, not normalised again."""
         self.moment.learn(into_basis(G, self.Q), self.t)
         self.S = unwhitened(self.S, G / self.moment.r, early_mean(self.options.factor_beta, self.t))
-        return out_of_basis(into_basis(self.momentum(G), self.Q) / self.moment.denominator, self.Q)
+        return self.orthogonalized(out_of_basis(into_basis(self.momentum(G), self.Q) / self.moment.denominator, self.Q))
 
     def refresh(self) -> None:
         """Q_k <- the orthogonal factor of QR((S_k + c I) Q_k); no sorting."""

@@ -8,8 +8,7 @@ set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 
-half="polar=0 shampoo_exponent=0.5"  # the defaults when most of this was measured
-later="polar=0"  # and after that
+half="shampoo_exponent=0.5"  # the default when most of this was measured
 
 compare() {
     ${PYTHON:-python} ${job:-launch/compare.py} --jobs "${JOBS:-2}" --results benchmarks/results/${results:-batches}.jsonl \
@@ -20,50 +19,48 @@ compare() {
 # Three learning rates, and more where the best of three was at an edge; kl_muon is Muon on the engine's square blocks.
 over_batch() {
     compare --run "--optimizer muon" --run "--optimizer kl_muon" --grid lr=1.5e-2,2.2e-2,3.3e-2
-    compare --run "--optimizer kl_shampoo --set $half" --grid lr=1e-2,1.5e-2
-    compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $later" --grid lr=1.5e-2,2.2e-2
+    compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --grid lr=1e-2,1.5e-2
+    compare --run "--optimizer kl_shampoo" --grid lr=2.2e-2
     [ "$batch" -le 8192 ] || return 0
     compare --run "--optimizer muon" --grid lr=5e-2
     compare --run "--optimizer kl_shampoo --lr 2.2e-2 --set $half" --run "--optimizer adamw --lr 8e-3"
-    compare --run "--optimizer kl_shampoo --set shampoo_exponent=0.5 polar=3" --grid lr=1e-2,1.5e-2,2.2e-2
+    compare --run "--optimizer kl_shampoo --set $half polar=3" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer soap" --run "--optimizer kl_soap" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer adamw" --grid lr=1e-3,2e-3,4e-3
     compare --seeds 1 2 --run "--optimizer kl_shampoo --lr 1.5e-2 --set $half" --run "--optimizer kl_muon --lr 2.2e-2"
-    compare --seeds 1 2 --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $later" --grid lr=1.5e-2,2.2e-2
-    compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $later" --grid lr=1e-2
+    compare --seeds 1 2 --run "--optimizer kl_shampoo" --grid lr=1.5e-2,2.2e-2
     [ "$batch" -le 1024 ] || return 0
     compare --run "--optimizer adamw --lr 2e-3" --grid "betas=(0.9,0.99),(0.95,0.95),(0.8,0.95),(0.9,0.9)"
     compare --run "--optimizer adamw --warmup 80" --grid lr=2e-3,4e-3,6e-3,9e-3,1.3e-2
     compare --run "--optimizer adamw --warmup 80 --lr 4e-3 --set betas=(0.8,0.95)"
     compare --run "--optimizer kl_shampoo --warmup 80 --lr 1.5e-2 --set $half"
-    compare --run "--optimizer kl_shampoo --lr 1.5e-2 --set $later" --grid shampoo_exponent=0.6,0.8
-    compare --run "--optimizer kl_shampoo --lr 3.3e-2" --run "--optimizer kl_shampoo --lr 3.3e-2 --set $later"
+    compare --run "--optimizer kl_shampoo --lr 1.5e-2" --grid shampoo_exponent=0.6,0.8
+    compare --run "--optimizer kl_shampoo --lr 3.3e-2"
 }
 
 over_length() {
-    compare --run "--optimizer kl_shampoo --set $later" --run "--optimizer kl_shampoo --set $half" --grid lr=6e-3,1e-2,1.5e-2
-    compare --run "--optimizer kl_shampoo" --grid lr=6e-3,1e-2,1.5e-2
-    compare --seeds 1 2 --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $later" --grid lr=1e-2,1.5e-2
+    compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --grid lr=6e-3,1e-2,1.5e-2
+    compare --seeds 1 2 --run "--optimizer kl_shampoo" --grid lr=1e-2,1.5e-2
     compare --run "--optimizer kl_muon" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer muon" --grid lr=1.5e-2,2.2e-2
     compare --run "--optimizer adamw" --grid lr=1e-3,2e-3
     compare --run "--optimizer soap" --run "--optimizer kl_soap" --grid lr=1e-2,1.5e-2
-    compare --run "--optimizer kl_shampoo --set shampoo_exponent=0.5 polar=3" --grid lr=1e-2,1.5e-2
+    compare --run "--optimizer kl_shampoo --set $half polar=3" --grid lr=1e-2,1.5e-2
     compare --run "--optimizer kl_shampoo --lr 1.5e-2 --precondition-frequency 1 --set $half"
     compare --seeds 1 2 --run "--optimizer kl_muon --lr 2.2e-2"
     compare --seeds 1 2 --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_soap" --run "--optimizer soap" \
-        --run "--optimizer kl_shampoo --set shampoo_exponent=0.5 polar=3" --grid lr=1.5e-2
+        --run "--optimizer kl_shampoo --set $half polar=3" --grid lr=1.5e-2
     job="-m benchmarks.variants" compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1.5e-2 --set $half" --grid recipe=zero_staleness
 }
 
 over_a_long_run() {
-    compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $later" --grid lr=6e-3,1e-2
+    compare --run "--optimizer kl_shampoo" --grid lr=6e-3,1e-2
     compare --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_soap" --grid lr=6e-3,1e-2,1.5e-2
     compare --run "--optimizer kl_muon" --grid lr=6e-3,1e-2,1.5e-2,2.2e-2
-    compare --seeds 1 --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $later" \
-        --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_muon" --grid lr=1e-2
-    job="-m benchmarks.variants" compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1e-2 --set $later" --grid recipe=longer_memory
+    compare --seeds 1 --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_muon" --grid lr=1e-2
+    job="-m benchmarks.variants" compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1e-2" --grid recipe=longer_memory
     compare --run "--optimizer kl_muon --lr 1e-2" --grid "betas=(0.95,0.95)"
+    compare --width 96 --seeds 0 1 --run "--optimizer kl_shampoo" --run "--optimizer kl_muon" --grid lr=1e-2
 }
 
 over_choices() {
@@ -75,19 +72,18 @@ over_choices() {
 
 # What the first steps are made otherwise for, and what is left of it later.
 over_the_beginning() {
-    alone="--optimizer kl_shampoo --set $later"
-    for arena in 1024x150 1024x400 1024x2000 8192x150 8192x400; do
+    for arena in 1024x150 1024x400 8192x150 8192x400 1024x2000; do
         batch=${arena%x*} steps=${arena#*x} lr=2.2e-2 seeds="0 1 2"
         [ "$steps" -lt 2000 ] || lr=1e-2
         [ "$batch" -lt 8192 ] || seeds="0 1"
-        compare --seeds $seeds --run "--optimizer kl_shampoo --lr $lr"
-        job="-m benchmarks.variants" compare --seeds $seeds --run "$alone --lr $lr" --grid recipe=fresh,sooner_yet
+        job="-m benchmarks.variants" compare --seeds $seeds --run "--optimizer kl_shampoo --lr $lr" --grid recipe=fresh,sooner_yet
+        [ "$steps" -ge 2000 ] || compare --seeds $seeds --run "--optimizer kl_shampoo --lr $lr --set polar=start"
     done
     batch=32768 steps=150
     compare --run "--optimizer kl_muon" --grid lr=3.3e-2,5e-2,7e-2
     compare --run "--optimizer kl_shampoo --set $half" --grid lr=1e-2,1.5e-2,2.2e-2
-    compare --run "--optimizer kl_shampoo" --run "$alone" --grid lr=1.5e-2,2.2e-2,3.3e-2
-    compare --run "--optimizer kl_shampoo --set polar=3" --grid lr=2.2e-2
+    compare --run "--optimizer kl_shampoo" --grid lr=1.5e-2,2.2e-2,3.3e-2
+    compare --run "--optimizer kl_shampoo --lr 2.2e-2 --set polar=3" --run "--optimizer kl_shampoo --set polar=start --lr 1.5e-2"
 }
 
 # With spikes cut down, as batches.jsonl's earlier runs were without.

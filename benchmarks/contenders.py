@@ -8,7 +8,6 @@ no part of an optimizer is called from outside its `step`.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,15 +60,14 @@ def ours(
     package: Any = kl_dist,
     suffix: str = "",
 ) -> list[Contender]:
-    """The project's methods at their defaults, past their start; the staggering is off, so that refreshes come at once.
+    """The project's methods at their defaults; only the staggering is off, so that a refresh is all in one step.
 
     And KL-Shampoo with each number of Newton-Schulz steps in `polar`, and under each of `recipes`. `package` may be
     kl_dist of another checkout, of which those methods are taken that it has; `suffix` tells them apart.
     """
 
     def maker(method: str, **options: Any) -> Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]:
-        later = {"polar": 0} if "polar" in inspect.signature(package.KLShampoo).parameters else {}
-        options = {"lr": 1e-3, "precondition_frequency": 1, "stagger": False, **later, **options}
+        options |= {"lr": 1e-3, "precondition_frequency": 1, "stagger": False}
         return lambda params: package.KLShampoo(list(params), method=method, **options)
 
     known = [method for method in methods if method in package.METHODS]

@@ -41,7 +41,7 @@ WINDOWS, CONTEXT = 12, 64  # of a step, over all ranks
 NOISE = 1e-7  # relative, on all gradients
 ADAM = {"torch_adam": True}  # DeepSpeed's FusedAdam is for GPUs
 CONTENDERS: dict[str, dict[str, Any]] = {
-    "KLShampoo": {"lr": 1e-2, "adamw_lr": 5e-3, "weight_decay": 0.01, "output_head": "head.lm_head", "polar": 0},
+    "KLShampoo": {"lr": 1e-2, "adamw_lr": 5e-3, "weight_decay": 0.01, "output_head": "head.lm_head"},
     "Muon": {"muon_lr": 2e-2, "adam_lr": 5e-3, "lr": 5e-3, "weight_decay": 0.01, **ADAM},
     "AdamW": {"lr": 5e-3, "weight_decay": 0.01, **ADAM},
 }

@@ -7,8 +7,7 @@ set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 results=benchmarks/results
-half="polar=0 shampoo_exponent=0.5"  # the defaults when most of this was measured
-later="polar=0"  # and after that
+half="shampoo_exponent=0.5"  # the defaults when most of this was measured
 longer="betas=(0.95,0.95) adamw_betas=(0.9,0.95) $half"
 
 compare() {
@@ -20,8 +19,8 @@ grid() {
     text="compare --results $results/text.jsonl"
     $text --run "--optimizer adamw" --grid lr=1e-3,1.5e-3,2e-3,3e-3,4e-3
     $text --run "--optimizer kl_shampoo --set $longer" --grid lr=4e-3,6e-3,1e-2,1.5e-2,2.2e-2
-    $text --run "--optimizer kl_shampoo --set $half" --grid lr=6e-3,1e-2,1.5e-2
-    $text --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $later" --grid lr=6e-3,1e-2,1.5e-2,2.2e-2
+    $text --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --grid lr=6e-3,1e-2,1.5e-2
+    $text --run "--optimizer kl_shampoo --lr 2.2e-2"
     $text --run "--optimizer muon --set adjust_lr_fn=None momentum=0.95" --grid lr=1e-2,2e-2,3e-2,4.5e-2,7e-2
     $text --run "--optimizer muon --set momentum=0.95" --grid lr=4e-3,6e-3,1e-2,1.5e-2,2.2e-2
     $text --run "--optimizer soap" --grid lr=4e-3,6e-3,1e-2,1.5e-2,2.2e-2
@@ -60,7 +59,6 @@ seeds() {
     $text --run "--optimizer kl_shampoo --lr 1e-2" --run "--optimizer muon --lr 1.5e-2" \
         --run "--optimizer soap --lr 1.5e-2" --run "--optimizer adamw --lr 2e-3" \
         --run "--optimizer kl_shampoo --lr 1.5e-2" --run "--optimizer kl_soap --lr 1.5e-2" \
-        --run "--optimizer kl_shampoo --lr 1e-2 --set $later" --run "--optimizer kl_shampoo --lr 1.5e-2 --set $later" \
         --run "--optimizer kl_shampoo --lr 1e-2 --set $half" \
         --run "--optimizer kl_shampoo --lr 1e-2 --set betas=(0.95,0.95) $half"
     $text --run "--optimizer muon --lr 3e-2 --set adjust_lr_fn=None momentum=0.95" \
@@ -72,7 +70,6 @@ seeds() {
 long() {
     long="compare --results $results/text-2000.jsonl --steps 2000 --layers 2 --tokens-per-step 1024 --eval-every 100"
     $long --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1e-2" \
-        --run "--optimizer kl_shampoo --lr 1e-2 --set $later" \
         --run "--optimizer kl_shampoo --lr 1e-2 --set $half" \
         --run "--optimizer kl_shampoo --lr 1e-2 --set betas=(0.95,0.95) $half" \
         --run "--optimizer muon --lr 1.5e-2" \
@@ -85,8 +82,7 @@ long() {
 regression() {
     task="compare --results $results/regression.jsonl --task regression --layers 2 --width 64 --eval-every 25 --seeds 0 1 2"
     $task --run "--optimizer adamw" --grid lr=4e-3,8e-3,1.6e-2,3.2e-2,6.4e-2,1.28e-1,2.56e-1
-    $task --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $later" \
-        --run "--optimizer kl_shampoo --set $half" --grid lr=1e-2,2e-2,4e-2,8e-2,1.6e-1,3.2e-1,6.4e-1
+    $task --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --grid lr=1e-2,2e-2,4e-2,8e-2,1.6e-1,3.2e-1,6.4e-1
     $task --run "--optimizer kl_shampoo --set $longer" --grid lr=1e-2,2e-2,4e-2,8e-2,1.6e-1,3.2e-1,6.4e-1
     $task --run "--optimizer muon" --grid lr=3e-2,6e-2,1.2e-1,2.4e-1,4.8e-1,9.6e-1
     $task --run "--optimizer muon --set momentum=0.95" --grid lr=3e-2,6e-2,1.2e-1,2.4e-1,4.8e-1,9.6e-1
@@ -96,7 +92,6 @@ regression() {
     # what Lightning's strategies make of AdamW's rates: from 4e-3 on, no lift beyond 2e-2; AdamW's share at 2.5 times
     for pair in 2e-2,1e-2 2e-2,2e-2 2e-2,4e-2 3.2e-2,8e-2 6.4e-2,1.6e-1 1.28e-1,3.2e-1 2.56e-1,6.4e-1; do
         $task --run "--optimizer kl_shampoo --lr ${pair%,*} --adamw-lr ${pair#*,}"
-        $task --run "--optimizer kl_shampoo --lr ${pair%,*} --adamw-lr ${pair#*,} --set $later"
         $task --run "--optimizer kl_shampoo --lr ${pair%,*} --adamw-lr ${pair#*,} --set $half"
     done
 }
@@ -121,8 +116,8 @@ polar() {
     $large --run "$kl --lr 2.2e-2" --grid polar=2,5
     $large --run "--optimizer kl_soap --lr 1.5e-2" --run "--optimizer soap --lr 1.5e-2" --grid polar=0,3
     now="--optimizer kl_shampoo"
-    $large --run "$now" --run "$now --set $later" --run "$now --set polar=3" --grid lr=1.5e-2,2.2e-2,3.3e-2
-    $large --run "$now --lr 2.2e-2" --run "$now --lr 2.2e-2 --set $later" --seeds 1
+    $large --run "$now" --run "$now --set polar=3" --grid lr=1.5e-2,2.2e-2,3.3e-2
+    $large --run "$now --lr 2.2e-2" --seeds 1
     $large --run "--optimizer kl_muon" --grid lr=3.3e-2,5e-2,7e-2
 }
 

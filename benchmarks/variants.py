@@ -1,6 +1,6 @@
 """KL-Shampoo with one of its choices made otherwise, to see what the choice is worth.
 
-    python -m benchmarks.variants --run "--optimizer kl_shampoo --set shampoo_exponent=0.5 polar=0" \
+    python -m benchmarks.variants --run "--optimizer kl_shampoo --set shampoo_exponent=0.5" \
         --grid recipe=fresh,stale_eigenvalues,one_refresh
 
 is launch/compare.py with more recipes to choose from. Each is "fresh" but for one thing; none is part of the engine,
@@ -192,7 +192,6 @@ VARIANTS = {
         refresh=None,
         working_copies=8,
         polar=False,
-        defaults={**FRESH.defaults, "polar": 0},
     ),
 }
 

@@ -65,8 +65,7 @@ class KLShampoo(StateDicts):
         nesterov: momentum one step ahead. None: True ("paper": False).
         polar: Newton-Schulz steps that orthogonalise the whitened momentum of each matrix, its norm kept
             (kl_dist.methods.polar); 0 is none, "start" three in the first 5 / (1 - betas[1]) updates,
-            at most 750, and then none. Not for "shampoo" and "paper".
-            None: "start", but 0 of other methods and of "paper".
+            at most 750, and then none. Not for "shampoo" and "paper". None: 0 ("paper": 0).
         stagger: spread the refreshes over the T steps. None: True ("paper": False).
         long_side: "cut", "diagonal" or "identity". None: "cut", but for "muon", which keeps nothing of any side.
         merge_dims: read small trailing dimensions (convolution kernels) as columns. None: True ("paper": False).

@@ -187,10 +187,6 @@ def test_the_docstring_names_what_a_recipe_fills_in(option):
     if option == "blocking":
         assert text.endswith("None: the recipe's.") and (fresh, paper) == ("square", "none")
         return
-    if option == "polar":
-        assert text.endswith('None: "start", but 0 of other methods and of "paper".')
-        assert (fresh, other, paper) == ("start", 0, 0)
-        return
     after = text.partition("None: ")[2]
     if option == "betas":
         named = re.findall(r"\([\d., ]+\)", after)

@@ -140,12 +140,12 @@ class Step(NamedTuple):
 
 
 def _step(side: int, matrices: int, every: int = 1 << 30, sharded_on: DeviceMesh | None = None) -> Step:
-    """A later step than a run's first, with its share of the refreshes, by default none; a collective among ranks."""
+    """A step with its share of the refreshes, which by default has none; a collective, where there are ranks."""
     some = torch.arange(float(side * side)).sin().view(side, side)  # the same on every rank
     if sharded_on is not None:
         some = distribute_tensor(some, sharded_on, [Shard(0)])
     parameters = [torch.nn.Parameter(some.clone()) for _ in range(matrices)]
-    optimizer = KLShampoo(parameters, compare_every=1 << 30, precondition_frequency=every, polar=0)
+    optimizer = KLShampoo(parameters, compare_every=1 << 30, precondition_frequency=every)
     cpu, wall = [], []
     for _ in range(4 * REPEATS if side <= 128 else REPEATS):
         spent, passed = 0.0, 0.0

@@ -114,7 +114,7 @@ FRESH = Rule(
     update,
     kl_factors.refresh,
     polar=True,
-    defaults=MappingProxyType({"betas": (0.9, 0.9), "shampoo_exponent": 0.7, "polar": polar.START}),
+    defaults=MappingProxyType({"betas": (0.9, 0.9), "shampoo_exponent": 0.7}),
 )
 PAPER = as_released(allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released)
 METHOD = Method("KL-Shampoo", {"fresh": FRESH, "paper": PAPER, "compact": compact(FRESH, "fresh")}, from_adamw=MEASURED)

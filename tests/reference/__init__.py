@@ -47,7 +47,8 @@ def reference(
     phase: int = 0,
     shampoo_exponent: float | None = None,
     adjust_lr_fn: str | None = None,
-    polar: Sequence[tuple[float, float, float]] | None = None,
+    polar: Sequence[tuple[float, float, float]] = (),
+    polar_updates: float = math.inf,
     dtype: torch.dtype = torch.float64,
 ) -> paper.Reference | fresh.Reference:
     """The reference of `method` under `recipe` for one tensor of `shape`: an object with `.step(W, G) -> W_new`.
@@ -55,8 +56,8 @@ def reference(
     `phase` staggers the refreshes: one follows step t when (t + phase) % precondition_frequency == 0. `nesterov=None`
     is what the recipe does (paper: off, but for Muon; else on), `shampoo_beta=None` is beta2, `shampoo_exponent=None`
     is 0.7 of a fresh KL-Shampoo and 1/(2K) of Shampoo, `adjust_lr_fn=None` the recipe's.
-    `polar` are the coefficients (a, b, c) of the Newton-Schulz steps of a fresh matrix's update, none with (); None is
-    three steps in a fresh KL-Shampoo's first updates, and none otherwise.
+    `polar` are the coefficients (a, b, c) of the Newton-Schulz steps of a fresh matrix's first `polar_updates` updates,
+    if any.
     """
     if len(shape) < 2:
         raise ValueError(f"a reference serves tensors of two or more sides, not of shape {tuple(shape)}")
@@ -65,15 +66,11 @@ def reference(
         raise ValueError("the paper recipe has no Nesterov momentum")
     beta1, beta2 = betas
     default = 0.7 if (method, recipe) == ("kl_shampoo", "fresh") else 1 / (2 * len(shape))
-    factor_beta = beta2 if shampoo_beta is None else shampoo_beta
-    polar_updates = math.inf
-    if polar is None and (method, recipe) == ("kl_shampoo", "fresh"):
-        polar, polar_updates = fresh.START_POLAR, min(5 / (1 - factor_beta), 750)
     options = Options(
         lr=lr,
         beta1=beta1,
         beta2=beta2,
-        factor_beta=factor_beta,
+        factor_beta=beta2 if shampoo_beta is None else shampoo_beta,
         eps=eps,
         weight_decay=weight_decay,
         refresh_every=precondition_frequency,
@@ -81,7 +78,7 @@ def reference(
         nesterov=not plain if nesterov is None else nesterov,
         exponent=default if shampoo_exponent is None else shampoo_exponent,
         adjust_lr_fn=adjust_lr_fn,
-        polar=tuple(polar or ()),
+        polar=tuple(polar),
         polar_updates=polar_updates,
         dtype=dtype,
     )

@@ -32,7 +32,6 @@ ROOT_DAMPING = 1e-4  # Shampoo's, relative to the mean eigenvalue
 SMALLEST_EIGENVALUE = 1e-6  # of lambda_k, whose mean is one
 EXPONENT_FLOOR = 0.1  # of lambda_k: below, an exponent other than 1/2 counts no more
 SPIKE = 10  # times the scale so far
-START_POLAR = ((7.532763, -21.412573, 15.691826), (3.054176, -2.288511, 0.487458), (2.114614, -1.496300, 0.400362))
 SMALLEST_MOMENT = 1e-10  # of V, whose mean is one
 
 
@@ -64,7 +63,7 @@ class Reference:
 
     def orthogonalized(self, U: Tensor) -> Tensor:
         """U, near its polar factor if that was asked for of step t."""
-        return nearly_orthogonal(U, self.options.polar if self.t <= self.options.polar_updates + 0.5 else ())
+        return nearly_orthogonal(U, self.options.polar if self.t <= self.options.polar_updates else ())
 
     def momentum(self, G: Tensor) -> Tensor:
         """N = (beta1 M + (1 - beta1) G) / (1 - beta1^(t+1)), without Nesterov M / (1 - beta1^t); M has G already."""

@@ -42,7 +42,7 @@ SAVED = "saved"
 """The entry of a saved group with the steps made and the checksum of its options."""
 
 COLUMNS = 1024
-IN_CACHE = 1 << 18
+IN_CACHE = 1 << 19
 """Elements that are looked at together."""
 A, B, P = 0x9E3779B185EBCA6B, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
 S, T = 0x1027C4D1C386BBC5, 0xC2CE6F447ED4D57B

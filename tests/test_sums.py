@@ -72,6 +72,21 @@ def test_a_byte_is_that_of_its_equation_wherever_the_tensor_is_cut(dtype):
         assert torch.equal(sums.check_bytes(*parts, boxes, shape, base), found[start:stop])
 
 
+@pytest.mark.parametrize("shape", [(37, 8), (37, 5), (4, 5, 3), (61,), ()])
+def test_bytes_are_the_same_whatever_is_looked_at_together(shape, monkeypatch):
+    """And compared as they are made: one that differs is noticed in every part."""
+    torch.manual_seed(0)
+    arguments = torch.randn(shape).view(-1), torch.rand(shape).view(-1), [whole(shape)], shape, 12345
+    found = sums.check_bytes(*arguments)
+    for together in (1, 7, 16, 1 << 19):
+        monkeypatch.setattr(sums, "IN_CACHE", together)
+        assert torch.equal(sums.check_bytes(*arguments), found) and sums.are_check_bytes(found, *arguments)
+        for place in range(0, found.numel(), 12):
+            other = found.clone()
+            other[place] += 1
+            assert not sums.are_check_bytes(other, *arguments), (together, place)
+
+
 @pytest.mark.parametrize("bits", [32, 64])
 def test_one_changed_bit_of_a_moment_or_a_step_count_changes_every_byte_for_certain(bits):
     """A change of h by 2^(bits - 8) to 2^bits - 2^(bits - 8) is one of its highest byte; rounding takes one at most."""

@@ -34,7 +34,7 @@ def fault(field: str, tensor: Tensor, device: torch.device) -> str | None:
     tensor = tensor.detach().to(device)
     if not tensor.is_floating_point():
         return "is negative" if name in NON_NEGATIVE and bool((tensor < 0).any()) else None
-    if not bool(tensor.isfinite().all()):
+    if not _is_finite(tensor):
         return "is not finite"
     if name in NON_NEGATIVE and bool((tensor < 0).any()):
         return "has negative values, where none can be"
@@ -45,6 +45,11 @@ def fault(field: str, tensor: Tensor, device: torch.device) -> str | None:
         if off > ORTHOGONALITY.get(tensor.dtype, 1e-2):
             return f"is not orthogonal: an entry of Q^T Q - I is {off:.2g}"
     return None
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether all of x is: NaN and infinities stay in a sum, which costs little; else it may have been too large."""
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
 def _falls_below_zero(factor: Tensor) -> bool:

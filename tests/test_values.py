@@ -161,6 +161,8 @@ def test_an_eigenbasis_may_be_as_far_off_as_training_and_rounding_make_it(dtype)
     assert values.fault("bases.0", basis, CPU) is None
     basis[:, 3] *= 1.02
     assert "is not orthogonal: an entry of Q^T Q - I is 0.04" in (values.fault("bases.0", basis, CPU) or "")
+    for scale in (0.0, 1e2, torch.finfo(dtype).max ** 0.9):  # the last overflows in its products, to both sides
+        assert "is not orthogonal" in (values.fault("bases.0", basis * scale, CPU) or ""), scale
 
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -6,14 +6,18 @@
 
 Process CPU seconds, medians: of making them (for a save), of looking at them again within a load of the full state by
 torch.load (`verify_share` of the load), and of loads with and without. By torch.distributed.checkpoint into a temporary
-folder, whose files are in the page cache, and by torch.save of the full state: a disk would take longer, and checksums
-not.
+folder, whose files are in the page cache, and by torch.save of the full state.
+
+A job that resumes reads a disk: `disk_` is of wall time, of the same file, sent out of the page cache before each load,
+beside looking at the checksums by that clock (`disk_verify_share`) and plainly reading the file. That the disk was
+asked for all of it is checked by the kernel's count of the bytes that this process had fetched.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -56,14 +60,50 @@ def without_sums(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "state": entries, "param_groups": groups}
 
 
-def seconds(work: Callable[[], Any], repeats: int) -> float:
-    """Median of CPU seconds."""
+def seconds(
+    work: Callable[[], Any],
+    repeats: int,
+    clock: Callable[[], float] = time.process_time,
+    before: Callable[[], Any] = lambda: None,
+) -> float:
+    """Median, by default of CPU seconds, with something done before each that is not counted."""
     found = []
     for _ in range(repeats):
-        began = time.process_time()
+        before()
+        began = clock()
         work()
-        found.append(time.process_time() - began)
+        found.append(clock() - began)
     return statistics.median(found)
+
+
+def from_disk(work: Callable[[], Any], file: Path, repeats: int) -> float:
+    """Median of wall seconds of work that reads the file, which is not in the page cache (Linux).
+
+    Raises:
+        RuntimeError: it was there all the same, as in a file system in memory.
+    """
+
+    def forget() -> None:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def fetched() -> int:
+        counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        return int(counts["read_bytes"])
+
+    began = fetched()
+    found = seconds(work, repeats, time.perf_counter, forget)
+    if fetched() - began < 0.99 * repeats * file.stat().st_size:
+        raise RuntimeError(f"{file} did not come from a disk: give a folder on one by --folder")
+    return found
+
+
+def read_through(file: Path) -> None:
+    memory = bytearray(1 << 24)
+    with file.open("rb", buffering=0) as opened:
+        while opened.readinto(memory):
+            pass
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -77,7 +117,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     largest = max((x for one in state["state"].values() for x in one.values()), key=lambda x: x.nbytes)
     raw = largest.numpy()
     crc = seconds(lambda: zlib.crc32(raw), args.repeats) * size / raw.nbytes
-    with tempfile.TemporaryDirectory() as folder:
+    verifying_by_wall = seconds(lambda: list(faults(held, saved)), args.repeats, time.perf_counter)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         file, bare = Path(folder, "full.pt"), Path(folder, "bare.pt")
         torch.save(state, file)
         torch.save(without_sums(state), bare)
@@ -85,6 +126,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             seconds(lambda path=path: kl_dist.load_full_state_dict(target, torch.load(path)), args.repeats)  # type: ignore[misc]
             for path in (file, bare)
         ]
+        disk = from_disk(lambda: kl_dist.load_full_state_dict(target, torch.load(file)), file, args.repeats)
+        reading = from_disk(lambda: read_through(file), file, args.repeats)
+        file_size = file.stat().st_size
         dcp.save({"optimizer": optimizer.state_dict()}, checkpoint_id=f"{folder}/dcp")
 
         def load(checked: bool) -> None:
@@ -102,6 +146,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "crc32_seconds": crc,
         "full_load_seconds": full[0],
         "full_load_without": full[1],
+        "disk_verify_seconds": verifying_by_wall,
+        "disk_verify_share": verifying_by_wall / disk,
+        "disk_load_seconds": disk,
+        "disk_bytes_per_second": file_size / reading,
         "dcp_load_seconds": divided[0],
         "dcp_load_without": divided[1] - making,  # state_dict() makes them there too
         "torch": torch.__version__,
@@ -118,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--folder", type=Path, help="where to write the checkpoints, on a disk")
     parser.add_argument("--out", type=Path, help="a file to which a line of JSON is added")
     args = parser.parse_args(argv)
     logging_off()

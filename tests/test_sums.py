@@ -39,16 +39,20 @@ def total(x: Tensor) -> int:
     return sum(weight(i // 1024 + 1) * weight(i % 1024 + 1) * word for i, word in enumerate(words)) % WORD
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8])
-def test_a_sum_is_that_of_its_equation(dtype):
+def test_a_sum_is_that_of_its_equation_whatever_is_looked_at_with_it():
+    """Of every dtype and shape, transposed, beginning between two words, several alike and none."""
     torch.manual_seed(0)
-    for shape in ((), (1,), (3, 5), (37, 71), (5000,)):
-        x = (100 * torch.randn(shape)).to(dtype)
-        assert int(sums.total(x)) % WORD == total(x)
-        assert int(sums.total(x.clone().t() if x.ndim == 2 else x)) % WORD == total(x.t() if x.ndim == 2 else x)
-        if x.numel() > 2:
-            odd = x.view(-1)[1:]  # in memory between words
-            assert int(sums.total(odd)) % WORD == total(odd.clone())
+    tensors = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8):
+        for shape in ((), (1,), (0, 3), (3, 5), (3, 5), (37, 71), (5000,), (32, 64), (32, 64)):
+            x = (100 * torch.randn(shape)).to(dtype)
+            tensors += [x, x.t()] if x.ndim == 2 else [x]
+            tensors += [x.view(-1)[1:]] if x.numel() > 2 else []
+    found = sums.totals(tensors, torch.device("cpu"))
+    assert found.dtype == torch.int64 and [int(x) % WORD for x in found] == [total(x) for x in tensors]
+    for x, number in zip(tensors, found, strict=True):
+        assert torch.equal(sums.totals([x], torch.device("cpu")), number[None])
+    assert sums.totals([], torch.device("cpu")).shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -66,6 +70,21 @@ def test_a_byte_is_that_of_its_equation_wherever_the_tensor_is_cut(dtype):
         boxes = list(boxes_of_range(shape, start, stop))
         parts = [x.view(-1)[start:stop].clone() for x in (first, second)]
         assert torch.equal(sums.check_bytes(*parts, boxes, shape, base), found[start:stop])
+
+
+@pytest.mark.parametrize("shape", [(37, 8), (37, 5), (4, 5, 3), (61,), ()])
+def test_bytes_are_the_same_whatever_is_looked_at_together(shape, monkeypatch):
+    """And compared as they are made: one that differs is noticed in every part."""
+    torch.manual_seed(0)
+    arguments = torch.randn(shape).view(-1), torch.rand(shape).view(-1), [whole(shape)], shape, 12345
+    found = sums.check_bytes(*arguments)
+    for together in (1, 7, 16, 1 << 19):
+        monkeypatch.setattr(sums, "IN_CACHE", together)
+        assert torch.equal(sums.check_bytes(*arguments), found) and sums.are_check_bytes(found, *arguments)
+        for place in range(0, found.numel(), 12):
+            other = found.clone()
+            other[place] += 1
+            assert not sums.are_check_bytes(other, *arguments), (together, place)
 
 
 @pytest.mark.parametrize("bits", [32, 64])

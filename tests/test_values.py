@@ -161,3 +161,34 @@ def test_an_eigenbasis_may_be_as_far_off_as_training_and_rounding_make_it(dtype)
     assert values.fault("bases.0", basis, CPU) is None
     basis[:, 3] *= 1.02
     assert "is not orthogonal: an entry of Q^T Q - I is 0.04" in (values.fault("bases.0", basis, CPU) or "")
+    for scale in (0.0, 1e2, torch.finfo(dtype).max ** 0.9):  # the last overflows in its products, to both sides
+        assert "is not orthogonal" in (values.fault("bases.0", basis * scale, CPU) or ""), scale
+
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_value_that_is_not_finite_is_found_wherever_it_is(dtype):
+    usual = torch.randn(37, 29, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for x in (usual, usual.t(), usual[::2, 3:], usual[:1, :1], usual[0, 0], usual[:0]):
+        assert values.fault("exp_avg", x, CPU) is None
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        for place in (0, 1, 511, 512, usual.numel() - 1):
+            x = usual.clone()
+            x.view(-1)[place] = bad
+            assert values.fault("exp_avg", x, CPU) == "is not finite", (bad, place)
+            assert values.fault("exp_avg", x.t(), CPU) == "is not finite"
+            x.view(-1)[-place - 1] = -bad  # of both signs: their sum is no infinity
+            assert values.fault("exp_avg", x, CPU) == "is not finite"
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_finite_values_whose_sum_is_not_are_finite(dtype):
+    largest = torch.finfo(dtype).max
+    for x in (torch.full((4099,), largest, dtype=dtype), torch.full((4099,), -largest, dtype=dtype)):
+        assert not x.sum().isfinite() and values.fault("exp_avg", x, CPU) is None
+        x[::2] *= -1  # partial sums may overflow to both sides
+        assert values.fault("exp_avg", x, CPU) is None
+        x[4098] = float("nan")
+        assert values.fault("exp_avg", x, CPU) == "is not finite"

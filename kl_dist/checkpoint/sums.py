@@ -28,7 +28,7 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,41 +42,64 @@ SAVED = "saved"
 """The entry of a saved group with the steps made and the checksum of its options."""
 
 COLUMNS = 1024
-IN_CACHE = 1 << 17
+IN_CACHE = 1 << 19
 """Elements that are looked at together."""
 A, B, P = 0x9E3779B185EBCA6B, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
 S, T = 0x1027C4D1C386BBC5, 0xC2CE6F447ED4D57B
-
-Parts = Sequence[tuple[Tensor, Sequence[Box]]]
-"""What is at hand of a unit's tensors, each with its boxes, end to end in it."""
 
 
 # -- of tensors --------------------------------------------------------------------------------------------------------
 
 
-def total(x: Tensor) -> Tensor:
-    """sum_i w_i b_i mod 2^64 over the words of x's memory, as a 0-d int64 tensor; the same on every device."""
-    words = _words(x)
-    rows, over = divmod(words.numel(), COLUMNS)
-    across = _weights(COLUMNS if rows else _power_above(over), x.device)
-    down = _weights(_power_above(rows), x.device)
-    if not rows:
-        return (words * across[:over]).sum() * down[0]
-    body = words[: rows * COLUMNS].view(rows, COLUMNS)
-    # only CPUs multiply matrices of whole numbers
-    in_rows = torch.mv(body, across) if x.device.type == "cpu" else (body * across).sum(-1)
-    found = (in_rows * down[:rows]).sum()
-    if over:
-        found = (words[rows * COLUMNS :] * across[:over]).sum() * down[rows] + found
+def totals(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """sum_i w_i b_i mod 2^64 over the words of each tensor's memory, int64 (tensors,); the same on every device.
+
+    A tensor is looked at as a matrix of COLUMNS columns and a last row, which is not full. Its product by the weights
+    across is made where it lies, all others of the tensors of one shape together.
+
+    Args:
+        tensors: of any shapes and dtypes.
+        device: of the result.
+    """
+    found = torch.zeros(len(tensors), dtype=torch.int64, device=device)
+    alike: dict[tuple[torch.device, torch.dtype, torch.Size], list[int]] = {}
+    for place, x in enumerate(tensors):
+        if x.numel():
+            alike.setdefault((x.device, x.dtype, x.shape), []).append(place)
+    for places in alike.values():
+        found[places] = _of_one_shape([tensors[place] for place in places]).to(device)
     return found
 
 
+def _of_one_shape(tensors: Sequence[Tensor]) -> Tensor:
+    """The same of tensors of one shape and dtype on one device, there."""
+    one = tensors[0]
+    rows, over = divmod(-(-one.nbytes // 8), COLUMNS)
+    across, down = _weights(COLUMNS, one.device), _weights(_power_above(rows), one.device)
+    if not rows:
+        small = torch.stack(list(tensors)).view(len(tensors), one.numel())
+        return _product(_words(small), across[:over]) * down[0]
+    in_rows, last_rows = [], []
+    for words in (_words(x.reshape(-1)) for x in tensors):
+        body = words[: rows * COLUMNS] if over else words
+        in_rows.append(_product(body.view(rows, COLUMNS), across))
+        if over:  # of a copy that was made for it no more than this is kept
+            last_rows.append(words[rows * COLUMNS :].clone())
+    found = _product(torch.stack(in_rows), down[:rows])
+    return found + _product(torch.stack(last_rows), across[:over]) * down[rows] if over else found
+
+
+def _product(x: Tensor, weights: Tensor) -> Tensor:
+    """sum_j x_ij w_j; only CPUs multiply matrices of whole numbers."""
+    return torch.mv(x, weights) if x.device.type == "cpu" else (x * weights).sum(-1)
+
+
 def _words(x: Tensor) -> Tensor:
-    """The memory of x in words of 64 bits, zeros added at the end."""
-    raw = x.detach().contiguous().view(-1).view(torch.uint8)
-    missing = -len(raw) % 8
+    """The memory of each row of x, whose elements lie end to end, in words of 64 bits, zeros added at the end."""
+    raw = x.detach().view(torch.uint8)
+    missing = -raw.shape[-1] % 8
     if missing or raw.storage_offset() % 8:
-        raw = torch.cat([raw, raw.new_zeros(missing)])
+        raw = torch.cat([raw, raw.new_zeros(*raw.shape[:-1], missing)], -1)
     return raw.view(torch.int64)
 
 
@@ -97,8 +120,8 @@ def _power_above(count: int) -> int:
 def check_bytes(first: Tensor, second: Tensor, boxes: Sequence[Box], shape: Sequence[int], base: int) -> Tensor:
     """The byte of each element of AdamW's moments, uint8 (elements,), from what is held of them end to end in boxes."""
     found = torch.empty(first.numel(), dtype=torch.uint8, device=first.device)
-    for place, high in _high_bytes(first, second, found, boxes, shape, base):
-        place.copy_(high)
+    for place, made in _high_bytes(first, second, found, boxes, shape, base):
+        place.copy_(made)
     return found
 
 
@@ -107,15 +130,16 @@ def are_check_bytes(
 ) -> bool:
     """Whether `given` is what `check_bytes` makes of the others; in cache, a part after the other."""
     parts = _high_bytes(first, second, given, boxes, shape, base)
-    return all(torch.equal(_words(place), _words(high.to(torch.uint8))) for place, high in parts)
+    return all(torch.equal(_words(place.reshape(-1)), _words(made.view(-1))) for place, made in parts)
 
 
 def _high_bytes(
     first: Tensor, second: Tensor, places: Tensor, boxes: Sequence[Box], shape: Sequence[int], base: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of `places`, an element for each of the moments, and the bytes of their elements as integers."""
+    """Parts of `places`, an element for each of the moments, and the bytes of these, until the next are made."""
     bits = 8 * first.element_size()
     words = torch.int32 if bits == 32 else torch.int64
+    a, b = (_signed(factor >> (64 - bits) | 1, bits) for factor in (A, B))
     strides = torch.empty(tuple(shape), device="meta").stride()
     triples = zip(in_boxes(first, boxes), in_boxes(second, boxes), in_boxes(places, boxes), strict=True)
     for (box, m), (_, v), (_, out) in triples:
@@ -129,11 +153,13 @@ def _high_bytes(
         rows = torch.full((1,), _signed(base >> (64 - bits), bits), dtype=words, device=first.device)
         for one in along:
             rows = (rows[:, None] + one).view(-1)
-        parts = [x.reshape(len(rows), len(columns)).split(max(1, IN_CACHE // len(columns))) for x in (m, v, out)]
-        for row, of_first, of_second, place in zip(rows.split(len(parts[0][0])), *parts, strict=True):
-            h = torch.add(columns, of_first.view(words), alpha=_signed(A >> (64 - bits) | 1, bits))
-            h.add_(of_second.view(words), alpha=_signed(B >> (64 - bits) | 1, bits)).add_(row[:, None])
-            yield place, h.bitwise_right_shift_(bits - 8)
+        size = max(1, IN_CACHE // len(columns))
+        parts = [x.reshape(len(rows), len(columns)).split(size) for x in (m.view(words), v.view(words), out)]
+        hashes, made = (torch.empty_like(x[0]) for x in parts[1:])
+        for row, of_first, of_second, place in zip(rows[:, None].split(size), *parts, strict=True):
+            h = torch.add(columns, of_first, alpha=a, out=hashes[: len(row)])
+            h.add_(of_second, alpha=b).add_(row).bitwise_right_shift_(bits - 8)
+            yield place, made[: len(row)].copy_(h)
 
 
 def _signed(value: int, bits: int = 64) -> int:
@@ -164,52 +190,84 @@ def entry_of(unit: Sequence[Holding]) -> Entry:
     last = unit[-1].entry
     assert last.unit is not None
     key = last.key.removesuffix(last.field) + SUMS
-    if last.plan.units[last.unit].elementwise:
+    if _is_elementwise(last):
         return Entry(last.parameter, key, SUMS, last.shape, torch.uint8, last.unit, last.plan)
     return Entry(last.parameter, key, SUMS, (len(unit),), torch.int64, last.unit, last.plan)
 
 
-def sums_of(unit: Sequence[Holding], parts: Parts, steps: int, name: str) -> Tensor:
-    """What `sums` has of some boxes of a unit, whose parameter has this name in what is saved."""
-    salts = _salts(unit, steps, name)
-    if entry_of(unit).dtype is torch.uint8:
-        return check_bytes(*_moments(parts), unit[1].entry.shape, _base(parts, salts))
-    totals = [total(tensor).to(parts[-1][0].device) for tensor, _ in parts]
-    return torch.stack(totals) + torch.tensor([_signed(salt) for salt in salts]).to(totals[0].device)
+class AtHand(NamedTuple):
+    """What there is of a unit, of which `sums` are made."""
+
+    unit: Sequence[Holding]
+    tensors: Sequence[Tensor]
+    boxes: Sequence[Box]  # of the last, end to end in it
+    name: str  # of its parameter in what is saved
+
+    @property
+    def elementwise(self) -> bool:
+        return _is_elementwise(self.unit[-1].entry)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[-1].device
+
+    def salts(self, steps: int) -> list[int]:
+        return [_signed(_salt(f"{self.name} {one.entry.key}") + T * steps) for one in self.unit]
+
+    def moments(self, steps: int) -> tuple[Tensor, Tensor, Sequence[Box], Sequence[int], int]:
+        """As `check_bytes` takes them."""
+        step, first, second = self.tensors
+        base = self.salts(steps)[1] + S * int(step.view(-1)[0])
+        return first.contiguous(), second.contiguous(), self.boxes, self.unit[1].entry.shape, base
 
 
-def are_sums_of(given: Tensor, unit: Sequence[Holding], parts: Parts, steps: int, name: str) -> bool:
-    """Whether `given`, on the device of the parts, is what `sums_of` makes of them."""
-    if entry_of(unit).dtype is torch.uint8 and given.dtype is torch.uint8 and given.shape == (parts[1][0].numel(),):
-        base = _base(parts, _salts(unit, steps, name))
-        return are_check_bytes(given, *_moments(parts), unit[1].entry.shape, base)
-    wanted = sums_of(unit, parts, steps, name)
-    return given.dtype == wanted.dtype and torch.equal(given, wanted)
+def _is_elementwise(entry: Entry) -> bool:
+    return entry.plan.units[entry.unit].elementwise  # type: ignore[index]
 
 
-def _salts(unit: Sequence[Holding], steps: int, name: str) -> list[int]:
-    return [_salt(f"{name} {holding.entry.key}") + T * steps for holding in unit]
+def sums_of(found: Sequence[AtHand], steps: int) -> list[Tensor]:
+    """What `sums` has of each of these units, on its device."""
+    numbers = _numbers([one for one in found if not one.elementwise], steps)
+    return [check_bytes(*one.moments(steps)) if one.elementwise else next(numbers) for one in found]
 
 
-def _moments(parts: Parts) -> tuple[Tensor, Tensor, Sequence[Box]]:
-    _, (first, boxes), (second, _) = parts
-    return first.contiguous(), second.contiguous(), boxes
+def are_sums_of(given: Sequence[Tensor], found: Sequence[AtHand], steps: int) -> Iterator[bool]:
+    """Whether each of `given`, on the units' devices, is what `sums_of` makes of them."""
+    numbers = _numbers([one for one in found if not one.elementwise], steps)
+    for sums, one in zip(given, found, strict=True):
+        if one.elementwise:
+            fits = sums.dtype is torch.uint8 and sums.shape == (one.tensors[1].numel(),)
+            yield fits and are_check_bytes(sums, *one.moments(steps))
+        else:
+            wanted = next(numbers)
+            yield sums.dtype == wanted.dtype and torch.equal(sums, wanted)
 
 
-def _base(parts: Parts, salts: Sequence[int]) -> int:
-    return salts[1] + S * int(parts[0][0].view(-1)[0])
+def _numbers(found: Sequence[AtHand], steps: int) -> Iterator[Tensor]:
+    """The sums of matrices, of all together."""
+    if not found:
+        return
+    made = totals([tensor for one in found for tensor in one.tensors], found[0].device)
+    made += torch.tensor([salt for one in found for salt in one.salts(steps)]).to(made.device)
+    for one, sums in zip(found, made.split([len(one.tensors) for one in found]), strict=True):
+        yield sums.to(one.device, copy=True)
 
 
 def with_sums(held: Sequence[Holding], steps: int, rank: int) -> list[Holding]:
     """Holdings, and beside each unit's its `sums`, made of what the memory has now."""
+    units = [(unit, entry_of(unit)) for unit in by_unit(held)]
+    here = [
+        AtHand(unit, [one.memory for one in unit], unit[-1].boxes, unit[0].name)
+        for unit, entry in units
+        if entry.boxes(rank)
+    ]
+    made = iter(sums_of(here, steps))
     found: dict[int, Holding] = {}
-    for unit in by_unit(held):
-        entry = entry_of(unit)
+    for unit, entry in units:
         boxes = entry.boxes(rank)
         memory = torch.empty(0, dtype=entry.dtype, device=unit[-1].memory.device)
         if boxes:
-            made = sums_of(unit, [(one.memory, one.boxes) for one in unit], steps, unit[0].name)
-            memory = made.data  # with a count of writes of its own, which is 0: `verify` asks
+            memory = next(made).data  # with a count of writes of its own, which is 0: `verify` asks
         found[id(unit[-1])] = Holding(unit[0].name, entry, boxes, memory)
     return [one for holding in held for one in (holding, found.get(id(holding))) if one is not None]
 

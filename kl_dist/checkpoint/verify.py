@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kl_dist.checkpoint.holdings import Holding, held_here, is_divided
-from kl_dist.checkpoint.sums import SAVED, SUMS, T, are_sums_of, by_unit, changed_option, entry_of, sums_of
+from kl_dist.checkpoint.sums import SAVED, SUMS, AtHand, T, are_sums_of, by_unit, changed_option, entry_of, sums_of
 from kl_dist.planning.boxes import Box, whole
 
 log = logging.getLogger(__name__)
@@ -87,10 +87,11 @@ def faults(
             "this state came without checksums, by an earlier version or flattened by torch, and is taken as it is"
         )
         return
+    looked_at, sums = [], []
     for unit in by_unit(held):
-        sums = entry_of(unit)
-        name, given = unit[0].name, tensors.get((unit[0].name, sums.key))
-        what = f"state {sums.key!r} of parameter {name!r}"
+        key = entry_of(unit).key
+        name, given = unit[0].name, tensors.get((unit[0].name, key))
+        what = f"state {key!r} of parameter {name!r}"
         if given is None:
             yield unit, f"{what} is missing from the saved state"
             continue
@@ -100,13 +101,15 @@ def faults(
         )
         if name not in called or converted or not (is_full or unit[-1].boxes):
             continue
-        parts = [(held_here(x), _boxes(one, x, is_full)) for x, one in zip(found, unit, strict=True)]
         given = held_here(given)
         if not written(given) and any(map(is_live, found, unit)):
             continue  # this very state, as state_dict() gave it
-        given = given.reshape(-1).to(parts[-1][0].device)
-        if not are_sums_of(given, unit, parts, steps, called[name]):
-            yield unit, f"{_difference(unit, given, sums_of(unit, parts, steps, called[name]))}; {WAY_OUT}"
+        boxes = _boxes(unit[-1], found[-1], is_full)
+        looked_at.append(AtHand(unit, [held_here(x) for x in found], boxes, called[name]))
+        sums.append(given.reshape(-1).to(looked_at[-1].device))
+    for one, given, same in zip(looked_at, sums, are_sums_of(sums, looked_at, steps), strict=True):
+        if not same:
+            yield list(one.unit), f"{_difference(one.unit, given, *sums_of([one], steps))}; {WAY_OUT}"
 
 
 def _difference(unit: Sequence[Holding], given: Tensor, wanted: Tensor) -> str:

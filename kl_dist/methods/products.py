@@ -30,7 +30,7 @@ from torch.nn import functional
 
 COMPUTE_DTYPES = ("float32", "tf32", "bfloat16", "bf16x3")
 DROPPED = 13  # of the 23 bits of float32's mantissa, in TF32
-SMALLEST_FOR_ONEDNN = 192  # rows, columns and terms of a product: below, MKL's batch takes less time
+SMALLEST_FOR_ONEDNN = 224  # rows, columns and terms of a product: below, MKL takes less time
 
 
 AS_IT_IS = contextlib.nullcontext()

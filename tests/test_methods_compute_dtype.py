@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -112,13 +113,17 @@ class ByOneDNN(TorchDispatchMode):
 
 
 @pytest.fixture
-def on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever multiplies faster here, and from 4 rows on."""
+def on_amd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever multiplies faster here, by one thread, and from 4 rows on."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(products, "_mkl_leaves_avx512_unused", lambda: True)
     monkeypatch.setattr(products, "SMALLEST_FOR_ONEDNN", 4)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("on_amd")
@@ -147,7 +152,7 @@ def _lying(x: Tensor, how: str) -> Tensor:
 
 
 @pytest.mark.usefixtures("on_amd")
-def test_mkl_multiplies_what_is_small_or_float64_and_all_where_onednn_is_off(monkeypatch):
+def test_mkl_multiplies_what_is_small_or_float64_and_all_where_onednn_is_off_or_threads_are_several(monkeypatch):
     square = torch.ones(3, 8, 8)
     with ByOneDNN() as seen:
         for narrow in (square[:, :3], square[:, :, :3]):
@@ -156,6 +161,9 @@ def test_mkl_multiplies_what_is_small_or_float64_and_all_where_onednn_is_off(mon
         with monkeypatch.context() as off:
             off.setattr(torch.backends.mkldnn, "enabled", False)
             products.exact(square, square)
+        torch.set_num_threads(2)
+        products.exact(square, square)
+        torch.set_num_threads(1)
         assert seen.products == 0
         assert torch.equal(products.exact(square, square), torch.full((3, 8, 8), 8.0))
         assert seen.products == 3

@@ -12,8 +12,9 @@ time, so that a run in any of them can be tried on a CPU. None is TF32 on CUDA d
 elsewhere. Float64 is always multiplied as it is.
 
 [Note: oneDNN] On AMD's CPUs MKL, which torch multiplies with, keeps to AVX2. Where they have AVX-512, oneDNN multiplies
-twice as fast, copies included. To torch it is a linear layer of mkldnn tensors, one matrix after the other; small ones
-go to MKL. `torch.backends.mkldnn.enabled = False` leaves all to MKL.
+twice as fast, copies included. To torch it is a linear layer of mkldnn tensors, one matrix after the other. Small ones
+go to MKL, and so do all where there are several threads: MKL gives them matrices of the batch, and oneDNN parts of one
+matrix, so that they wait for each other at each. `torch.backends.mkldnn.enabled = False` leaves all to MKL.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def _is_for_onednn(left: Tensor, right: Tensor) -> bool:
     if not is_large or left.dtype != torch.float32 or left.device.type != "cpu":
         return False
     mkldnn: Any = torch.backends.mkldnn
-    return bool(mkldnn.enabled) and _mkl_leaves_avx512_unused()
+    return bool(mkldnn.enabled) and torch.get_num_threads() == 1 and _mkl_leaves_avx512_unused()
 
 
 @lru_cache

@@ -144,7 +144,8 @@ def _identity(like: Tensor) -> Tensor:
     return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
 
 
-def _shape(text: str) -> tuple[int, int]:
+def batch_shape(text: str) -> tuple[int, int]:
+    """B and d of "12x384", an argument."""
     batch, _, d = text.partition("x")
     try:
         return int(batch), int(d)
@@ -154,8 +155,8 @@ def _shape(text: str) -> tuple[int, int]:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.refresh", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--shapes", nargs="+", type=_shape, default=SHAPES, metavar="BxD")
-    parser.add_argument("--gpu-shapes", nargs="+", type=_shape, default=SHAPES_ON_GPU, metavar="BxD")
+    parser.add_argument("--shapes", nargs="+", type=batch_shape, default=SHAPES, metavar="BxD")
+    parser.add_argument("--gpu-shapes", nargs="+", type=batch_shape, default=SHAPES_ON_GPU, metavar="BxD")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "refresh.jsonl")
     return parser.parse_args(argv)

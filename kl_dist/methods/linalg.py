@@ -12,6 +12,7 @@ from kl_dist.methods import fallbacks, qr
 
 QR_SLOWNESS = 2  # of a flop in QR against one in a product of matrices, in the fixed table of costs
 EIGH_SLOWNESS = 4
+SLAB = 64  # rows of a symmetric product that are made at once
 
 
 def start_basis(d: int, like: Tensor) -> Tensor:
@@ -55,14 +56,19 @@ def orthogonal_iteration(factor: Tensor, damping: float, first: bool = False) ->
 
 
 def _symmetric_product(upper: Tensor, right: Tensor) -> Tensor:
-    """P O (B, d, d) of an upper triangular P where the product is symmetric: half of it is computed, for d^3 flops."""
-    half = upper.shape[-1] // 2
+    """P O (B, d, d) of an upper triangular P where the product is symmetric.
+
+    Computed are SLAB rows at a time, at most half of all, up to the diagonal, from what of P is not zero: d^3 / 3
+    flops, and some for slabs that reach beyond. What is above the diagonal is copied.
+    """
+    d = upper.shape[-1]
+    rows = min(SLAB, -(-d // 2))
     product = torch.empty_like(right, memory_format=torch.contiguous_format)
-    product[:, :half, :half] = upper[:, :half] @ right[:, :, :half]
-    product[:, half:] = upper[:, half:, half:] @ right[:, half:]
-    product[:, :half, half:] = product[:, half:, :half].mT
-    corners = (product[:, :half, :half], product[:, half:, half:])
-    for corner in corners:
+    for first in range(0, d, rows):
+        last = min(first + rows, d)
+        torch.bmm(upper[:, first:last, first:], right[:, first:, :last], out=product[:, first:last, :last])
+        product[:, :first, first:last] = product[:, first:last, :first].mT
+        corner = product[:, first:last, first:last]
         corner.copy_((corner + corner.mT).mul_(0.5))
     return product
 

@@ -18,7 +18,7 @@ from kl_dist.methods.state import state_dtype
 from kl_dist.planning.matrices import Block
 
 FLOPS_PER_BYTE = 16  # what a processor computes in float32 while it moves one byte
-REFRESH_COPIES = 4.5  # as large as the Kronecker factors of one side of a stack, that a refresh holds at its peak
+REFRESH_COPIES = 4.25  # as large as the Kronecker factors of one side of a stack, that a refresh holds at its peak
 
 
 class Work(NamedTuple):

@@ -77,13 +77,16 @@ over_the_beginning() {
         [ "$steps" -lt 2000 ] || lr=1e-2
         [ "$batch" -lt 8192 ] || seeds="0 1"
         job="-m benchmarks.variants" compare --seeds $seeds --run "--optimizer kl_shampoo --lr $lr" --grid recipe=fresh,sooner_yet
-        [ "$steps" -ge 2000 ] || compare --seeds $seeds --run "--optimizer kl_shampoo --lr $lr --set polar=start"
+        compare --seeds $seeds --run "--optimizer kl_shampoo --lr $lr --set polar=start"
     done
     batch=32768 steps=150
     compare --run "--optimizer kl_muon" --grid lr=3.3e-2,5e-2,7e-2
     compare --run "--optimizer kl_shampoo --set $half" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer kl_shampoo" --grid lr=1.5e-2,2.2e-2,3.3e-2
-    compare --run "--optimizer kl_shampoo --lr 2.2e-2 --set polar=3" --run "--optimizer kl_shampoo --set polar=start --lr 1.5e-2"
+    compare --run "--optimizer kl_shampoo --lr 2.2e-2 --set polar=3"
+    compare --run "--optimizer kl_shampoo --set polar=start" --grid lr=1.5e-2,2.2e-2
+    batch=8192
+    compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 2.2e-2 --set polar=3"
 }
 
 # With spikes cut down, as batches.jsonl's earlier runs were without.

@@ -6,7 +6,7 @@
 
 A *pass* is one number read or written for each element of the gradients, outside of products: an addition in place has
 three. *Views* are calls that compute nothing. *Temporaries* are what a step allocates and gives back at its peak, over
-the parameters' bytes. Counts are those of the CPU, with its products by MKL; on a GPU a few calls differ.
+the parameters' bytes. Counts are those of the CPU; on a GPU a few calls differ.
 """
 
 from __future__ import annotations
@@ -58,15 +58,6 @@ class Calls(TorchDispatchMode):
 
 def count(contender: Contender, shapes: Sequence[tuple[int, ...]]) -> dict[str, report.Line]:
     """By kind of step: flops, passes, calls, views and temporaries."""
-    mkldnn: Any = torch.backends.mkldnn
-    before, mkldnn.enabled = mkldnn.enabled, False  # the same everywhere: [Note: oneDNN] in kl_dist.methods.products
-    try:
-        return _count(contender, shapes)
-    finally:
-        mkldnn.enabled = before
-
-
-def _count(contender: Contender, shapes: Sequence[tuple[int, ...]]) -> dict[str, report.Line]:
     runner = Runner(contender, shapes, torch.device("cpu"))
     runner.warm_up(2)
     elements = sum(parameter.numel() for parameter in runner.parameters)

@@ -1,18 +1,15 @@
 """Option `compute_dtype`: what each costs in precision, here by rounding operands, as a CPU does."""
 
 import functools
-import itertools
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.precision import gradients, orthogonality, state_after, update_errors
 from kl_dist import KLShampoo
 from kl_dist.methods import products
+from kl_dist.step import engine
 from tests.models import METHODS
 
 # relative to an element: half of the last bit that is kept; and of one update against float64
@@ -102,80 +99,41 @@ def test_the_released_codes_recipe_is_float32_everywhere():
     assert KLShampoo([nn.Parameter(torch.ones(3, 3))], recipe="paper").param_groups[0]["compute_dtype"] == "float32"
 
 
-class ByOneDNN(TorchDispatchMode):
-    """Counts the products that oneDNN makes."""
-
-    products = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.products += func is torch.ops.aten.mkldnn_linear.default
-        return func(*args, **(kwargs or {}))
+def needs_switch() -> None:
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has the older switches alone")
 
 
-@pytest.fixture
-def on_amd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever multiplies faster here, by one thread, and from 4 rows on."""
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(products, "_mkl_leaves_avx512_unused", lambda: True)
-    monkeypatch.setattr(products, "SMALLEST_FOR_ONEDNN", 4)
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.mark.parametrize("amd", [True, False])
+@pytest.mark.parametrize("exact", [True, False])
+def test_onednn_is_asked_for_bfloat16_where_it_keeps_float32_and_mkl_is_slow(monkeypatch, amd, exact):
+    needs_switch()
+    monkeypatch.setattr(products, "_mkl_leaves_avx512_unused", lambda: amd)
+    monkeypatch.setattr(products, "_is_float32", lambda *switch: exact)
+    assert products.of_onednn() == ("bf16" if amd and exact else "ieee")
 
 
-@pytest.mark.usefixtures("on_amd")
-@pytest.mark.parametrize(("keep", "share"), [(0.0, 1.0), (0.0, 0.3), (1.0, 0.3), (0.9, 0.1)])
-def test_onednn_adds_products_of_matrices_however_they_lie_in_memory(keep, share):
-    generator = torch.Generator().manual_seed(0)
-    for left_lies, right_lies, total_lies in itertools.product(("rows", "columns", "part"), repeat=3):
-        left, right, total = (
-            _lying(torch.randn(2, *shape, generator=generator), lies)
-            for shape, lies in (((6, 9), left_lies), ((9, 5), right_lies), ((6, 5), total_lies))
-        )
-        expected = keep * total.double() + share * left.double() @ right.double()
-        with ByOneDNN() as seen:
-            products.add_product(
-                total, products.operand(left, "float32"), products.operand(right, "float32"), keep, share
-            )
-        assert seen.products == 2
-        assert (total - expected).abs().max() < 1e-5
+def test_products_of_rounded_operands_are_not_those_of_float32(monkeypatch):
+    needs_switch()
+    assert products._is_float32(torch.backends.mkldnn, "ieee")
+    exact = torch.bmm
+
+    def rounded(x: Tensor, y: Tensor) -> Tensor:
+        narrow = x.dtype == torch.float32
+        return exact(x.bfloat16().float(), y.bfloat16().float()) if narrow else exact(x, y)
+
+    monkeypatch.setattr(torch, "bmm", rounded)
+    assert not products._is_float32(torch.backends.mkldnn, "ieee")
 
 
-def _lying(x: Tensor, how: str) -> Tensor:
-    """x (B, m, n) row by row, column by column, or within a larger matrix."""
-    if how == "columns":
-        return x.mT.contiguous().mT
-    return nn.functional.pad(x, (1, 2, 3, 1))[:, 3:-1, 1:-2] if how == "part" else x
-
-
-@pytest.mark.usefixtures("on_amd")
-def test_mkl_multiplies_what_is_small_or_float64_and_all_where_onednn_is_off_or_threads_are_several(monkeypatch):
-    square = torch.ones(3, 8, 8)
-    with ByOneDNN() as seen:
-        for narrow in (square[:, :3], square[:, :, :3]):
-            products.exact(narrow, narrow.mT)
-        products.exact(square.double(), square.double())
-        with monkeypatch.context() as off:
-            off.setattr(torch.backends.mkldnn, "enabled", False)
-            products.exact(square, square)
-        torch.set_num_threads(2)
-        products.exact(square, square)
-        torch.set_num_threads(1)
-        assert seen.products == 0
-        assert torch.equal(products.exact(square, square), torch.full((3, 8, 8), 8.0))
-        assert seen.products == 3
-
-
-@pytest.mark.usefixtures("on_amd")
 @pytest.mark.parametrize("method", METHODS)
-def test_training_by_onednn_is_as_near_to_float64_as_by_mkl(method, monkeypatch):
-    exact = trained(torch.float64, method=method, precondition_frequency=2)
-    with ByOneDNN() as seen:
-        by_onednn = trained(torch.float32, method=method, precondition_frequency=2)
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    by_mkl = trained(torch.float32, method=method, precondition_frequency=2)
-    assert seen.products > 0
-    assert (by_onednn - exact).abs().max() < 3 * (by_mkl - exact).abs().max() + 1e-7
+def test_training_by_onednn_is_as_near_to_float64_as_by_blas(method, monkeypatch):
+    needs_switch()
+    if not products._is_float32(torch.backends.mkldnn, "bf16"):
+        pytest.skip("oneDNN multiplies in bfloat16 on this CPU where it may")
+    options = {"method": method, "precondition_frequency": 2}
+    exact, deviations = trained(torch.float64, **options), []
+    for precision in ("ieee", "bf16"):
+        monkeypatch.setattr(engine, "OF_ONEDNN", precision)
+        deviations.append((trained(torch.float32, **options) - exact).abs().max())
+    assert deviations[1] < 3 * deviations[0] + 1e-7

@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kl_dist.methods import averages, kronecker, linalg, products
+from kl_dist.methods import averages, kronecker, linalg
 from kl_dist.methods.kronecker import Hyper
 from kl_dist.methods.state import KLShampooState, Side, SOAPState
 
@@ -79,7 +79,7 @@ def _refresh_side(state: InEigenbasis, side: int, damping: float, drifted: Tenso
     assert factor is not None and basis is not None
     rotation, rotated = linalg.orthogonal_iteration(factor, damping, first)
     factor.copy_(rotated)
-    basis.copy_(without_drift(products.exact(basis, rotation), drifted))
+    basis.copy_(without_drift(basis @ rotation, drifted))
     state.exp_avg.copy_(kronecker.multiply_side(state.exp_avg, rotation, side))
 
 

@@ -11,11 +11,10 @@ CUDA devices have units for these. Elsewhere operands are rounded and multiplied
 time, so that a run in any of them can be tried on a CPU. None is TF32 on CUDA devices that have it and float32
 elsewhere. Float64 is always multiplied as it is.
 
-[Note: oneDNN] On AMD's CPUs MKL, which torch multiplies with, keeps to AVX2. Where they have AVX-512, oneDNN multiplies
-twice as fast, from 1.4 times at 384 rows to 2.0 at 768 when copies are counted (benchmarks/products.py). To torch it is
-a linear layer of mkldnn tensors, one matrix after the other. Small ones go to MKL, and so do all where there are
-several threads: MKL gives them matrices of the batch, and oneDNN parts of one matrix, so that they wait for each other
-at each. `torch.backends.mkldnn.enabled = False` leaves all to MKL.
+[Note: oneDNN] On AMD's CPUs MKL, which torch multiplies with, keeps to AVX2. Where they have AVX-512, oneDNN is twice
+as fast (benchmarks/products.py). torch goes there when it may make float32 products of bfloat16 ones, by the switch of
+`matmul_precision`, which oneDNN does on CPUs with units for these (AMX) alone; on others float32 stays float32. That it
+does is tried once in a process, at import, and the switch is set for each step where it holds.
 """
 
 from __future__ import annotations
@@ -28,11 +27,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 COMPUTE_DTYPES = ("float32", "tf32", "bfloat16", "bf16x3")
 DROPPED = 13  # of the 23 bits of float32's mantissa, in TF32
-SMALLEST_FOR_ONEDNN = 224  # rows, columns and terms of a product: below, MKL takes less time
 
 
 AS_IT_IS = contextlib.nullcontext()
@@ -73,15 +70,10 @@ def operand(x: Tensor, compute_dtype: str | None) -> Operand:
 def product(left: Tensor, right: Tensor, compute_dtype: str | None, out: Tensor) -> Tensor:
     """L R (B, m, n) of L (B, m, k) and R (B, k, n), written to `out`."""
     if _is_multiplied_as_it_is(left, compute_dtype):
-        _add(out, left, right, 0.0, 1.0)
+        torch.bmm(left, right, out=out)
     else:
         add_product(out, operand(left, compute_dtype), operand(right, compute_dtype), 0.0, 1.0)
     return out
-
-
-def exact(left: Tensor, right: Tensor) -> Tensor:
-    """L R (B, m, n), both multiplied as they are."""
-    return product(left, right, "float32", left.new_empty(*left.shape[:-1], right.shape[-1]))
 
 
 def add_product(total: Tensor, left: Operand, right: Operand, keep: float, share: float) -> None:
@@ -92,49 +84,11 @@ def add_product(total: Tensor, left: Operand, right: Operand, keep: float, share
                 if first.dtype != total.dtype:
                     added: Any = torch.bmm(first, second, out_dtype=total.dtype)
                     (total.mul_(keep) if keep else total.zero_()).add_(added, alpha=share)
+                elif keep == 0 and share == 1:
+                    torch.bmm(first, second, out=total)
                 else:
-                    _add(total, first, second, keep, share)
+                    torch.baddbmm(total, first, second, beta=keep, alpha=share, out=total)
                 keep = 1.0
-
-
-def _add(total: Tensor, left: Tensor, right: Tensor, keep: float, share: float) -> None:
-    """total <- keep total + share L R, all of one dtype, in place."""
-    (by_onednn if _is_for_onednn(left, right) else by_blas)(total, left, right, keep, share)
-
-
-def by_blas(total: Tensor, left: Tensor, right: Tensor, keep: float, share: float) -> None:
-    """`add_product` by the library that torch multiplies with on this device, all of a batch at once."""
-    if keep == 0 and share == 1:
-        torch.bmm(left, right, out=total)
-    else:
-        torch.baddbmm(total, left, right, beta=keep, alpha=share, out=total)
-
-
-def by_onednn(total: Tensor, left: Tensor, right: Tensor, keep: float, share: float) -> None:
-    """`add_product` of float32 on a CPU, one matrix after the other: [Note: oneDNN]."""
-    for one, first, second in zip(total.unbind(), left.unbind(), right.unbind(), strict=True):
-        found = functional.linear(first.to_mkldnn(), second.mT).to_dense()
-        if keep == 0:
-            torch.mul(found, share, out=one)
-        else:
-            one.mul_(keep).add_(found, alpha=share)
-
-
-def _is_for_onednn(left: Tensor, right: Tensor) -> bool:
-    """Whether it is the faster one: [Note: oneDNN]."""
-    is_large = min(*left.shape[1:], right.shape[2]) >= SMALLEST_FOR_ONEDNN
-    if not is_large or left.dtype != torch.float32 or left.device.type != "cpu":
-        return False
-    mkldnn: Any = torch.backends.mkldnn
-    return bool(mkldnn.enabled) and torch.get_num_threads() == 1 and _mkl_leaves_avx512_unused()
-
-
-@lru_cache
-def _mkl_leaves_avx512_unused() -> bool:
-    if not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
 
 
 def check_device(compute_dtype: str | None, device: torch.device) -> None:
@@ -171,3 +125,40 @@ def _in_tf32() -> Iterator[None]:
         yield
     finally:
         setattr(matmul, name, before)
+
+
+@contextlib.contextmanager
+def matmul_precision(backend: Any, name: str) -> Iterator[None]:
+    """torch's switch of a backend's float32 products, "ieee", "tf32" or "bf16", and back; of torch 2.9 and later."""
+    before, backend.matmul.fp32_precision = backend.matmul.fp32_precision, name
+    try:
+        yield
+    finally:
+        backend.matmul.fp32_precision = before
+
+
+def of_onednn() -> str:
+    """The precision to ask oneDNN for, so that products of float32 are just that, and fast: [Note: oneDNN]."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return "ieee"
+    return "bf16" if _mkl_leaves_avx512_unused() and _is_float32(torch.backends.mkldnn, "bf16") else "ieee"
+
+
+def _mkl_leaves_avx512_unused() -> bool:
+    if not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+
+
+def _is_float32(backend: Any, name: str) -> bool:
+    """Whether products of float32 are exact to its rounding under a backend's switch: bfloat16's are off by 1e-3."""
+    for d in (64, 512):
+        generator = torch.Generator().manual_seed(d)
+        x = torch.randn(1, d, d, generator=generator, dtype=torch.float32, device="cpu")
+        with matmul_precision(backend, name):
+            found = torch.bmm(x, x)
+        exact = torch.bmm(x.double(), x.double())
+        if (found - exact).abs().max() > 1e-5 * exact.abs().max():
+            return False
+    return True

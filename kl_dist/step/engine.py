@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from kl_dist.layouts.local import LocalShards
-from kl_dist.methods import ELEMENTWISE, rule
+from kl_dist.methods import ELEMENTWISE, products, rule
 from kl_dist.options import describe, number
 from kl_dist.planning.plan import Plan
 from kl_dist.planning.traffic import LEGS_AT_A_TIME
@@ -41,6 +41,7 @@ from kl_dist.step.trips import Room, Trips, make_rooms
 log = logging.getLogger(__name__)
 
 IDLE_STEPS = 3  # without any gradient are no accident
+OF_ONEDNN = products.of_onednn()  # tried now: within a step its products would be counted by whoever counts
 
 
 class Engine:
@@ -336,10 +337,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """No autocast, TF32 or bfloat16: factor products in lower precision lose the small eigenvalues."""
     with torch.autocast(device.type, enabled=False), ExitStack() as after:
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later; mixing the two raises there
-            for backend in (torch.backends.cuda, torch.backends.mkldnn):
-                matmul: Any = getattr(backend, "matmul")  # noqa: B009 (its stub lacks it)
-                after.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
-                matmul.fp32_precision = "ieee"
+            after.enter_context(products.matmul_precision(torch.backends.cuda, "ieee"))
+            after.enter_context(products.matmul_precision(torch.backends.mkldnn, OF_ONEDNN))
         else:
             after.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("highest")

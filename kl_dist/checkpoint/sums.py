@@ -44,6 +44,8 @@ SAVED = "saved"
 COLUMNS = 1024
 IN_CACHE = 1 << 19
 """Elements that are looked at together."""
+AT_ONCE = 64
+"""Tensors whose last rows, 8 KiB each, are copied to be looked at together."""
 A, B, P = 0x9E3779B185EBCA6B, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
 S, T = 0x1027C4D1C386BBC5, 0xC2CE6F447ED4D57B
 
@@ -67,7 +69,8 @@ def totals(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         if x.numel():
             alike.setdefault((x.device, x.dtype, x.shape), []).append(place)
     for places in alike.values():
-        found[places] = _of_one_shape([tensors[place] for place in places]).to(device)
+        for some in (places[first : first + AT_ONCE] for first in range(0, len(places), AT_ONCE)):
+            found[some] = _of_one_shape([tensors[place] for place in some]).to(device)
     return found
 
 

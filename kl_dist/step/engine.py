@@ -334,7 +334,10 @@ def step_size(group: Mapping[str, Any], method: str) -> tuple[float, float]:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, TF32 or bfloat16: factor products in lower precision lose the small eigenvalues."""
+    """No autocast, TF32 or bfloat16: factor products in lower precision lose the small eigenvalues.
+
+    oneDNN alone may be told that it can do with bfloat16, where it has been seen not to: [Note: oneDNN] in products.py.
+    """
     with torch.autocast(device.type, enabled=False), ExitStack() as after:
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later; mixing the two raises there
             after.enter_context(products.matmul_precision(torch.backends.cuda, "ieee"))

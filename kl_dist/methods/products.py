@@ -154,7 +154,7 @@ def _mkl_leaves_avx512_unused() -> bool:
 def _is_float32(backend: Any, name: str) -> bool:
     """Whether products of float32 are exact to its rounding under a backend's switch: bfloat16's are off by 1e-3."""
     for d in (64, 512):
-        generator = torch.Generator().manual_seed(d)
+        generator = torch.Generator("cpu").manual_seed(d)
         x = torch.randn(1, d, d, generator=generator, dtype=torch.float32, device="cpu")
         with matmul_precision(backend, name):
             found = torch.bmm(x, x)

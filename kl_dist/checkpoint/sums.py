@@ -45,7 +45,7 @@ COLUMNS = 1024
 IN_CACHE = 1 << 19
 """Elements that are looked at together."""
 AT_ONCE = 64
-"""Tensors whose last rows, 8 KiB each, are copied to be looked at together."""
+"""Small tensors, 8 KiB each at most, that are copied to be looked at together."""
 A, B, P = 0x9E3779B185EBCA6B, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
 S, T = 0x1027C4D1C386BBC5, 0xC2CE6F447ED4D57B
 
@@ -82,14 +82,13 @@ def _of_one_shape(tensors: Sequence[Tensor]) -> Tensor:
     if not rows:
         small = torch.stack(list(tensors)).view(len(tensors), one.numel())
         return _product(_words(small), across[:over]) * down[0]
-    in_rows, last_rows = [], []
+    in_rows = []
     for words in (_words(x.reshape(-1)) for x in tensors):
-        body = words[: rows * COLUMNS] if over else words
-        in_rows.append(_product(body.view(rows, COLUMNS), across))
-        if over:  # of a copy that was made for it no more than this is kept
-            last_rows.append(words[rows * COLUMNS :].clone())
-    found = _product(torch.stack(in_rows), down[:rows])
-    return found + _product(torch.stack(last_rows), across[:over]) * down[rows] if over else found
+        made = [_product(words[: rows * COLUMNS].view(rows, COLUMNS), across)]
+        if over:
+            made.append(_product(words[None, rows * COLUMNS :], across[:over]))
+        in_rows.append(torch.cat(made))
+    return _product(torch.stack(in_rows), down[: rows + bool(over)])
 
 
 def _product(x: Tensor, weights: Tensor) -> Tensor:

@@ -114,32 +114,35 @@ def _has_tf32(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@contextlib.contextmanager
-def _in_tf32() -> Iterator[None]:
+HAS_SWITCHES = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+"""Whether this torch is 2.9 or later, where `matmul_precision` works, and mixing it with the older switches raises."""
+
+
+def _in_tf32() -> contextlib.AbstractContextManager[None]:
     """The engine has switched TF32 off for all that is not asked for here."""
-    matmul: Any = torch.backends.cuda.matmul
-    name, on = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    if HAS_SWITCHES:
+        return matmul_precision(torch.backends.cuda, "tf32")
+    return _switched(torch.backends.cuda.matmul, "allow_tf32", True)
+
+
+def matmul_precision(backend: Any, name: str) -> contextlib.AbstractContextManager[None]:
+    """torch's switch of a backend's float32 products, "ieee", "tf32" or "bf16", and back; of torch 2.9 and later."""
+    return _switched(backend.matmul, "fp32_precision", name)
+
+
+@contextlib.contextmanager
+def _switched(matmul: Any, name: str, value: str | bool) -> Iterator[None]:
     before = getattr(matmul, name)
-    setattr(matmul, name, on)
+    setattr(matmul, name, value)
     try:
         yield
     finally:
         setattr(matmul, name, before)
 
 
-@contextlib.contextmanager
-def matmul_precision(backend: Any, name: str) -> Iterator[None]:
-    """torch's switch of a backend's float32 products, "ieee", "tf32" or "bf16", and back; of torch 2.9 and later."""
-    before, backend.matmul.fp32_precision = backend.matmul.fp32_precision, name
-    try:
-        yield
-    finally:
-        backend.matmul.fp32_precision = before
-
-
 def of_onednn() -> str:
     """The precision to ask oneDNN for, so that products of float32 are just that, and fast: [Note: oneDNN]."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    if not HAS_SWITCHES:
         return "ieee"
     return "bf16" if _mkl_leaves_avx512_unused() and _is_float32(torch.backends.mkldnn, "bf16") else "ieee"
 

@@ -339,7 +339,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     oneDNN alone may be told that it can do with bfloat16, where it has been seen not to: [Note: oneDNN] in products.py.
     """
     with torch.autocast(device.type, enabled=False), ExitStack() as after:
-        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later; mixing the two raises there
+        if products.HAS_SWITCHES:
             after.enter_context(products.matmul_precision(torch.backends.cuda, "ieee"))
             after.enter_context(products.matmul_precision(torch.backends.mkldnn, OF_ONEDNN))
         else:

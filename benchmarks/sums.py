@@ -36,6 +36,7 @@ from kl_dist import KLShampoo
 from kl_dist.checkpoint import sums, verify
 from kl_dist.checkpoint.load import faults
 from kl_dist.checkpoint.saved import read
+from kl_dist.checkpoint.seals import SAVED
 
 
 def made(width: int, blocks: int, vocabulary: int) -> KLShampoo:
@@ -56,7 +57,7 @@ def without_sums(state: dict[str, Any]) -> dict[str, Any]:
     entries = {
         name: {key: x for key, x in one.items() if not verify.is_sums(key)} for name, one in state["state"].items()
     }
-    groups = [{key: x for key, x in group.items() if key != sums.SAVED} for group in state["param_groups"]]
+    groups = [{key: x for key, x in group.items() if key != SAVED} for group in state["param_groups"]]
     return {**state, "state": entries, "param_groups": groups}
 
 

@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 
 from kl_dist.checkpoint import manifest, reading
 from kl_dist.checkpoint.load import causes_of
-from kl_dist.checkpoint.sums import sealed
+from kl_dist.checkpoint.seals import sealed
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from kl_dist import groups, options
 from kl_dist.checkpoint import full, load, shown
 from kl_dist.checkpoint.holdings import Holding
 from kl_dist.checkpoint.local import Form, local_form
-from kl_dist.checkpoint.sums import SAVED, resealed
+from kl_dist.checkpoint.seals import SAVED, resealed
 from kl_dist.layouts import placement
 from kl_dist.layouts.reduction import Reduction
 from kl_dist.planning.partition import Partition

@@ -2,7 +2,7 @@
 
 `inventory` names every tensor and its holders, `holdings` has this rank's memory of each, `divided` shows it to
 torch.distributed.checkpoint and `shown` to the user; `saved` understands any form of a state dict, `load` checks and
-copies, `full` collects all of it on one rank;
-`sums` are the checksums that travel with the state, `verify` compares them; `manifest` tells whether files are as they
-were written, `reading` reads what a stranger may have written.
+copies, `full` collects all of it on one rank; `sums` are the checksums that travel with the state, `seals` what a group
+says of itself, `verify` compares both; `manifest` tells whether files are as they were written, `reading` reads what a
+stranger may have written.
 """

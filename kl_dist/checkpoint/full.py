@@ -15,7 +15,8 @@ from kl_dist.checkpoint import load
 from kl_dist.checkpoint.holdings import Holding
 from kl_dist.checkpoint.local import ORIGIN, STEPS
 from kl_dist.checkpoint.saved import Saved, read
-from kl_dist.checkpoint.sums import sealed, with_sums
+from kl_dist.checkpoint.seals import sealed
+from kl_dist.checkpoint.sums import with_sums
 from kl_dist.planning.boxes import in_boxes, narrowed
 from kl_dist.ranks import Ranks
 

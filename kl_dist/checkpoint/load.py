@@ -18,7 +18,8 @@ from kl_dist.checkpoint.holdings import Holding, held_here, is_divided
 from kl_dist.checkpoint.inventory import FORM
 from kl_dist.checkpoint.local import ORIGIN, origin_of
 from kl_dist.checkpoint.saved import REMEDY, Saved, is_made_up, names_in, read
-from kl_dist.checkpoint.sums import SAVED, as_read, by_unit, entry_of
+from kl_dist.checkpoint.seals import SAVED, as_read
+from kl_dist.checkpoint.sums import by_unit, entry_of
 from kl_dist.methods import form
 from kl_dist.ranks import Ranks
 

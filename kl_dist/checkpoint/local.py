@@ -9,8 +9,9 @@ from enum import Enum
 from typing import Any
 
 from kl_dist.checkpoint.holdings import Holding
+from kl_dist.checkpoint.seals import sealed
 from kl_dist.checkpoint.shown import own
-from kl_dist.checkpoint.sums import sealed, with_sums
+from kl_dist.checkpoint.sums import with_sums
 from kl_dist.ranks import Ranks
 
 ORIGIN = "kl_dist"

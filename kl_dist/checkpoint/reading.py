@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
-from kl_dist.checkpoint.sums import SAVED
+from kl_dist.checkpoint.seals import SAVED
 from kl_dist.checkpoint.verify import is_sums
 from kl_dist.options import CAME_LATER
 

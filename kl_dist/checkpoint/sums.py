@@ -17,18 +17,15 @@ m_i and v_i the bits of its two moments, i its place in the parameter. A, B and 
 changes that byte for certain; of what is damaged otherwise one element in 256 is not noticed, and hardly ever two.
 
 The salt is a hash of the parameter's name and the key, so that two matrices do not change places, and t the number of
-steps that the optimizer had made, so that parts of two checkpoints do not pass for one. `t` and a checksum of the
-options stand in each group of the saved state.
+steps that the optimizer had made, so that parts of two checkpoints do not pass for one: see kl_dist.checkpoint.seals.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +35,6 @@ from kl_dist.checkpoint.inventory import Entry
 from kl_dist.planning.boxes import Box, in_boxes
 
 SUMS = "sums"
-SAVED = "saved"
-"""The entry of a saved group with the steps made and the checksum of its options."""
 
 COLUMNS = 1024
 IN_CACHE = 1 << 19
@@ -272,64 +267,3 @@ def with_sums(held: Sequence[Holding], steps: int, rank: int) -> list[Holding]:
             memory = next(made).data  # with a count of writes of its own, which is 0: `verify` asks
         found[id(unit[-1])] = Holding(unit[0].name, entry, boxes, memory)
     return [one for holding in held for one in (holding, found.get(id(holding))) if one is not None]
-
-
-# -- of groups ---------------------------------------------------------------------------------------------------------
-
-
-def sealed(group: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """A group as it is saved: with the steps made, and a CRC-32 of each option by its name, as one text."""
-    kept = {key: _kept(x) for key, x in group.items()}
-    return {**kept, SAVED: {"steps": steps, "options": json.dumps(_digests(kept))}}
-
-
-def _kept(value: Any) -> Any:
-    """An option as it is now: a schedule may write into its tensor, or leave numpy's float there."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    return float(value) if isinstance(value, float) else value
-
-
-def resealed(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict whose groups somebody was asked to change before it is saved."""
-    groups = [sealed(group, group[SAVED]["steps"]) if SAVED in group else group for group in state["param_groups"]]
-    return {**state, "param_groups": groups}
-
-
-def changed_option(group: Mapping[str, Any]) -> str | None:
-    """Which option of a saved group is another than it was sealed with; what is not there any more counts for none.
-
-    Raises:
-        ValueError: the seal itself is damaged.
-    """
-    digests = json.loads(group[SAVED]["options"])
-    if not isinstance(digests, dict):
-        raise ValueError("no digests")
-    return next((key for key, digest in _digests(group).items() if digests.get(key) != digest), None)
-
-
-def _digests(group: Mapping[str, Any]) -> dict[str, int]:
-    """Of what parameters are called torch makes other lists."""
-    kept = {str(key): x for key, x in group.items() if key not in ("params", "param_names", SAVED)}
-    return {key: zlib.crc32(_said(as_read(x)).encode()) for key, x in kept.items()}
-
-
-def as_read(value: Any) -> Any:
-    """An option with lists for tuples and strings for keys, as torch.distributed.checkpoint hands things back.
-
-    It puts those keys beside what is read into: of 1 and "1" the latter, which was read, comes last and is meant.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): as_read(x) for key, x in value.items()}
-    return [as_read(x) for x in value] if isinstance(value, (list, tuple)) else value
-
-
-def _said(value: Any) -> str:
-    """A plain value `as_read`, in the same words whatever became of its scalar tensors; of others nothing."""
-    if isinstance(value, Mapping):
-        return "{" + ",".join(sorted(f"{key}:{_said(x)}" for key, x in value.items())) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_said, value)) + "]"
-    if isinstance(value, Tensor):
-        return _said(value.tolist())
-    return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else "?"

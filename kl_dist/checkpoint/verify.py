@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from kl_dist.checkpoint.holdings import Holding, held_here, is_divided
-from kl_dist.checkpoint.sums import SAVED, SUMS, AtHand, T, are_sums_of, by_unit, changed_option, entry_of, sums_of
+from kl_dist.checkpoint.seals import SAVED, changed_option
+from kl_dist.checkpoint.sums import SUMS, AtHand, T, are_sums_of, by_unit, entry_of, sums_of
 from kl_dist.planning.boxes import Box, whole
 
 log = logging.getLogger(__name__)

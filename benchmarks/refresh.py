@@ -4,7 +4,8 @@
     python -m benchmarks.refresh --shapes 12x384 --repeats 5       batches of other sizes
 
 QR by reflections, by Cholesky once in float64, twice and three times in float32, and the rotation by products alone
-that benchmarks/variants.py trains with; the inverse fourth root by eigh and by products. In float32, of factors that
+that benchmarks/variants.py trains with, also with all but its last products in TF32 (on a CPU rounded to it, so what it
+leaves is a GPU's, and its time is not); the inverse fourth root by eigh and by products. In float32, of factors that
 are nearly diagonal, as between two refreshes, and of rank one in a basis that knows nothing of them, the worst that a
 start meets.
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import report
-from kl_dist.methods import kl_factors, linalg, qr, roots, shampoo
+from kl_dist.methods import kl_factors, linalg, products, qr, roots, shampoo
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = [(32, 64), (8, 256), (12, 384), (4, 768)]
@@ -34,23 +35,28 @@ SHAPES_ON_GPU = [(72, 768), (144, 1024), (8, 4096)]
 ORTHOGONALIZATIONS = 2
 
 
-def rotation_by_products(factor: Tensor) -> Tensor:
+def rotation_by_products(factor: Tensor, compute_dtype: str = "float32") -> Tensor:
     """O (B, d, d), orthogonal, by which QR would turn a nearly diagonal S (B, d, d), to the first order.
 
     L_ij = S_ij / (max(S_ii, S_jj) + c), i > j;   X = L - L^T;   a = min(1, 0.9 / |X^2|_F^1/2)
     O = I + a X + a^2 X^2 / 2, then O <- O (3 I - O^T O) / 2, ORTHOGONALIZATIONS times
+
+    All in `compute_dtype`, 6 d^3 flops, but the last orthogonalization, 4 d^3 in the factor's dtype, which undoes what
+    rounding has left.
     """
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
     damped = diagonal + kl_factors.DAMPING * linalg.mean_diagonal(factor)
     lower = (factor / torch.maximum(damped[:, :, None], damped[:, None, :])).tril(-1)
     x = lower - lower.mT
-    square = x @ x
+    square = products.product(x, x, compute_dtype, torch.empty_like(x))
     norm = torch.linalg.vector_norm(square, dim=(1, 2), keepdim=True)
     a = (0.9 / norm.sqrt().clamp_min(1e-15)).clamp_max(1.0)
-    turned = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) + a * x + a.square() / 2 * square
-    for _ in range(ORTHOGONALIZATIONS):
-        turned = linalg.reorthogonalize(turned)
-    return turned
+    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    turned = identity + a * x + a.square() / 2 * square
+    for _ in range(ORTHOGONALIZATIONS - 1):
+        gram = products.product(turned.mT, turned, compute_dtype, square)
+        turned = products.product(turned, 1.5 * identity - 0.5 * gram, compute_dtype, torch.empty_like(turned))
+    return linalg.reorthogonalize(turned)
 
 
 Way = Callable[[Tensor], Tensor]  # of factors (B, d, d); gives rotations or roots
@@ -61,6 +67,7 @@ ROTATIONS: dict[str, Way] = {
     "QR by Cholesky twice": lambda S: qr.by_scaled_cholesky(_damped(S), 2).rotation,
     "QR by Cholesky three times": lambda S: qr.by_scaled_cholesky(_damped(S), 3).rotation,
     "rotation by products": rotation_by_products,
+    "rotation by products, TF32 but for the last": lambda S: rotation_by_products(S, "tf32"),
 }
 ROOTS: dict[str, Way] = {
     "root by eigh": lambda S: roots.by_eigh(S, 1 / 4, _shift(S)),

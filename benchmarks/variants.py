@@ -27,6 +27,7 @@ from kl_dist.methods import (
     kl_shampoo,
     kronecker,
     linalg,
+    products,
     rule,
 )
 from kl_dist.methods.state import KLShampooState, unstarted
@@ -74,18 +75,27 @@ def eigh_start(state: KLShampooState, grad: Tensor, hyper: Hyper) -> None:
 QR_STEPS = 50  # of a run, before `refresh_by_products`
 
 
-def refresh_by_products(state: KLShampooState, hyper: Hyper) -> None:
-    """After QR_STEPS steps a refresh turns the bases by `rotation_by_products`: products alone, no QR."""
-    if bool((state.step <= QR_STEPS).any()):
-        return kl_factors.refresh(state, hyper)
-    for side, (factor, basis) in enumerate(zip(state.factors, state.bases, strict=True)):
-        if factor is None or basis is None:
-            continue
-        turned = rotation_by_products(factor)
-        moved = turned.mT @ factor @ turned
-        factor.copy_(moved.add(moved.mT).mul_(0.5))
-        basis.copy_(kl_factors.without_drift(basis @ turned, kl_factors.drift_is_due(state, hyper)))
-        state.exp_avg.copy_(kronecker.multiply_side(state.exp_avg, turned, side))
+def refresh_by_products(compute_dtype: str) -> Callable[[KLShampooState, Hyper], None]:
+    """After QR_STEPS steps a refresh turns the bases by `rotation_by_products`: products alone, no QR.
+
+    Args:
+        compute_dtype: of all products but the rotation's last and those with the basis.
+    """
+
+    def refresh(state: KLShampooState, hyper: Hyper) -> None:
+        if bool((state.step <= QR_STEPS).any()):
+            return kl_factors.refresh(state, hyper)
+        for side, (factor, basis) in enumerate(zip(state.factors, state.bases, strict=True)):
+            if factor is None or basis is None:
+                continue
+            turned = rotation_by_products(factor, compute_dtype)
+            moved = products.product(factor, turned, compute_dtype, torch.empty_like(factor))
+            moved = products.product(turned.mT, moved, compute_dtype, torch.empty_like(factor))
+            factor.copy_(moved.add(moved.mT).mul_(0.5))
+            basis.copy_(kl_factors.without_drift(basis @ turned, kl_factors.drift_is_due(state, hyper)))
+            state.exp_avg.copy_(kronecker.multiply_side(state.exp_avg, turned, side, None, compute_dtype))
+
+    return refresh
 
 
 def clipped(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
@@ -180,7 +190,8 @@ VARIANTS = {
     "unit_rms": FRESH._replace(update=unit_rms),
     "one_refresh": FRESH._replace(start=one_refresh),
     "eigh_start": FRESH._replace(start=eigh_start),
-    "products": FRESH._replace(refresh=refresh_by_products),
+    "products": FRESH._replace(refresh=refresh_by_products("float32")),
+    "products_in_tf32": FRESH._replace(refresh=refresh_by_products("tf32")),
     "clipped": FRESH._replace(update=clipped),
     "sooner": FRESH._replace(update=sooner(2)),
     "sooner_yet": FRESH._replace(update=sooner(3)),

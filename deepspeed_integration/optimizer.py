@@ -252,7 +252,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         kept = ("params", *options.STRUCTURAL)
         for mine, saved in zip(self.groups, groups, strict=True):
             taken = {key: x for key, x in saved.items() if key not in kept}
-            taken = {"matrix_lr": None, **taken}  # which a state saved earlier does not know
+            taken = {**dict.fromkeys(options.BEGINS_WITH_A_RUN), **taken}  # which a state saved earlier does not know
             mine.update({key: tuple(x) if isinstance(x, list) else x for key, x in taken.items()})
 
 

@@ -63,6 +63,9 @@ class KLShampoo(StateDicts):
         max_preconditioner_dim: sides longer than this are handled as `long_side` says.
         process_group: ranks to partition over. None: all of them.
         nesterov: momentum one step ahead. None: True ("paper": False).
+        final_beta1: what the weight of the old momentum grows to in a long run, max(betas[0], min(final_beta1,
+            1 - 20 / t)) after t updates, without a noisier update (kl_dist.methods.averages); up to betas[0] it stays
+            that. None: 0.99 with method "kl_shampoo", else it stays.
         polar: Newton-Schulz steps that orthogonalise the whitened momentum of each matrix, its norm kept
             (kl_dist.methods.polar); 0 is none, "start" three in the first 5 / (1 - betas[1]) updates,
             at most 750, and then none. Not for "shampoo" and "paper". None: 0 ("paper": 0).
@@ -115,6 +118,7 @@ class KLShampoo(StateDicts):
         max_preconditioner_dim: int = 8192,
         process_group: dist.ProcessGroup | None = None,
         nesterov: bool | None = None,
+        final_beta1: float | None = None,
         polar: Polar | None = None,
         stagger: bool | None = None,
         long_side: str | None = None,

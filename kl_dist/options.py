@@ -58,6 +58,7 @@ DEFAULTS: dict[str, Any] = {
     "precondition_frequency": None,
     "shampoo_beta": None,
     "nesterov": None,
+    "final_beta1": None,
     "polar": None,
     "stagger": None,
     "blocking": None,
@@ -86,8 +87,11 @@ STRUCTURAL = (
 )
 """What the plan and the shapes of the state follow from, and so what must not change once they are made."""
 
-CAME_LATER = ("polar", "adjust_lr_fn", "compute_dtype", "matrix_lr")
-"""What a state saved earlier does not know: there the option stays as it is here, but for `matrix_lr`, which goes."""
+CAME_LATER = ("polar", "adjust_lr_fn", "compute_dtype", "matrix_lr", "final_beta1")
+"""What a state saved earlier does not know: there the option stays as it is here, unless it BEGINS_WITH_A_RUN."""
+
+BEGINS_WITH_A_RUN = ("matrix_lr", "final_beta1")
+"""Options of these that a run which began without goes on without: None."""
 
 _COUNTS = ("partition_size", "max_state_bytes", "compare_every")
 """Arguments of the whole optimizer that are whole numbers, or None."""
@@ -240,6 +244,7 @@ def check_numbers(group: Mapping[str, Any]) -> None:
     if group["shampoo_beta"] is not None:
         _check_number("shampoo_beta", group["shampoo_beta"], 0.0, 1.0)
     _check_memory(group)
+    _check_growth(group)
     if group["shampoo_exponent"] is not None:
         _check_number("shampoo_exponent", group["shampoo_exponent"], 1e-3, 1.0)
     if group["adjust_lr_fn"] is not None:
@@ -268,6 +273,14 @@ def _check_memory(group: Mapping[str, Any]) -> None:
                 f"{name} must be above 0 with method {method!r}: factors of one gradient alone have no eigenvalue in"
                 " the directions of the momentum, and updates grow a millionfold"
             )
+
+
+def _check_growth(group: Mapping[str, Any]) -> None:
+    if group["final_beta1"] is None:
+        return
+    _check_number("final_beta1", group["final_beta1"], 0.0, 1.0)
+    if float(group["final_beta1"]) > 0 and group["recipe"] == "paper" and group["method"] in METHODS:
+        raise ValueError('final_beta1 must be 0 or None under recipe "paper", whose momentum keeps betas[0]')
 
 
 def _check_polar(group: Mapping[str, Any]) -> None:

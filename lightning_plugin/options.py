@@ -42,6 +42,7 @@ class TakesOptimizerOptions:
         blocking: "square" cuts a matrix along its long side into near-square blocks; "none".
         max_preconditioner_dim: sides longer than this are handled as `long_side` says.
         nesterov: momentum one step ahead.
+        final_beta1: what the weight of the old momentum grows to in a long run.
         polar: Newton-Schulz steps that orthogonalise the whitened momentum; 0 is none, "start" three in the first
             updates of each matrix.
         stagger: spread the refreshes over the T steps.
@@ -80,6 +81,7 @@ class TakesOptimizerOptions:
         blocking: Literal["square", "none"] | None = None,
         max_preconditioner_dim: int | None = None,
         nesterov: bool | None = None,
+        final_beta1: float | None = None,
         polar: int | Literal["start"] | None = None,
         stagger: bool | None = None,
         long_side: Literal["cut", "diagonal", "identity"] | None = None,

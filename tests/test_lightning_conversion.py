@@ -95,6 +95,7 @@ OPTIONS = {
         "precondition_frequency": 3,
         "shampoo_beta": 0.7,
         "nesterov": True,
+        "final_beta1": 0.0,
         "polar": 0,
         "stagger": True,
         "blocking": "square",

@@ -183,10 +183,10 @@ def made(grads: Tensor, **options) -> tuple[KLShampoo, nn.Parameter]:
     return opt, parameter
 
 
-def spiked(kind: str, shape: tuple[int, ...], at: int) -> Tensor:
-    """200 gradients with rows of different sizes, and one that is a million of them or has one vast entry."""
+def spiked(kind: str, shape: tuple[int, ...], at: int, steps: int = 200) -> Tensor:
+    """Gradients with rows of different sizes, and one that is a million of them or has one vast entry."""
     rows = torch.logspace(0, -2, shape[0], dtype=torch.float64).view(-1, *[1] * (len(shape) - 1))
-    grads = rows * gradients(shape, steps=200)
+    grads = rows * gradients(shape, steps)
     one = grads[at]
     if kind == "spike":
         one *= 1e6

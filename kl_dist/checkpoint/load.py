@@ -241,7 +241,7 @@ def load(
 def take_options(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
     """Every option of the saved groups, as torch.optim does; those that shape the state are the same already."""
     for group, other in zip(groups, saved, strict=True):
-        group.update({"matrix_lr": None, **_taken(other)})
+        group.update({**dict.fromkeys(options.BEGINS_WITH_A_RUN), **_taken(other)})
 
 
 def _taken(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from kl_dist.methods.kronecker import Hyper, column, numel
 OfStep = Callable[[int], float]
 """A coefficient as a function of t, the updates made."""
 
+GROWTH = 20  # the share of the updates made that a momentum remembers at most is one in so many
 SPIKE = 10.0  # times the tracked scale: a gradient beyond that is cut down to it
 
 
@@ -39,24 +40,61 @@ def warm_beta(beta: float) -> OfStep:
     return lambda t: min(beta, 1 - 1 / (t + 1))
 
 
-def momentum_(exp_avg: Tensor, grad: Tensor, hyper: Hyper) -> Tensor:
-    """exp_avg <- beta1 exp_avg + (1 - beta1) grad; returns it, one step ahead if Nesterov's, in the place of `grad`.
+def momentum_(exp_avg: Tensor, grad: Tensor, step: Tensor, hyper: Hyper) -> Tensor:
+    """M <- (1 - a) M + a G; returns N = (1 - c) M + c G if Nesterov's, else M, in the place of `grad`.
 
-    exp_avg, or beta1 exp_avg + (1 - beta1) grad; not bias-corrected: see `correction`.
+    a from `newest`, c from `ahead`; not bias-corrected: see `correction`.
     """
-    beta1 = hyper.betas[0]
-    exp_avg.lerp_(grad, 1 - beta1)
-    return grad.lerp_(exp_avg, beta1) if hyper.nesterov else grad.copy_(exp_avg)
+    exp_avg.lerp_(grad, column(of_step(newest(hyper), step, grad), grad))
+    if not hyper.nesterov:
+        return grad.copy_(exp_avg)
+    return grad.lerp_(exp_avg, column(of_step(lambda t: 1 - ahead(newest(hyper)(t), hyper), step, grad), grad))
+
+
+def newest(hyper: Hyper) -> OfStep:
+    """a(t) = 1 - beta1(t), beta1(t) = max(beta1, min(final_beta1, 1 - GROWTH / t)), the newest gradient's share of M.
+
+    So that M remembers a twentieth of the updates made, but no fewer than beta1 does and no more than final_beta1.
+    """
+    shortest, longest = hyper.betas[0], hyper.final_beta1
+    if longest is None or longest <= shortest:
+        return lambda t: 1 - shortest
+    return lambda t: min(1 - shortest, max(1 - longest, GROWTH / t))
+
+
+def ahead(a: float, hyper: Hyper) -> float:
+    """c, G's share of N = (1 - c) M + c G beside its share a of M: 1 - beta1 as long as a is, Nesterov's.
+
+    Beyond, the one that leaves N as noisy, so that the best learning rate stays where it is: of independent gradients
+    of variance 1 M has the variance v = a / (2 - a), and N
+
+        c^2 + 2 c (1 - c) a + (1 - c)^2 v,
+
+    which shall be what it is at a = c = 1 - beta1. A long memory alone would answer too late; the gradient itself
+    keeps N at hand, as in accelerated SGD.
+    Source: Morwani et al., "Connections between Schedule-Free Optimizers, AdEMAMix, and Accelerated SGD Variants"
+    (arXiv 2502.02431), which decouples the two shares.
+    """
+    first = 1 - hyper.betas[0]
+    if a >= first:
+        return first
+    noise = first**2 * (3 - 2 * first) + (1 - first) ** 2 * first / (2 - first)
+    v = a / (2 - a)
+    square, half = 1 - 2 * a + v, a - v
+    return (math.sqrt(half**2 + square * (noise - v)) - half) / square
 
 
 def correction(step: Tensor, hyper: Hyper, like: Tensor) -> float | Tensor:
-    """What makes the momentum's weights add up to 1: 1 / (1 - beta1^t), or 1 / (1 - beta1^(t+1)) if Nesterov's."""
+    """What makes the momentum's weights add up to 1: 1 / (1 - beta1^t), or 1 / (1 - beta1^(t+1)) if Nesterov's.
+
+    Where beta1 grows, it does so after GROWTH / (1 - beta1) updates, when 2e-9 is left to correct.
+    """
     return of_step(lambda t: 1 / (1 - hyper.betas[0] ** (t + hyper.nesterov)), step, like)
 
 
 def momentum(exp_avg: Tensor, grad: Tensor, step: Tensor, hyper: Hyper) -> Tensor:
     """`momentum_`, bias-corrected; in the place of `grad`."""
-    return momentum_(exp_avg, grad, hyper).mul_(column(correction(step, hyper, grad), grad))
+    return momentum_(exp_avg, grad, step, hyper).mul_(column(correction(step, hyper, grad), grad))
 
 
 def tracked_scale(scale: Tensor, mean_squares: Tensor, step: Tensor, beta: float) -> Tensor:
@@ -97,11 +135,11 @@ def cut_spikes_by_momentum_(grad: Tensor, exp_avg: Tensor, step: Tensor, hyper: 
     """grad <- sqrt(p) grad, where no scale is tracked: s' is of gradients that as noise would have left this momentum.
 
     mean(exp_avg^2) = (1 - beta1^(2 t)) (1 - beta1) / (1 + beta1) s'^2 in the mean, after t gradients that are
-    independent, and more where they agree.
+    independent, and more where they agree. Where beta1 grows that is its value now, to 3 %.
     """
-    beta1 = hyper.betas[0]
-    noise = mean_square(exp_avg).mul_((1 + beta1) / (1 - beta1))
-    share = share_of_spike(noise, mean_square(grad), step, beta1**2)
+    a = newest(hyper)
+    noise = mean_square(exp_avg).mul_(of_step(lambda t: (2 - a(t)) / a(t), step, exp_avg))
+    share = share_of_spike(noise, mean_square(grad), step, hyper.betas[0] ** 2)
     if share is not None:
         grad.mul_(column(share.sqrt_(), grad))
 

@@ -66,7 +66,7 @@ def update(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> 
     state.step.add_(1)
     projected, spare = kronecker.project(grad, spare, state.bases, hyper.compute_dtype)
     scale = kl_factors.learn(state, projected, spare, hyper)
-    direction = averages.momentum_(state.exp_avg, projected, hyper)
+    direction = averages.momentum_(state.exp_avg, projected, state.step, hyper)
     roots = [None if x is None else x.rsqrt() for x in state.eigenvalues]
     beyond = [None if x is None else beyond_whitening(x, hyper.shampoo_exponent or 0.5) for x in state.eigenvalues]
     both = [root if root is None or t is None else root.mul_(t) for root, t in zip(roots, beyond, strict=True)]
@@ -114,7 +114,7 @@ FRESH = Rule(
     update,
     kl_factors.refresh,
     polar=True,
-    defaults=MappingProxyType({"betas": (0.9, 0.9), "shampoo_exponent": 0.7}),
+    defaults=MappingProxyType({"betas": (0.9, 0.9), "final_beta1": 0.99, "shampoo_exponent": 0.7}),
 )
 PAPER = as_released(allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released)
 METHOD = Method("KL-Shampoo", {"fresh": FRESH, "paper": PAPER, "compact": compact(FRESH, "fresh")}, from_adamw=MEASURED)

@@ -35,6 +35,7 @@ class Hyper:
     precondition_frequency: int = 1
     shampoo_beta: float | None = None
     nesterov: bool = False
+    final_beta1: float | None = None
     polar: Polar = 0
     shampoo_exponent: float | None = None
     adjust_lr_fn: str | None = None

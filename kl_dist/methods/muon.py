@@ -142,7 +142,7 @@ def _direction(state: MatrixState, grad: Tensor, spare: Tensor, hyper: Hyper) ->
     """The momentum with this step's gradient, made orthogonal: X (B, m, n), and the buffer that is free then."""
     state.step.add_(1)
     averages.cut_spikes_by_momentum_(grad, state.exp_avg, state.step, hyper)
-    direction = averages.momentum_(state.exp_avg, grad, hyper)
+    direction = averages.momentum_(state.exp_avg, grad, state.step, hyper)
     smallest = averages.smallest_scale(grad.dtype) * (1 - hyper.betas[0])  # the momentum is not corrected
     x = direction.div_(kronecker.column(_norm(direction).clamp_min(smallest) * (1 + hyper.eps), grad)).flatten(2)
     spare, room = spare.flatten(2), quintic.room_for(x)

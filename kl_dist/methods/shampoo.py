@@ -53,7 +53,7 @@ def update(state: ShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Te
     kronecker.learn_grams(state.factors, grad, spare, keep, by=scale.reciprocal(), compute_dtype=hyper.compute_dtype)
     learn_squares(state.exp_avg_sq, grad, spare, scale, state.step, hyper)
     size = scale.reciprocal() * averages.correction(state.step, hyper, scale)
-    direction = averages.momentum_(state.exp_avg, grad, hyper).mul_(kronecker.column(size, grad))
+    direction = averages.momentum_(state.exp_avg, grad, state.step, hyper).mul_(kronecker.column(size, grad))
     adam = torch.div(direction, torch.sqrt(state.exp_avg_sq, out=spare).add_(hyper.eps), out=spare)
     return _grafted(direction, spare, state.inverse_roots, _norm(adam), hyper.compute_dtype)
 

@@ -64,7 +64,7 @@ def scaled_adam(state: SOAPState | KLSOAPState, grad: Tensor, spare: Tensor, sca
         hyper: betas and eps (relative).
     """
     learn_squares(state.exp_avg_sq, grad, spare, scale, state.step, hyper)
-    direction = averages.momentum_(state.exp_avg, grad, hyper)
+    direction = averages.momentum_(state.exp_avg, grad, state.step, hyper)
     size = scale.reciprocal() * averages.correction(state.step, hyper, scale)
     return direction.div_(torch.sqrt(state.exp_avg_sq, out=spare).add_(hyper.eps)).mul_(kronecker.column(size, grad))
 

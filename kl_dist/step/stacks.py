@@ -243,6 +243,7 @@ def matrix_hyper(group: Mapping[str, Any]) -> Hyper:
         precondition_frequency=group["precondition_frequency"],
         shampoo_beta=group["shampoo_beta"],
         nesterov=group["nesterov"],
+        final_beta1=group["final_beta1"],
         polar=group["polar"],
         shampoo_exponent=group["shampoo_exponent"],
         adjust_lr_fn=group["adjust_lr_fn"],

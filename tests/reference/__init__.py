@@ -43,6 +43,7 @@ def reference(
     weight_decay: float,
     precondition_frequency: int,
     nesterov: bool | None = None,
+    final_beta1: float | None = None,
     shampoo_beta: float | None = None,
     phase: int = 0,
     shampoo_exponent: float | None = None,
@@ -55,7 +56,8 @@ def reference(
 
     `phase` staggers the refreshes: one follows step t when (t + phase) % precondition_frequency == 0. `nesterov=None`
     is what the recipe does (paper: off, but for Muon; else on), `shampoo_beta=None` is beta2, `shampoo_exponent=None`
-    is 0.7 of a fresh KL-Shampoo and 1/(2K) of Shampoo, `adjust_lr_fn=None` the recipe's.
+    is 0.7 of a fresh KL-Shampoo and 1/(2K) of Shampoo, `adjust_lr_fn=None` the recipe's,
+    `final_beta1=None` is 0.99 of a fresh KL-Shampoo and else `betas[0]`.
     `polar` are the coefficients (a, b, c) of the Newton-Schulz steps of a fresh matrix's first `polar_updates` updates,
     if any.
     """
@@ -65,6 +67,7 @@ def reference(
     if plain and nesterov:
         raise ValueError("the paper recipe has no Nesterov momentum")
     beta1, beta2 = betas
+    grown = 0.99 if (method, recipe) == ("kl_shampoo", "fresh") else beta1
     default = 0.7 if (method, recipe) == ("kl_shampoo", "fresh") else 1 / (2 * len(shape))
     options = Options(
         lr=lr,
@@ -75,6 +78,7 @@ def reference(
         weight_decay=weight_decay,
         refresh_every=precondition_frequency,
         phase=phase,
+        final_beta1=grown if final_beta1 is None else final_beta1,
         nesterov=not plain if nesterov is None else nesterov,
         exponent=default if shampoo_exponent is None else shampoo_exponent,
         adjust_lr_fn=adjust_lr_fn,

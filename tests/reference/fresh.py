@@ -10,6 +10,7 @@ roots. Everywhere the scale is a scalar of its own beside moments of unit mean, 
 
 from collections.abc import Sequence
 
+import scipy.optimize
 import torch
 from torch import Tensor
 
@@ -55,7 +56,7 @@ class Reference:
             self.start()
         self.t += 1
         G = self.without_spike(G)
-        self.M = ema(self.M, G, o.beta1)
+        self.M = ema(self.M, G, o.beta1_of(self.t))
         W = W - o.lr * self.update(G)
         if o.refresh_due(self.t):
             self.refresh()
@@ -66,11 +67,19 @@ class Reference:
         return nearly_orthogonal(U, self.options.polar if self.t <= self.options.polar_updates else ())
 
     def momentum(self, G: Tensor) -> Tensor:
-        """N = (beta1 M + (1 - beta1) G) / (1 - beta1^(t+1)), without Nesterov M / (1 - beta1^t); M has G already."""
-        beta1 = self.options.beta1
-        if self.options.nesterov:
-            return ema(self.M, G, beta1) / (1 - beta1 ** (self.t + 1))
-        return self.M / (1 - beta1**self.t)
+        """N = ((1 - c) M + c G) / (1 - beta1^(t+1)), without Nesterov M / (1 - beta1^t); M has G already.
+
+        c = 1 - beta1, or where beta1(t) has grown what leaves N the variance that it had, by independent gradients.
+        """
+        o = self.options
+        if not o.nesterov:
+            return self.M / (1 - o.beta1**self.t)
+        if o.beta1_of(self.t) == o.beta1:
+            c = 1 - o.beta1
+        else:
+            wanted = variance(1 - o.beta1, o.beta1)
+            c = scipy.optimize.brentq(lambda c: variance(c, o.beta1_of(self.t)) - wanted, 0.0, 1.0, xtol=1e-15)
+        return ema(self.M, G, 1 - c) / (1 - o.beta1 ** (self.t + 1))
 
     def without_spike(self, G: Tensor) -> Tensor:
         """G of step t, cut down where it is far beyond the scale of the gradients before."""
@@ -238,6 +247,15 @@ class SecondMoment:
     def denominator(self) -> Tensor:
         """r (sqrt(V) + eps)."""
         return self.r * (self.V.sqrt() + self.options.eps)
+
+
+def variance(c: float, beta1: float) -> float:
+    """Of (1 - c) M + c G where M is the long-run average, by beta1, of independent gradients of variance 1, G the last.
+
+    G counts c + (1 - c)(1 - beta1), the n-th before it (1 - c)(1 - beta1) beta1^n.
+    """
+    older = (1 - c) * (1 - beta1)
+    return (c + older) ** 2 + (older * beta1) ** 2 / (1 - beta1**2)
 
 
 def nearly_orthogonal(U: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:

@@ -27,9 +27,9 @@ class Muon(fresh.Reference):
 
     def without_spike(self, G: Tensor) -> Tensor:
         """By the size of independent gradients whose momentum M would be."""
-        beta1 = self.options.beta1
+        beta1 = self.options.beta1_of(self.t)
         square = self.M.square().mean() * (1 + beta1) / (1 - beta1)
-        return fresh.cut_down(G, fresh.rms(G), square, beta1**2, self.t)
+        return fresh.cut_down(G, fresh.rms(G), square, self.options.beta1**2, self.t)
 
     def update(self, G: Tensor) -> Tensor:
         return (self.factor * self.orthogonal(self.momentum(G).flatten(1))).reshape(self.shape)

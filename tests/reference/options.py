@@ -18,11 +18,16 @@ class Options:
     refresh_every: int  # T
     phase: int
     nesterov: bool
+    final_beta1: float  # what beta1 grows to; at most beta1 where it stays
     exponent: float  # p, Shampoo's and KL-Shampoo's
     adjust_lr_fn: str | None  # Muon's; None is the recipe's
     polar: tuple[tuple[float, float, float], ...]  # (a, b, c) of each Newton-Schulz step; none without
     polar_updates: float  # how many first updates take these steps
     dtype: torch.dtype
+
+    def beta1_of(self, t: int) -> float:
+        """beta1(t), between beta1 and final_beta1 that at which a twentieth of the updates made is remembered."""
+        return max(self.beta1, min(self.final_beta1, 1 - 20 / t))
 
     def refresh_due(self, t: int) -> bool:
         """(t + phase) mod T == 0."""

@@ -122,7 +122,7 @@ def longer_memory(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tens
     """All averages lengthen with the run: beta(t) = 1 - (1 - beta) / min(2, max(1, sqrt(t / LONGER_AFTER)))."""
     longer = min(2.0, max(1.0, ((int(state.step[0]) + 1) / LONGER_AFTER) ** 0.5))
     first, second = (1 - (1 - beta) / longer for beta in hyper.betas)
-    return kl_shampoo.update(state, grad, replace(hyper, betas=(first, second)), spare)
+    return kl_shampoo.update(state, grad, replace(hyper, betas=(first, second), final_beta1=None), spare)
 
 
 @dataclass

@@ -23,7 +23,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01])
-@pytest.mark.parametrize("d", [1, 2, 7, 32, 2 * linalg.SLAB + 2])
+@pytest.mark.parametrize("d", [1, 2, 7, 32, 2 * linalg.SLAB["cpu"] + 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_orthogonal_iteration_rotates_the_factor_it_is_given(dtype, d, damping):
     """O is orthogonal, S' = O^T S O is symmetric, and O is the orthogonal factor of QR(S + c I)."""

@@ -19,8 +19,10 @@ from torch import Tensor
 from kl_dist.methods import products
 from kl_dist.methods.products import Operand
 
-SMALLEST_HALF = 48
-"""Rows that a symmetric product is halved down to: below, a call costs more than the flops it saves."""
+SMALLEST_HALF = {"cpu": 48, "cuda": 512}
+"""Rows that a symmetric product is halved down to: below, a call costs more than the flops it saves. On a CPU that was
+measured; on a GPU counted: 24 grams of 768 x 768 are 22 Gflop, 54 us in TF32 on an H200, as long as ten launches take,
+and cut down to 48 they are 46 calls."""
 
 Polar = int | Literal["start"]
 """Option `polar`: kl_dist.methods.polar."""
@@ -104,7 +106,7 @@ def add_symmetric(total: Tensor, rows: Operand, keep: float, share: float) -> No
     """total <- keep total + share X X^T: what is above the diagonal is copied, down to small blocks beside it."""
     d = total.shape[1]
     half = d // 2
-    if half < SMALLEST_HALF:
+    if half < SMALLEST_HALF.get(total.device.type, 512):
         products.add_product(total, rows, rows.mT, keep, share)
         return
     first, last = rows.rows(0, half), rows.rows(half, d)

@@ -12,7 +12,7 @@ from kl_dist.methods import fallbacks, qr
 
 QR_SLOWNESS = 2  # of a flop in QR against one in a product of matrices, in the fixed table of costs
 EIGH_SLOWNESS = 4
-SLAB = 64  # rows of a symmetric product that are made at once
+SLAB = {"cpu": 64, "cuda": 512}  # rows of a symmetric product that are made at once: as kronecker.SMALLEST_HALF
 
 
 def start_basis(d: int, like: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def _symmetric_product(upper: Tensor, right: Tensor) -> Tensor:
     flops, and some for slabs that reach beyond. What is above the diagonal is copied.
     """
     d = upper.shape[-1]
-    rows = min(SLAB, -(-d // 2))
+    rows = min(SLAB.get(upper.device.type, 512), -(-d // 2))
     product = torch.empty_like(right, memory_format=torch.contiguous_format)
     for first in range(0, d, rows):
         last = min(first + rows, d)

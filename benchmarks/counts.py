@@ -36,11 +36,14 @@ RESULTS = Path(__file__).parent / "results" / "counts.jsonl"
 
 
 class Calls(TorchDispatchMode):
-    """Counts calls, those that make views apart, and the elements that are read and written outside of products."""
+    """Counts calls, those that make views apart, and the elements that are read and written outside of products.
+
+    Of the calls `without_work` only ask for memory.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = self.views = self.elements = 0
+        self.calls = self.views = self.elements = self.without_work = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -50,6 +53,7 @@ class Calls(TorchDispatchMode):
             return result
         self.calls += 1
         name = func._schema.name.removeprefix("aten::")
+        self.without_work += "empty" in name
         if name not in PRODUCTS and "empty" not in name:
             read = (args, {key: value for key, value in kwargs.items() if key != "out"})
             self.elements += sum(x.numel() for x in tree_leaves((read, result)) if isinstance(x, Tensor))

@@ -106,7 +106,7 @@ class MatrixStack(Stack):
         grads = self._read(gradients, running)
         updates = self.rule.update(part, grads, hyper, torch.empty_like(grads))
         norms = torch.linalg.vector_norm(updates.flatten(1), dim=1)
-        self.unsound = tuple(running[i] for i in _zero_what_is_not_finite(updates.unbind(), norms))
+        self.unsound = tuple(running[i] for i in _zero_what_is_not_finite([updates], norms))
         into = out.view(len(self.units), *updates.shape[1:])
         if len(running) == len(self.units):
             into.copy_(updates)
@@ -191,14 +191,14 @@ def _zero_what_is_not_finite(updates: Sequence[Tensor], norms: Tensor) -> list[i
     """Have updates whose norm is not finite be zero, in place; returns which, where the host knows without waiting.
 
     Args:
-        updates: B tensors.
+        updates: B tensors, or one of B matrices.
         norms: (B,).
     """
     bad = norms.isfinite().logical_not_()
     if bad.device.type == "cpu" and not bool(bad.any()):
         return []
-    for update, one in zip(updates, bad.unbind(), strict=True):
-        update.masked_fill_(one, 0.0)
+    for update, one in zip(updates, bad.split(len(bad) // len(updates)), strict=True):
+        update.masked_fill_(one.view(-1, *[1] * (update.ndim - 1)), 0.0)
     return bad.nonzero().flatten().tolist() if bad.device.type == "cpu" else []
 
 

@@ -43,8 +43,8 @@ def count(method: str, recipe: str, matrices: int, d: int) -> dict[str, report.L
     present = [Presence.PRESENT] * matrices
     gradient = torch.empty(d, d, device="meta")
 
-    def read(index: int, into: Tensor) -> None:
-        into.copy_(gradient)
+    def read(indices: Sequence[int], into: Sequence[Tensor]) -> None:
+        torch._foreach_copy_(list(into), [gradient] * len(indices))
 
     def update(stack: Stack) -> None:
         out = torch.empty(stack.numel, device="meta")

@@ -19,10 +19,9 @@ def test_neither_update_nor_refresh_of_any_rule_waits_for_the_device(method: str
         bool(torch.ones(1, device="meta") > 0)
 
 
-def test_launches_of_a_stack_do_not_grow_with_its_matrices_but_for_reading_their_gradients() -> None:
+def test_launches_of_a_stack_do_not_grow_with_its_matrices() -> None:
     few, many = (launches.count("kl_shampoo", "fresh", matrices, 96) for matrices in (4, 24))
-    assert many["plain step"]["launches"] - few["plain step"]["launches"] == 20
-    assert many["refresh"]["launches"] == few["refresh"]["launches"]
+    assert [part["launches"] for part in many.values()] == [part["launches"] for part in few.values()]
 
 
 def test_every_method_has_a_row_and_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,7 +140,7 @@ class Relay(Engine):
         for stack in stacks:
             start = stack.offset
             for index, unit in zip(stack.indices, stack.units, strict=True):
-                gradients(index, updates[start : start + unit.numel].view(unit.block.shape))
+                gradients([index], [updates[start : start + unit.numel].view(unit.block.shape)])
                 start += unit.numel
 
     def _refresh(self, stacks: Any, presences: Any) -> None:

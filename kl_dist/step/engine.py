@@ -186,7 +186,7 @@ class Engine:
             trip = trips.send_gradients(room)
             yield
             self.clock.wait(trip)
-        gradients = partial(trips.read_gradient, shards=self.shards, room=room)
+        gradients = partial(trips.read_gradients, shards=self.shards, room=room)
         self.attempt(self._compute, stacks, presences, gradients, trips.updates(room))
         self.attempt(trips.pack_updates, room)
         legs: list[Exchange] = []

@@ -22,8 +22,8 @@ from kl_dist.planning.plan import Plan
 from kl_dist.planning.units import Unit, stack_key
 from kl_dist.step.agreement import Presence
 
-Gradients = Callable[[int, Tensor], None]
-"""Writes the gradient of one of this rank's units, by its index in the plan, into a tensor shaped as the unit."""
+Gradients = Callable[[Sequence[int], Sequence[Tensor]], None]
+"""Writes gradients of this rank's units, by their indices in the plan, into tensors shaped as the units."""
 
 
 class Updates(NamedTuple):
@@ -119,8 +119,7 @@ class MatrixStack(Stack):
         """The gradients of some rows (B, d_1..d_K), in the dtype that a step computes in."""
         unit = self.units[0]
         read = self.state.exp_avg.new_empty(len(rows), *unit.block.shape, dtype=state_dtype(unit.dtype))
-        for row, one in zip(rows, read.unbind(), strict=True):
-            gradients(self.indices[row], one)
+        gradients([self.indices[row] for row in rows], read.unbind())
         return read
 
     def forget(self, rows: Sequence[int]) -> None:
@@ -167,8 +166,9 @@ class SliceStack(Stack):
             return None
         part = self.state.rows(active)
         grads = torch.empty_like(part.exp_avg)
-        for row, one in zip(active, grads.split(part.lengths), strict=True):
-            gradients(self.indices[row], one.view(self.units[row].block.shape))
+        pieces = zip(active, grads.split(part.lengths), strict=True)
+        shaped = [one.view(self.units[row].block.shape) for row, one in pieces]
+        gradients([self.indices[row] for row in active], shaped)
         hyper = Hyper(betas=tuple(group["adamw_betas"]), eps=group["eps"])
         updates = adamw.update(part, grads, hyper, torch.empty_like(grads))
         self.state.put(active, part)

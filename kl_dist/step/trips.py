@@ -82,21 +82,25 @@ class Trips:
         near, far = self._view(room.near, out.numel), self._view(room.far, into.numel)
         return self.row.swap(near, out.lengths, far, into.lengths)
 
-    def read_gradient(self, index: int, out: Tensor, shards: LocalShards, room: Room) -> None:
-        """Write the gradient of one of this rank's units, once it has arrived, into a tensor shaped as the unit."""
-        parcels = self._parcels[index]
-        if not self.sharded:
-            parameter, ends = self._units[index].parameter, out.view(-1)
-            for parcel in parcels:
-                found = shards.gradient(parameter, parcel.piece)
+    def read_gradients(self, indices: Sequence[int], into: Sequence[Tensor], shards: LocalShards, room: Room) -> None:
+        """Write gradients of this rank's units, once they have arrived, into tensors shaped as the units, at once."""
+        targets, sources = [], []
+        far = self._view(room.far, self.traffic.incoming.numel) if self.sharded else None
+        for index, out in zip(indices, into, strict=True):
+            ends = out.view(-1)
+            for parcel in self._parcels[index]:
+                piece = parcel.piece
+                if far is not None:
+                    targets.append(piece.of_block(out))
+                    sources.append(far[parcel.start : parcel.stop].view(piece.shape))
+                    continue
+                found = shards.gradient(self._units[index].parameter, piece)
                 assert found is not None, "a unit whose owner has no gradient takes no part"
-                into, ends = ends[: found.numel()], ends[found.numel() :]
-                into.view(found.shape).copy_(found)
-            return
-        far = self._view(room.far, self.traffic.incoming.numel)
-        for parcel in parcels:
-            piece = parcel.piece
-            piece.of_block(out).copy_(far[parcel.start : parcel.stop].view(piece.shape))
+                targets.append(ends[: found.numel()].view(found.shape))
+                sources.append(found)
+                ends = ends[found.numel() :]
+        if targets:
+            torch._foreach_copy_(targets, sources)
 
     # -- updates to the shards ----------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 
-half="shampoo_exponent=0.5"  # the default when most of this was measured
+half="shampoo_exponent=0.5 final_beta1=0"  # the default when most of this was measured
 
 compare() {
     ${PYTHON:-python} ${job:-launch/compare.py} --jobs "${JOBS:-2}" --results benchmarks/results/${results:-batches}.jsonl \
@@ -21,8 +21,12 @@ over_batch() {
     compare --run "--optimizer muon" --run "--optimizer kl_muon" --grid lr=1.5e-2,2.2e-2,3.3e-2
     compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --grid lr=1e-2,1.5e-2
     compare --run "--optimizer kl_shampoo" --grid lr=2.2e-2
-    [ "$batch" -le 8192 ] || return 0
     compare --run "--optimizer muon" --grid lr=5e-2
+    if [ "$batch" -gt 8192 ]; then
+        compare --run "--optimizer kl_muon --lr 5e-2" --run "--optimizer adamw --lr 4e-3"
+        compare --run "--optimizer soap --lr 2.2e-2" --run "--optimizer kl_soap --lr 2.2e-2"
+        return 0
+    fi
     compare --run "--optimizer kl_shampoo --lr 2.2e-2 --set $half" --run "--optimizer adamw --lr 8e-3"
     compare --run "--optimizer kl_shampoo --set $half polar=3" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer soap" --run "--optimizer kl_soap" --grid lr=1e-2,1.5e-2,2.2e-2
@@ -42,6 +46,7 @@ over_length() {
     compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --grid lr=6e-3,1e-2,1.5e-2
     compare --seeds 1 2 --run "--optimizer kl_shampoo" --grid lr=1e-2,1.5e-2
     compare --run "--optimizer kl_muon" --grid lr=1e-2,1.5e-2,2.2e-2
+    compare --run "--optimizer kl_muon --set final_beta1=0.99" --grid lr=1.5e-2,2.2e-2
     compare --run "--optimizer muon" --grid lr=1.5e-2,2.2e-2
     compare --run "--optimizer adamw" --grid lr=1e-3,2e-3
     compare --run "--optimizer soap" --run "--optimizer kl_soap" --grid lr=1e-2,1.5e-2
@@ -58,6 +63,12 @@ over_a_long_run() {
     compare --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_soap" --grid lr=6e-3,1e-2,1.5e-2
     compare --run "--optimizer kl_muon" --grid lr=6e-3,1e-2,1.5e-2,2.2e-2
     compare --seeds 1 --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_muon" --grid lr=1e-2
+    compare --seeds 2 --run "--optimizer kl_shampoo" --run "--optimizer kl_muon" --grid lr=1e-2
+    compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1.5e-2"
+    compare --seeds 0 1 2 --run "--optimizer kl_muon --lr 1e-2 --set final_beta1=0.99"
+    compare --run "--optimizer kl_soap --lr 1e-2 --set final_beta1=0.99"
+    compare --run "--optimizer kl_shampoo --lr 1e-2" --grid final_beta1=0,0.98,0.995
+    compare --seeds 0 1 --weight-decay 0.1 --run "--optimizer kl_shampoo" --run "--optimizer kl_muon" --grid lr=1e-2
     job="-m benchmarks.variants" compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1e-2" --grid recipe=longer_memory
     compare --run "--optimizer kl_muon --lr 1e-2" --grid "betas=(0.95,0.95)"
     compare --width 96 --seeds 0 1 --run "--optimizer kl_shampoo" --run "--optimizer kl_muon" --grid lr=1e-2

@@ -14,6 +14,9 @@ from launch.records import Record
 ARENA = ("task", "data", "steps", "tokens_per_step", "layers", "width", "heads", "context")
 """The settings that two runs must share for their losses to be comparable."""
 
+AS_BEFORE = {"final_beta1": 0}
+"""By option, where it is not None, what changes nothing."""
+
 
 def read(path: Path) -> list[Record]:
     """The runs of a file; of runs with the same settings the last, and no line that a crash cut short."""
@@ -45,11 +48,12 @@ def append(path: Path, record: Record) -> None:
 def identity(settings: Record, leave_out: Iterable[str] = ()) -> str:
     """Settings as a text that is the same exactly when they are.
 
-    An option at None counts for none, so that a run made before there was that option is not made again.
+    An option at None counts for none, and so does one that leaves things as they were before there was it: a run made
+    then is not made again.
     """
     kept = {key: value for key, value in settings.items() if key not in leave_out}
     if "groups" in kept:
-        kept["groups"] = [{key: x for key, x in group.items() if x is not None} for group in kept["groups"]]
+        kept["groups"] = [{key: x for key, x in group.items() if x != AS_BEFORE.get(key)} for group in kept["groups"]]
     return json.dumps(kept, sort_keys=True)
 
 

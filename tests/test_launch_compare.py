@@ -196,6 +196,11 @@ def test_a_run_from_before_there_was_an_option_is_not_made_again_where_that_is_n
     assert len(lines(file)) == 2
 
 
+def test_a_run_from_before_beta1_grew_is_one_in_which_it_does_not() -> None:
+    before, stays, grows = ({"groups": [{"lr": 0.1, **x}]} for x in ({}, {"final_beta1": 0.0}, {"final_beta1": 0.99}))
+    assert results.identity(before) == results.identity(stays) != results.identity(grows)
+
+
 def test_a_line_that_a_crash_cut_short_costs_no_other(file: Path) -> None:
     results.append(file, made_up("adamw", [5.0, 2.0]))
     with file.open("a") as torn:

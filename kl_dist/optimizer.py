@@ -65,7 +65,7 @@ class KLShampoo(StateDicts):
         nesterov: momentum one step ahead. None: True ("paper": False).
         final_beta1: what the weight of the old momentum grows to in a long run, max(betas[0], min(final_beta1,
             1 - 20 / t)) after t updates, without a noisier update (kl_dist.methods.averages); up to betas[0] it stays
-            that. None: 0.99 with method "kl_shampoo", else it stays.
+            that. At most 0.996 under "compact", 0 under "paper". None: 0.99 with method "kl_shampoo", else it stays.
         polar: Newton-Schulz steps that orthogonalise the whitened momentum of each matrix, its norm kept
             (kl_dist.methods.polar); 0 is none, "start" three in the first 5 / (1 - betas[1]) updates,
             at most 750, and then none. Not for "shampoo" and "paper". None: 0 ("paper": 0).

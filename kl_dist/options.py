@@ -93,6 +93,9 @@ CAME_LATER = ("polar", "adjust_lr_fn", "compute_dtype", "matrix_lr", "final_beta
 BEGINS_WITH_A_RUN = ("matrix_lr", "final_beta1")
 """Options of these that a run which began without goes on without: None."""
 
+LONGEST_IN_BFLOAT16 = 1 - torch.finfo(torch.bfloat16).eps / 2
+"""The largest weight of an old momentum which, rounded to bfloat16, is less than the momentum: 1 - 2^-8."""
+
 _COUNTS = ("partition_size", "max_state_bytes", "compare_every")
 """Arguments of the whole optimizer that are whole numbers, or None."""
 
@@ -279,8 +282,14 @@ def _check_growth(group: Mapping[str, Any]) -> None:
     if group["final_beta1"] is None:
         return
     _check_number("final_beta1", group["final_beta1"], 0.0, 1.0)
-    if float(group["final_beta1"]) > 0 and group["recipe"] == "paper" and group["method"] in METHODS:
+    recipe = group["recipe"] if group["method"] in METHODS else None
+    if float(group["final_beta1"]) > 0 and recipe == "paper":
         raise ValueError('final_beta1 must be 0 or None under recipe "paper", whose momentum keeps betas[0]')
+    if float(group["final_beta1"]) > LONGEST_IN_BFLOAT16 and recipe == "compact":
+        raise ValueError(
+            'final_beta1 must be at most 0.996 under recipe "compact": a momentum kept in bfloat16 that is to lose less'
+            " than a 256th of itself in a step is rounded to what it was, and never forgets"
+        )
 
 
 def _check_polar(group: Mapping[str, Any]) -> None:

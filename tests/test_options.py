@@ -207,6 +207,20 @@ def test_a_learning_rate_may_be_a_tensor():
     assert all(torch.equal(p, q) for (_, p), (_, q) in zip(numbers, tensors, strict=True))
 
 
+def test_betas_may_be_tensors_for_matrices_and_for_what_adamw_serves():
+    """Of parameters with different steps behind them too, whose coefficients are one for each."""
+    numbers, tensors = named(), named()
+    first, second, final = torch.tensor(0.2), torch.tensor(0.9), torch.tensor(0.7)
+    for params, betas, grown in ((numbers, (0.2, 0.9), 0.7), (tensors, (first, second), final)):
+        params += [("late", torch.nn.Parameter(torch.ones(3)))]
+        opt = KLShampoo(params, lr=1e-2, betas=betas, final_beta1=grown)
+        for step in range(30):
+            for name, p in params:
+                p.grad = None if name == "late" and step < 20 else torch.ones_like(p)
+            opt.step()
+    assert all(torch.equal(p, q) for (_, p), (_, q) in zip(numbers, tensors, strict=True))
+
+
 # -- parameters --------------------------------------------------------------------------------------------------------
 
 shared = matrix()

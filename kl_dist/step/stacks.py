@@ -6,7 +6,7 @@ neighbours: the plan orders a stack by turn, so that those due lie together and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kl_dist.methods import Hyper, MatrixState, Rule, State, adamw, rule
 from kl_dist.methods.state import AdamWState, span, state_dtype
+from kl_dist.options import number
 from kl_dist.planning.buckets import Member
 from kl_dist.planning.costs import refreshed_at_once
 from kl_dist.planning.plan import Plan
@@ -169,7 +170,7 @@ class SliceStack(Stack):
         pieces = zip(active, grads.split(part.lengths), strict=True)
         shaped = [one.view(self.units[row].block.shape) for row, one in pieces]
         gradients([self.indices[row] for row in active], shaped)
-        hyper = Hyper(betas=tuple(group["adamw_betas"]), eps=group["eps"])
+        hyper = Hyper(betas=_numbers(group["adamw_betas"]), eps=group["eps"])
         updates = adamw.update(part, grads, hyper, torch.empty_like(grads))
         self.state.put(active, part)
         pieces = updates.split(part.lengths)
@@ -238,17 +239,23 @@ def unit_states(stacks: Sequence[Sequence[Stack]]) -> Iterator[tuple[Unit, dict[
 def matrix_hyper(group: Mapping[str, Any]) -> Hyper:
     """The numbers of a group as they are now: schedulers change them between steps."""
     return Hyper(
-        betas=tuple(group["betas"]),
+        betas=_numbers(group["betas"]),
         eps=group["eps"],
         precondition_frequency=group["precondition_frequency"],
         shampoo_beta=group["shampoo_beta"],
         nesterov=group["nesterov"],
-        final_beta1=group["final_beta1"],
+        final_beta1=None if group["final_beta1"] is None else number(group["final_beta1"]),
         polar=group["polar"],
         shampoo_exponent=group["shampoo_exponent"],
         adjust_lr_fn=group["adjust_lr_fn"],
         compute_dtype=group["compute_dtype"],
     )
+
+
+def _numbers(betas: Iterable[float | Tensor]) -> tuple[float, float]:
+    """A pair as Python's numbers: coefficients of a step are functions of t that tensors would make tensors."""
+    first, second = betas
+    return number(first), number(second)
 
 
 def _stacks_of(members: Sequence[Member], device: torch.device, slices: Mapping[torch.dtype, _Pool]) -> Iterator[Stack]:

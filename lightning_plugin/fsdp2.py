@@ -19,6 +19,11 @@ from lightning_plugin.sharding import shard
 from lightning_plugin.together import CalledTogether
 from lightning_plugin.unwrapping import unwrapped
 
+OF_AN_EARLIER_VERSION = (
+    "A folder that an earlier version wrote lacks keys that torch asks for: renew it as docs/checkpoints.md says, by"
+    " kl_dist.checkpoint.reading.load"
+)
+
 
 class SpreadsOverAllRanks:
     """Mixin of a model-parallel strategy: data parallel over all devices, unless it is told otherwise.
@@ -138,7 +143,8 @@ class UnderFSDP2:
                 self._optimizers = []  # Lightning then loads the module alone
             loaded = super().load_checkpoint(checkpoint_path, *arguments, **options)  # type: ignore[misc]
         except CheckpointException as problem:
-            raise ValueError(f"{checkpoint_path} does not fit: {causes_of(problem)}. {REMEDY}") from problem
+            found = f"{checkpoint_path} does not fit: {causes_of(problem)}"
+            raise ValueError(f"{found}. {OF_AN_EARLIER_VERSION}. {REMEDY}, of one file") from problem
         finally:
             self._optimizers = optimizers
         if not divided and how != "ignore" and optimizers:

@@ -41,7 +41,7 @@ def given(folder: Path) -> dict[str, Any]:
     optimizer.step()
     names = {"kl_dist": kl_dist, "torch": torch, "lightning": lightning, "Trainer": lightning.Trainer}
     names |= {"model": model, "optimizer": optimizer, "opt": optimizer}
-    names |= {"folder": str(folder / "saved"), "file": str(folder / "state.pt")}
+    names |= {"folder": str(folder / "saved"), "renewed": str(folder / "renewed"), "file": str(folder / "state.pt")}
     return names | {"qkv": nn.Parameter(torch.randn(36, 12)), "experts": nn.Parameter(torch.randn(3, 12, 8))}
 
 

@@ -182,6 +182,8 @@ def test_another_methods_checkpoint_is_refused(worlds, saved, name):
     soap = with_option(FORMATS[name], method="soap")
     errors = worlds[2].run_expecting_errors(rest, 2, soap, saved(name))
     assert all("optimizer_checkpoint='ignore'" in str(error) for error in errors)
+    says = ["kl_dist.checkpoint.reading.load" in str(error) for error in errors]  # of folders
+    assert says == [name == "fsdp2 distributed"] * 2
 
 
 def after_half(model: Any, optimizer: KLShampoo) -> None:

@@ -9,10 +9,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
+from kl_dist import KLShampoo
 from kl_dist.checkpoint import reading
 from kl_dist.checkpoint.verify import is_sums
+from kl_dist.options import CAME_LATER
 from tests.checkpoints import make, state_of
 from tests.models import same_bits
 
@@ -135,3 +143,25 @@ def test_a_folder_of_an_earlier_version_loads_with_one_line(folder, tmp_path, ca
     assert same_bits(loaded(folder)[1], state_of(make()))
     said = [record.message for record in caplog.records if record.name.startswith("kl_dist")]
     assert len(said) == 1 and said[0].startswith("this state came without checksums")
+
+
+def test_a_flattened_folder_of_an_earlier_version_loads_too(tmp_path):
+    """As torchtitan saves: there torch asks for each option of each parameter."""
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    model = nn.Linear(6, 4)
+    model.weight.grad, model.bias.grad = torch.ones(4, 6), torch.ones(4)
+    before = KLShampoo(model, final_beta1=0.9, polar=2)
+    before.step()
+    state = {"optimizer": get_optimizer_state_dict(model, before, options=flat)}
+    for key in list(state["optimizer"]):
+        if is_sums(key) or key.rpartition(".")[2] in ("saved", *CAME_LATER):
+            del state["optimizer"][key]
+    assert len(state["optimizer"]) > 20
+    dcp.save(state, checkpoint_id=tmp_path / "saved")
+    after = KLShampoo(model, polar=1)
+    state = {"optimizer": get_optimizer_state_dict(model, after, options=flat)}
+    reading.load(state, tmp_path / "saved")
+    set_optimizer_state_dict(model, after, state["optimizer"], options=flat)
+    assert same_bits(state_of(after), state_of(before))
+    group = after.param_groups[0]
+    assert (group["final_beta1"], group["polar"], group["shampoo_exponent"]) == (None, 1, 0.7)

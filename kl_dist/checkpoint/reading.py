@@ -11,7 +11,7 @@ import contextlib
 import io
 import pathlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from kl_dist.checkpoint.seals import SAVED
 from kl_dist.checkpoint.verify import is_sums
-from kl_dist.options import CAME_LATER
+from kl_dist.options import BEGINS_WITH_A_RUN, CAME_LATER
 
 METADATA = ".metadata"
+
+GROUPS = "param_groups."  # what torch's flattened names of options begin with
 
 KNOWN: Mapping[tuple[str, str], Any] = {
     **{
@@ -117,21 +119,44 @@ def load(state: dict[str, Any], folder: Path, process_group: dist.ProcessGroup |
     """As dcp.load, of a folder that a stranger or an earlier version may have written; a collective.
 
     Places for the checksums of the optimizer's state, and for options that came later, are taken out of `state` where
-    the folder has none.
+    the folder has none. Where torch has flattened the groups it asks for every option afterwards: there those that a
+    run of before goes on without are None, and the others stay.
 
     Raises:
         CheckpointException: as dcp.load, on all ranks; also where the folder is damaged or not to be trusted.
     """
-    reader = Reader(folder)
+    reader, flat = Reader(folder), []
     with contextlib.suppress(ValueError):  # dcp.load meets it too, and tells all ranks of it
-        _take_out_what_came_later(state, reader.read_metadata().state_dict_metadata)
+        there = reader.read_metadata().state_dict_metadata
+        _take_out_what_came_later(state, there)
+        flat = list(_take_out_flat_options(state, there))
     dcp.load(state, storage_reader=reader, planner=Planner(), process_group=process_group)
+    for holder, key, value in flat:
+        holder[key] = value
 
 
 def _take_out_what_came_later(state: dict[str, Any], there: Mapping[str, Any]) -> None:
     for key, path in flatten_state_dict(state)[1].items():
         if key not in there and (is_sums(str(path[-1])) or SAVED in path[-2:] or path[-1] in CAME_LATER):
             _take_out(state, path)
+
+
+def _take_out_flat_options(state: Any, there: Mapping[str, Any], within: str = "") -> Iterator[tuple[Any, str, Any]]:
+    """Those that came later of groups that torch has flattened: "param_groups.layer.weight.final_beta1".
+
+    Yields:
+        What held each, its key, and what to put back.
+    """
+    for key in list(state):
+        option = str(key).rpartition(".")[2]
+        if not str(key).startswith(GROUPS):
+            if isinstance(state[key], dict):
+                yield from _take_out_flat_options(state[key], there, f"{within}{key}.")
+        elif option == SAVED and f"{within}{key}.steps" not in there:
+            del state[key]
+        elif option in CAME_LATER and f"{within}{key}" not in there:
+            value = state.pop(key)
+            yield state, key, None if option in BEGINS_WITH_A_RUN else value
 
 
 def _take_out(state: Any, path: tuple[Any, ...]) -> None:

@@ -4,8 +4,9 @@
     M <- beta1 M + (1 - beta1) G;   N = beta1 M + (1 - beta1) G (Nesterov's) or M
     X = N / |N|;   five times X <- a X + (b A + c A^2) X with A = X X^T;   U = scale(m, n) X
 
-For an m x n matrix, with s = min(m, n) and l = max(m, n), that is 5 (4 s^2 l + 2 s^3) flops a step; the state is the
-momentum alone, and nothing is ever refreshed. Tensors of more sides are read with their first side as rows.
+where beta1 stays, as it does unless `final_beta1` is given: kl_dist.methods.averages has the shares then. For an m x n
+matrix, with s = min(m, n) and l = max(m, n), that is 5 (4 s^2 l + 2 s^3) flops a step; the state is the momentum alone,
+and nothing is ever refreshed. Tensors of more sides are read with their first side as rows.
 
 Recipe "fresh" computes in the state's dtype, so that layouts agree but for its rounding; "paper" is torch.optim.Muon,
 bfloat16 products included; "normuon" is "fresh" with the neurons normalised.
@@ -60,7 +61,7 @@ def update(state: MatrixState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Ten
     Args:
         state: mutated.
         grad: G, (B, d_1..d_K), overwritten: see [Note: two buffers] in kronecker.py.
-        hyper: betas[0], nesterov and adjust_lr_fn; eps is relative here, X = N / (|N| (1 + eps)).
+        hyper: betas[0], final_beta1, nesterov and adjust_lr_fn; eps is relative here, X = N / (|N| (1 + eps)).
         spare: like grad, overwritten.
 
     Returns:

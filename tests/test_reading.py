@@ -165,3 +165,17 @@ def test_a_flattened_folder_of_an_earlier_version_loads_too(tmp_path):
     assert same_bits(state_of(after), state_of(before))
     group = after.param_groups[0]
     assert (group["final_beta1"], group["polar"], group["shampoo_exponent"]) == (None, 1, 0.7)
+
+
+def test_a_folder_of_an_earlier_version_that_torch_loads_in_part_goes_on_without_what_came_later(tmp_path):
+    """There torch leaves the options of the optimizer that it loads for, of which the seal says nothing."""
+    before = make()
+    del before.param_groups[0]["final_beta1"]  # with the seal of a version that has none
+    dcp.save({"optimizer": before.state_dict()}, checkpoint_id=tmp_path / "saved")
+    after = make(steps=0)
+    state = {"optimizer": after.state_dict()}
+    assert after.param_groups[0]["final_beta1"] == 0.99
+    in_part = dcp.DefaultLoadPlanner(allow_partial_load=True)
+    dcp.load(state, checkpoint_id=tmp_path / "saved", planner=in_part)
+    after.load_state_dict(state["optimizer"])
+    assert same_bits(state_of(after), state_of(before)) and after.param_groups[0]["final_beta1"] is None

@@ -114,8 +114,8 @@ def _decide(
         state = {key: value for key, value in state.items() if key != ORIGIN}  # of one rank it is all
     saved = read(state, groups)
     if strict:
-        load.check_groups(groups, saved.groups)
         load.check_options(state)
+        load.check_groups(groups, saved.groups)
         wanted = load.check_all(held, saved)
         for _, problem in load.faults(wanted, saved):
             raise ValueError(problem)

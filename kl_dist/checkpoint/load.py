@@ -18,7 +18,7 @@ from kl_dist.checkpoint.holdings import Holding, held_here, is_divided
 from kl_dist.checkpoint.inventory import FORM
 from kl_dist.checkpoint.local import ORIGIN, origin_of
 from kl_dist.checkpoint.saved import REMEDY, Saved, is_made_up, names_in, read
-from kl_dist.checkpoint.seals import SAVED, as_read
+from kl_dist.checkpoint.seals import SAVED, as_read, without_what_came_later
 from kl_dist.checkpoint.sums import by_unit, entry_of
 from kl_dist.methods import form
 from kl_dist.ranks import Ranks
@@ -245,6 +245,7 @@ def take_options(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, 
 
 
 def _taken(saved: Mapping[str, Any]) -> dict[str, Any]:
+    saved = without_what_came_later(saved) if SAVED in saved else saved
     kept = ("params", "param_names", SAVED, *options.STRUCTURAL)
     taken = {key: value for key, value in saved.items() if key not in kept}
     taken = copy.deepcopy(taken)  # a schedule writes into a learning rate that is a tensor

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from kl_dist.options import CAME_LATER
+
 SAVED = "saved"
 """The entry of a saved group with the steps made and the checksums of its options."""
 
@@ -41,10 +43,28 @@ def changed_option(group: Mapping[str, Any]) -> str | None:
     Raises:
         ValueError: the seal itself is damaged.
     """
+    digests = _sealed_with(group)
+    found = _digests(without_what_came_later(group))
+    return next((key for key, digest in found.items() if digests.get(key) != digest), None)
+
+
+def without_what_came_later(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A saved group without options that are younger than its seal.
+
+    torch.distributed.checkpoint, asked to load in part, leaves there what the optimizer had that it loads for.
+
+    Raises:
+        KeyError, TypeError, ValueError: the seal is damaged.
+    """
+    later = set(CAME_LATER) - _sealed_with(group).keys()
+    return {key: x for key, x in group.items() if key not in later}
+
+
+def _sealed_with(group: Mapping[str, Any]) -> dict[str, int]:
     digests = json.loads(group[SAVED]["options"])
     if not isinstance(digests, dict):
         raise ValueError("no digests")
-    return next((key for key, digest in _digests(group).items() if digests.get(key) != digest), None)
+    return digests
 
 
 def _digests(group: Mapping[str, Any]) -> dict[str, int]:

@@ -53,7 +53,9 @@ def identity(settings: Record, leave_out: Iterable[str] = ()) -> str:
     """
     kept = {key: value for key, value in settings.items() if key not in leave_out}
     if "groups" in kept:
-        kept["groups"] = [{key: x for key, x in group.items() if x != AS_BEFORE.get(key)} for group in kept["groups"]]
+        kept["groups"] = [
+            {key: x for key, x in one.items() if x not in (None, AS_BEFORE.get(key))} for one in kept["groups"]
+        ]
     return json.dumps(kept, sort_keys=True)
 
 

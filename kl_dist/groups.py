@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kl_dist import modules, options
+from kl_dist import modules, options, ranges
 from kl_dist.methods import ELEMENTWISE
 from kl_dist.planning.boxes import fully_sharded
 from kl_dist.planning.making import make_plan
@@ -337,6 +337,6 @@ def plan(
     if shard_size > 1:
         found = [replace(one, sharding=fully_sharded(one.shape, world_size, shard_size)) for one in found]
     for name, value in (("partition_size", partition_size), ("max_state_bytes", max_state_bytes)):
-        options.check_count(name, value)
+        ranges.check_count(name, value)
     partition = Partition(partition_size, max_state_bytes, ranks_per_node)
     return make_plan(found, resolved, world_size, partition=partition)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kl_dist import KLShampoo, options
+from kl_dist import KLShampoo, ranges
 from kl_dist.methods import Hyper, averages
 from tests.paths import FRESH, UNIT_LR, WHOLE, follow, train, train_many, update_sizes, weights
 from tests.products import product
@@ -114,7 +114,7 @@ def test_a_run_that_was_saved_without_goes_on_without():
 
 def test_a_momentum_in_bfloat16_forgets_at_the_longest_memory_that_is_taken():
     """Rounded to the nearest, it would stay for ever where it is to lose less than half of its last bit."""
-    hyper = Hyper(betas=(0.9, 0.9), eps=0.0, final_beta1=options.LONGEST_IN_BFLOAT16)
+    hyper = Hyper(betas=(0.9, 0.9), eps=0.0, final_beta1=ranges.LONGEST_IN_BFLOAT16)
     momentum = torch.linspace(1, 2, 129)[None, :-1].bfloat16()  # all that there are but for an exponent
     wide, steps = momentum.float(), torch.tensor([10**5])
     averages.momentum_(wide, torch.zeros_like(wide), steps, hyper)

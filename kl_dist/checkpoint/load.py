@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_dist import options
+from kl_dist import options, ranges
 from kl_dist.checkpoint import values, verify
 from kl_dist.checkpoint.holdings import Holding, held_here, is_divided
 from kl_dist.checkpoint.inventory import FORM
@@ -81,7 +81,7 @@ def check_groups(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[st
                     " KLShampoo with what was saved, or start its state anew"
                 )
         try:
-            options.check_numbers({**group, **_taken(other)})
+            ranges.check_numbers({**group, **_taken(other)})
         except (ValueError, TypeError) as problem:
             raise ValueError(f"the saved parameter group {index}: {problem}") from None
 

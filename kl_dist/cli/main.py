@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kl_dist.options import nearest
+from kl_dist.ranges import nearest
 
 EXTRA = "kl-shampoo needs its extra: pip install 'kl-shampoo[plan]'"
 OF_EXTRA = ("jsonargparse", "matplotlib", "rich")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kl_dist import options
+from kl_dist import options, ranges
 from kl_dist.methods.averages import largest_gradient, smallest_scale
 from kl_dist.methods.state import state_dtype
 from kl_dist.planning.boxes import Piece
@@ -77,7 +77,7 @@ def find_problem(
                 " construction: construct a new KLShampoo"
             )
         for group in groups:
-            options.check_numbers(group)
+            ranges.check_numbers(group)
         shapes = {parameter.name: parameter.shape for parameter in plan.parameters}
         for name, parameter, _ in planned:
             if tuple(parameter.shape) != shapes.get(name, tuple(parameter.shape)):

@@ -15,7 +15,8 @@ Where to look, from the top down; each line needs those below it alone:
     groups.py      parameter groups: names, which method serves what, and plan() for a model
     modules.py     what a model's modules say: embeddings, output head, experts and other stacks
     planning/      who does what: units, owners, buckets, bytes; frozen data, made before the first step
-    options.py     every option, its default and its check
+    options.py     every option and its default
+    ranges.py      which values an option may have
     methods/       the maths, one update rule a file
     ranks.py       the ranks and their collectives, beside all of this
     watch/         who is still there: a rank that has stopped is named and ends the job; for the jobs that train

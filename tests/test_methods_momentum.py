@@ -11,7 +11,7 @@ from tests.paths import FRESH, UNIT_LR, WHOLE, follow, train, train_many, update
 from tests.products import product
 from tests.reference.fresh import variance
 from tests.test_methods_fresh import spiked
-from tests.test_reference import distance, gradients
+from tests.test_reference import distance, gradients, last_step_off
 
 # betas[0] = 0.2 grows from t = 25 on: within a test
 GROWING = dict(betas=(0.2, 0.9), final_beta1=0.7)
@@ -65,6 +65,34 @@ def test_a_spike_is_over_as_soon_however_long_the_memory(method, kind):
     steady = U[at - 50 : at].median()
     assert U[at:].max() < 4 * steady
     assert (U[at + 30 :] < 2 * steady).all() and (U[at + 30 :] > steady / 2).all()
+
+
+LONG = dict(betas=(0.5, 0.9), final_beta1=0.99, **UNIT_LR)  # a hundred gradients are remembered from t = 2,000 on
+
+
+@pytest.mark.parametrize("method", ["kl_shampoo", "kl_soap", "soap", "shampoo"])
+@pytest.mark.parametrize("silent", [slice(0, 4), slice(None)], ids=["rows", "all"])
+def test_what_falls_silent_comes_to_rest(method, silent):
+    """Second moments forget sooner than the momentum: it must not be divided by what is left of them."""
+    noise = torch.randn(700, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noise[400:, silent] = 0
+    options = {**LONG, "betas": (0.5, 0.6)}  # the second moments' memory is the shorter by far
+    U = train(noise, method=method, **options).diff(dim=0)[:, silent].flatten(1).square().mean(1).sqrt()
+    assert U[400:].max() < 2 * U[300:400].max()
+    assert U[-1] < 0.2 * U[300:400].mean()
+
+
+@pytest.mark.parametrize("method", ["kl_shampoo", "kl_soap", "soap", "shampoo"])
+@pytest.mark.parametrize("jump", [1e-3, 1e3])
+def test_a_jump_of_scale_is_over_as_soon_however_long_the_memory(method, jump):
+    """Demand (d): no later than with beta1 as it was, five steps allowed, and no update beyond what it was."""
+    noise = torch.randn(700, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noise[400:] *= jump
+    grown, stays = (
+        update_sizes(train(noise, method=method, **{**LONG, "final_beta1": final})) for final in (0.99, 0.0)
+    )
+    assert grown[400:].max() < 2 * stays[400:].max()
+    assert last_step_off(grown[300:]) <= last_step_off(stays[300:]) + 5
 
 
 def test_gradients_that_agree_add_up_to_the_same_whatever_is_remembered():

@@ -35,16 +35,56 @@ def of_step(function: OfStep, step: Tensor, like: Tensor) -> float | Tensor:
     return torch.tensor([function(t) for t in counts], dtype=torch.float64).to(like.device, like.dtype)
 
 
-def warm_beta(beta: float) -> OfStep:
+def warm_beta(beta: float | OfStep) -> OfStep:
     """b(t) = min(beta, 1 - 1/(t+1)): a plain average at first, so that no start value outlives its turn."""
-    return lambda t: min(beta, 1 - 1 / (t + 1))
+    of = beta if callable(beta) else lambda t: beta
+    return lambda t: min(of(t), 1 - 1 / (t + 1))
 
 
-def momentum_(exp_avg: Tensor, grad: Tensor, step: Tensor, hyper: Hyper) -> Tensor:
-    """M <- (1 - a) M + a G; returns N = (1 - c) M + c G if Nesterov's, else M, in the place of `grad`.
+def lasting(beta: float, hyper: Hyper) -> OfStep:
+    """b(t) = beta, but at least beta1(t)^2 where beta1 has grown: of second moments that the momentum is divided by.
 
-    a from `newest`, c from `ahead`; not bias-corrected: see `correction`.
+    Else they would forget a large gradient before the momentum has: where directions fall silent M would grow beside
+    sqrt(v) by beta1 / sqrt(b) a step.
     """
+    share = newest(hyper)
+    return lambda t: max(beta, (1 - share(t)) ** 2) if has_grown(hyper)(t) else beta
+
+
+def has_grown(hyper: Hyper) -> Callable[[int], bool]:
+    """Whether beta1(t) is above beta1."""
+    share = newest(hyper)
+    return lambda t: share(t) < 1 - hyper.betas[0]
+
+
+def change_of_scale(before: Tensor, now: Tensor, step: Tensor, hyper: Hyper) -> Tensor | None:
+    """r = s_t / s_(t-1) (B,) where beta1 has grown, else 1; None: of all.
+
+    Times r in each step, M / s is the average of gradients that were each divided by the scale of their own step. The
+    scale can keep its short memory so: where gradients fall silent M / s fades, as fast as M.
+
+    Args:
+        before: v of the step before, (B,).
+        now: v of this step.
+        step: t (B,).
+        hyper: betas[0] and final_beta1.
+    """
+    grown = [has_grown(hyper)(t) for t in step.tolist()]
+    if not any(grown):
+        return None
+    smallest = smallest_scale(now.dtype) ** 2
+    change = (now.clamp_min(smallest) / before.clamp_min(smallest)).sqrt_()
+    return change if all(grown) else torch.where(torch.tensor(grown).to(change.device), change, 1.0)
+
+
+def momentum_(exp_avg: Tensor, grad: Tensor, step: Tensor, hyper: Hyper, change: Tensor | None = None) -> Tensor:
+    """M <- (1 - a) r M + a G; returns N = (1 - c) M + c G if Nesterov's, else M, in the place of `grad`.
+
+    a from `newest`, c from `ahead`, r (B,) from `change_of_scale`, None where it is 1; not bias-corrected: see
+    `correction`.
+    """
+    if change is not None:
+        exp_avg.mul_(column(change, exp_avg))
     exp_avg.lerp_(grad, column(of_step(newest(hyper), step, grad), grad))
     if not hyper.nesterov:
         return grad.copy_(exp_avg)

@@ -115,8 +115,8 @@ def learn(state: KLShampooState, projected: Tensor, spare: Tensor, hyper: Hyper)
         D_k = (d_k / N) H_k H_k^T with H_k = G~ / s whitened on the other sides
         S~_k <- b S~_k + (1-b) D_k;   lambda_k <- b lambda_k + (1-b) diag(D_k);   both divided by mean(lambda_k)
 
-    with b = min(beta, 1 - 1/(t+1)). Mutates factors, eigenvalues, scale, `projected` and `spare`; `state.step` must
-    already count this step.
+    with b = min(beta, 1 - 1/(t+1)), beta `averages.lasting`. Mutates factors, eigenvalues, scale, `projected` and
+    `spare`; `state.step` must already count this step.
     """
     inverse = [None if x is None else x.reciprocal() for x in state.eigenvalues]
     roots = [None if x is None else x.sqrt() for x in inverse]
@@ -129,7 +129,8 @@ def learn(state: KLShampooState, projected: Tensor, spare: Tensor, hyper: Hyper)
         sums, total = [x.mul_(passed[:, None]) for x in sums], total.mul_(passed)
     scale = averages.tracked_scale(state.scale, total, state.step, hyper.betas[1])
     by = scale.pow(-2)[:, None]  # per matrix and (B, 1) from here on, as are keep and unit_mean
-    keep = kronecker.column(averages.of_step(averages.warm_beta(hyper.factor_beta), state.step, scale), by)
+    beta = averages.warm_beta(averages.lasting(hyper.factor_beta, hyper))
+    keep = kronecker.column(averages.of_step(beta, state.step, scale), by)
     for side, (factor, eigenvalues) in enumerate(zip(state.factors, state.eigenvalues, strict=True)):
         if eigenvalues is None:
             continue

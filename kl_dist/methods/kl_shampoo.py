@@ -65,8 +65,10 @@ def update(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> 
     """
     state.step.add_(1)
     projected, spare = kronecker.project(grad, spare, state.bases, hyper.compute_dtype)
+    before = state.scale.clone()
     scale = kl_factors.learn(state, projected, spare, hyper)
-    direction = averages.momentum_(state.exp_avg, projected, state.step, hyper)
+    change = averages.change_of_scale(before, state.scale, state.step, hyper)
+    direction = averages.momentum_(state.exp_avg, projected, state.step, hyper, change)
     roots = [None if x is None else x.rsqrt() for x in state.eigenvalues]
     beyond = [None if x is None else beyond_whitening(x, hyper.shampoo_exponent or 0.5) for x in state.eigenvalues]
     both = [root if root is None or t is None else root.mul_(t) for root, t in zip(roots, beyond, strict=True)]

@@ -40,8 +40,10 @@ def update(state: KLSOAPState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Ten
     state.step.add_(1)
     projected, spare = kronecker.project(grad, spare, state.bases, hyper.compute_dtype)
     kl_factors.learn(state, projected, spare, hyper)
+    before = state.grad_scale.clone()
     scale = averages.scale_without_spikes_(projected, state.grad_scale, state.step, hyper.betas[1])
-    adam = scaled_adam(state, projected, spare, scale, hyper)
+    change = averages.change_of_scale(before, state.grad_scale, state.step, hyper)
+    adam = scaled_adam(state, projected, spare, scale, hyper, change)
     adam = polar.orthogonalize_as_asked_(adam, state.step, hyper, spare)
     return kronecker.project_back(adam, spare, state.bases, hyper.compute_dtype)
 

@@ -39,17 +39,21 @@ def update(state: SOAPState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tenso
     """The update of one step, before the learning rate; eps is relative. Arguments as `kl_shampoo.update`."""
     state.step.add_(1)
     projected, spare = kronecker.project(grad, spare, state.bases, hyper.compute_dtype)
+    before = state.grad_scale.clone()
     scale = averages.scale_without_spikes_(projected, state.grad_scale, state.step, hyper.betas[1])
-    keep = averages.of_step(averages.warm_beta(hyper.factor_beta), state.step, scale)
+    change = averages.change_of_scale(before, state.grad_scale, state.step, hyper)
+    keep = averages.of_step(averages.warm_beta(averages.lasting(hyper.factor_beta, hyper)), state.step, scale)
     kronecker.learn_grams(
         state.factors, projected, spare, keep, by=scale.reciprocal(), compute_dtype=hyper.compute_dtype
     )
-    adam = scaled_adam(state, projected, spare, scale, hyper)
+    adam = scaled_adam(state, projected, spare, scale, hyper, change)
     adam = polar.orthogonalize_as_asked_(adam, state.step, hyper, spare)
     return kronecker.project_back(adam, spare, state.bases, hyper.compute_dtype)
 
 
-def scaled_adam(state: SOAPState | KLSOAPState, grad: Tensor, spare: Tensor, scale: Tensor, hyper: Hyper) -> Tensor:
+def scaled_adam(
+    state: SOAPState | KLSOAPState, grad: Tensor, spare: Tensor, scale: Tensor, hyper: Hyper, change: Tensor | None
+) -> Tensor:
     """Adam with the gradients' scale taken out of the second moment, so that a jump of scale counts once.
 
         V <- b V + (1-b) (G / r)^2;   V <- max(V / mean(V), floor);   U = N / (r (sqrt(V) + eps))
@@ -62,16 +66,17 @@ def scaled_adam(state: SOAPState | KLSOAPState, grad: Tensor, spare: Tensor, sca
         spare: overwritten.
         scale: r (B,).
         hyper: betas and eps (relative).
+        change: r / r of the step before (B,), or None: `averages.change_of_scale`.
     """
     learn_squares(state.exp_avg_sq, grad, spare, scale, state.step, hyper)
-    direction = averages.momentum_(state.exp_avg, grad, state.step, hyper)
+    direction = averages.momentum_(state.exp_avg, grad, state.step, hyper, change)
     size = scale.reciprocal() * averages.correction(state.step, hyper, scale)
     return direction.div_(torch.sqrt(state.exp_avg_sq, out=spare).add_(hyper.eps)).mul_(kronecker.column(size, grad))
 
 
 def learn_squares(exp_avg_sq: Tensor, grad: Tensor, spare: Tensor, scale: Tensor, step: Tensor, hyper: Hyper) -> None:
     """V <- b V + (1-b) (G / r)^2;   V <- max(V / mean(V), floor). Mutates V and `spare`."""
-    keep = averages.of_step(averages.warm_beta(hyper.betas[1]), step, scale)
+    keep = averages.of_step(averages.warm_beta(averages.lasting(hyper.betas[1], hyper)), step, scale)
     unit = torch.mul(grad, kronecker.column((1 - keep) ** 0.5 / scale, grad), out=spare)
     exp_avg_sq.mul_(kronecker.column(keep, unit)).addcmul_(unit, unit)
     exp_avg_sq.div_(kronecker.column(exp_avg_sq.flatten(1).mean(1), unit)).clamp_min_(EXP_AVG_SQ_FLOOR)

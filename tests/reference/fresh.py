@@ -56,25 +56,33 @@ class Reference:
             self.start()
         self.t += 1
         G = self.without_spike(G)
-        self.M = ema(self.M, G, o.beta1_of(self.t))
+        self.M_before, self.M = self.M, ema(self.M, G, o.beta1_of(self.t))
         W = W - o.lr * self.update(G)
         if o.refresh_due(self.t):
             self.refresh()
         return W
 
+    def factor_share(self) -> float:
+        """b, the weight of the old factors in step t."""
+        return early_mean(self.options.lasting(self.options.factor_beta, self.t), self.t)
+
     def orthogonalized(self, U: Tensor) -> Tensor:
         """U, near its polar factor if that was asked for of step t."""
         return nearly_orthogonal(U, self.options.polar if self.t <= self.options.polar_updates else ())
 
-    def momentum(self, G: Tensor) -> Tensor:
+    def momentum(self, G: Tensor, change: Tensor | float = 1.0) -> Tensor:
         """N = ((1 - c) M + c G) / (1 - beta1^(t+1)), without Nesterov M / (1 - beta1^t); M has G already.
+
+        Where beta1(t) has grown the M before counts times `change`, s_t / s_(t-1).
 
         c = 1 - beta1, or where beta1(t) has grown what leaves N the variance that it had, by independent gradients.
         """
         o = self.options
+        if o.grown(self.t):
+            self.M = ema(change * self.M_before, G, o.beta1_of(self.t))
         if not o.nesterov:
             return self.M / (1 - o.beta1**self.t)
-        if o.beta1_of(self.t) == o.beta1:
+        if not o.grown(self.t):
             c = 1 - o.beta1
         else:
             wanted = variance(1 - o.beta1, o.beta1)
@@ -122,7 +130,7 @@ class KLShampoo(Reference):
         s = self.learn(G)
         denominator = s * outer(self.lam).sqrt() * (1 + self.options.eps)
         t = [lam.clamp(min=EXPONENT_FLOOR) ** (0.5 - self.options.exponent) for lam in self.lam]
-        whitened = out_of_basis(into_basis(self.momentum(G), self.Q) / denominator, self.Q)
+        whitened = out_of_basis(into_basis(self.momentum(G, self.change), self.Q) / denominator, self.Q)
         further = outer([one / rms(one) for one in t])
         return out_of_basis(into_basis(self.orthogonalized(whitened), self.Q) * further, self.Q)
 
@@ -134,9 +142,10 @@ class KLShampoo(Reference):
         S_k <- (b S_k + (1-b) D_k) / c,  lambda_k <- (b lambda_k + (1-b) diag(Q_k^T D_k Q_k)) / c,  c = mean lambda_k.
         """
         o = self.options
-        self.v = ema(self.v, (into_basis(G, self.Q).square() / outer(self.lam)).mean(), o.beta2)
+        before, self.v = self.v, ema(self.v, (into_basis(G, self.Q).square() / outer(self.lam)).mean(), o.beta2)
+        self.change = (self.v / before).sqrt()
         s = (self.v / (1 - o.beta2**self.t)).sqrt()
-        b = early_mean(o.factor_beta, self.t)
+        b = self.factor_share()
         D = [mean_gram(whitened_except(G / s, k, self.Q, self.lam), k) for k in self.sides]
         for k in self.sides:
             S = ema(self.S[k], D[k], b)
@@ -165,7 +174,9 @@ class KLSOAP(KLShampoo):
     def update(self, G: Tensor) -> Tensor:
         self.learn(G)
         self.moment.learn(into_basis(G, self.Q), self.t)
-        return self.orthogonalized(out_of_basis(into_basis(self.momentum(G), self.Q) / self.moment.denominator, self.Q))
+        return self.orthogonalized(
+            out_of_basis(into_basis(self.momentum(G, self.moment.change), self.Q) / self.moment.denominator, self.Q)
+        )
 
 
 class SOAP(Reference):
@@ -182,8 +193,10 @@ class SOAP(Reference):
     def update(self, G: Tensor) -> Tensor:
         """S_k <- b S_k + (1-b) (d_k/N) K_k K_k^T with K = G / r; not whitened, not normalised again."""
         self.moment.learn(into_basis(G, self.Q), self.t)
-        self.S = unwhitened(self.S, G / self.moment.r, early_mean(self.options.factor_beta, self.t))
-        return self.orthogonalized(out_of_basis(into_basis(self.momentum(G), self.Q) / self.moment.denominator, self.Q))
+        self.S = unwhitened(self.S, G / self.moment.r, self.factor_share())
+        return self.orthogonalized(
+            out_of_basis(into_basis(self.momentum(G, self.moment.change), self.Q) / self.moment.denominator, self.Q)
+        )
 
     def refresh(self) -> None:
         """Q_k <- the orthogonal factor of QR((S_k + c I) Q_k); no sorting."""
@@ -204,8 +217,8 @@ class Shampoo(Reference):
     def update(self, G: Tensor) -> Tensor:
         """S_k as SOAP's; the roots are those of the last refresh."""
         self.moment.learn(G, self.t)
-        self.S = unwhitened(self.S, G / self.moment.r, early_mean(self.options.factor_beta, self.t))
-        N = self.momentum(G)
+        self.S = unwhitened(self.S, G / self.moment.r, self.factor_share())
+        N = self.momentum(G, self.moment.change)
         A = N / self.moment.denominator
         B = on_every_side(N / self.moment.r, self.roots)
         return B * (A.norm() / B.norm()) if B.any() else B
@@ -238,9 +251,10 @@ class SecondMoment:
     def learn(self, G: Tensor, t: int) -> None:
         """Take up the gradient of step t, in the coordinates that V has."""
         beta2 = self.options.beta2
-        self.w = ema(self.w, G.square().mean(), beta2)
+        before, self.w = self.w, ema(self.w, G.square().mean(), beta2)
+        self.change = (self.w / before).sqrt()
         self.r = (self.w / (1 - beta2**t)).sqrt()
-        V = ema(self.V, (G / self.r).square(), early_mean(beta2, t))
+        V = ema(self.V, (G / self.r).square(), early_mean(self.options.lasting(beta2, t), t))
         self.V = (V / V.mean()).clamp(min=SMALLEST_MOMENT)
 
     @property

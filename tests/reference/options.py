@@ -29,6 +29,14 @@ class Options:
         """beta1(t), between beta1 and final_beta1 that at which a twentieth of the updates made is remembered."""
         return max(self.beta1, min(self.final_beta1, 1 - 20 / t))
 
+    def grown(self, t: int) -> bool:
+        """Whether beta1(t) is above beta1."""
+        return self.beta1_of(t) > self.beta1
+
+    def lasting(self, beta: float, t: int) -> float:
+        """beta, of what divides the momentum; at least beta1(t)^2 where beta1 has grown."""
+        return max(beta, self.beta1_of(t) ** 2) if self.grown(t) else beta
+
     def refresh_due(self, t: int) -> bool:
         """(t + phase) mod T == 0."""
         return (t + self.phase) % self.refresh_every == 0

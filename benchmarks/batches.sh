@@ -64,11 +64,9 @@ over_a_long_run() {
     compare --run "--optimizer kl_muon" --grid lr=6e-3,1e-2,1.5e-2,2.2e-2
     compare --seeds 1 --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_muon" --grid lr=1e-2
     compare --seeds 2 --run "--optimizer kl_shampoo" --run "--optimizer kl_muon" --grid lr=1e-2
-    compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1.5e-2"
+    compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1.5e-2"
     compare --seeds 0 1 2 --run "--optimizer kl_muon --lr 1e-2 --set final_beta1=0.99"
-    compare --run "--optimizer kl_soap --lr 1e-2 --set final_beta1=0.99"
-    compare --run "--optimizer kl_shampoo --lr 1e-2" --grid final_beta1=0,0.995
-    compare --seeds 0 1 --weight-decay 0.1 --run "--optimizer kl_shampoo" --run "--optimizer kl_muon" --grid lr=1e-2
+    compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1e-2 --set final_beta1=0"
     job="-m benchmarks.variants" compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1e-2" --grid recipe=longer_memory
     compare --run "--optimizer kl_muon --lr 1e-2" --grid "betas=(0.95,0.95)"
     compare --width 96 --seeds 0 1 --run "--optimizer kl_shampoo" --run "--optimizer kl_muon" --grid lr=1e-2

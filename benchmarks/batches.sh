@@ -23,8 +23,8 @@ over_batch() {
     compare --run "--optimizer kl_shampoo" --grid lr=2.2e-2
     compare --run "--optimizer muon" --grid lr=5e-2
     if [ "$batch" -gt 8192 ]; then
-        compare --run "--optimizer kl_muon --lr 5e-2" --run "--optimizer adamw --lr 4e-3"
-        compare --run "--optimizer soap --lr 2.2e-2" --run "--optimizer kl_soap --lr 2.2e-2"
+        compare --run "--optimizer kl_muon" --grid lr=5e-2,7e-2
+        compare --run "--optimizer kl_soap --lr 2.2e-2"
         return 0
     fi
     compare --run "--optimizer kl_shampoo --lr 2.2e-2 --set $half" --run "--optimizer adamw --lr 8e-3"
@@ -65,8 +65,9 @@ over_a_long_run() {
     compare --seeds 1 --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_muon" --grid lr=1e-2
     compare --seeds 2 --run "--optimizer kl_shampoo" --run "--optimizer kl_muon" --grid lr=1e-2
     compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1.5e-2"
+    compare --run "--optimizer kl_shampoo --lr 2.2e-2"
     compare --seeds 0 1 2 --run "--optimizer kl_muon --lr 1e-2 --set final_beta1=0.99"
-    compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1e-2 --set final_beta1=0"
+    compare --seeds 0 1 --run "--optimizer kl_shampoo --set final_beta1=0" --grid lr=1e-2,1.5e-2
     job="-m benchmarks.variants" compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1e-2" --grid recipe=longer_memory
     compare --run "--optimizer kl_muon --lr 1e-2" --grid "betas=(0.95,0.95)"
     compare --width 96 --seeds 0 1 --run "--optimizer kl_shampoo" --run "--optimizer kl_muon" --grid lr=1e-2

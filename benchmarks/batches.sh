@@ -21,12 +21,13 @@ over_batch() {
     compare --run "--optimizer muon" --run "--optimizer kl_muon" --grid lr=1.5e-2,2.2e-2,3.3e-2
     compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --grid lr=1e-2,1.5e-2
     compare --run "--optimizer kl_shampoo" --grid lr=2.2e-2
-    compare --run "--optimizer muon" --grid lr=5e-2
+    compare --run "--optimizer kl_shampoo --set final_beta1=0" --grid lr=1.5e-2,2.2e-2
     if [ "$batch" -gt 8192 ]; then
         compare --run "--optimizer kl_muon" --grid lr=5e-2,7e-2
         compare --run "--optimizer kl_soap --lr 2.2e-2"
         return 0
     fi
+    compare --run "--optimizer muon" --grid lr=5e-2
     compare --run "--optimizer kl_shampoo --lr 2.2e-2 --set $half" --run "--optimizer adamw --lr 8e-3"
     compare --run "--optimizer kl_shampoo --set $half polar=3" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer soap" --run "--optimizer kl_soap" --grid lr=1e-2,1.5e-2,2.2e-2
@@ -45,6 +46,7 @@ over_batch() {
 over_length() {
     compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --grid lr=6e-3,1e-2,1.5e-2
     compare --seeds 1 2 --run "--optimizer kl_shampoo" --grid lr=1e-2,1.5e-2
+    compare --seeds 0 1 2 --run "--optimizer kl_shampoo --set final_beta1=0" --grid lr=1e-2,1.5e-2
     compare --run "--optimizer kl_muon" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer kl_muon --set final_beta1=0.99" --grid lr=1.5e-2,2.2e-2
     compare --run "--optimizer muon" --grid lr=1.5e-2,2.2e-2

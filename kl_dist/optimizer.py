@@ -63,9 +63,8 @@ class KLShampoo(StateDicts):
         max_preconditioner_dim: sides longer than this are handled as `long_side` says.
         process_group: ranks to partition over. None: all of them.
         nesterov: momentum one step ahead. None: True ("paper": False).
-        final_beta1: what the weight of the old momentum grows to in a long run, max(betas[0], min(final_beta1,
-            1 - 20 / t)) after t updates, without a noisier update (kl_dist.methods.averages); up to betas[0] it stays
-            that. At most 0.996 under "compact", 0 under "paper". None: 0.99 with method "kl_shampoo", else it stays.
+        final_beta1: what betas[0] grows to in a long run, as 1 - 20 / t after t updates (kl_dist.methods.averages); 0:
+            it stays. At most 0.996 under "compact", 0 under "paper". None: 0.99 with method "kl_shampoo", else 0.
         polar: Newton-Schulz steps that orthogonalise the whitened momentum of each matrix, its norm kept
             (kl_dist.methods.polar); 0 is none, "start" three in the first 5 / (1 - betas[1]) updates,
             at most 750, and then none. Not for "shampoo" and "paper". None: 0 ("paper": 0).

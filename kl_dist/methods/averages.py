@@ -161,14 +161,19 @@ def share_of_spike(scale: Tensor, mean_squares: Tensor, step: Tensor, beta: floa
     return (scale.clamp_min(smallest) * limit / mean_squares.clamp_min(smallest)).clamp_max_(1.0)
 
 
-def scale_without_spikes_(x: Tensor, scale: Tensor, step: Tensor, beta: float) -> Tensor:
-    """x <- sqrt(p) x of each matrix, p from `share_of_spike`; returns `tracked_scale` of mean(x^2) then, (B,)."""
-    mean_squares = mean_square(x)
+def scale_without_spikes_(x: Tensor, scale: Tensor, step: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor | None]:
+    """x <- sqrt(p) x of each matrix, p from `share_of_spike`.
+
+    Returns:
+        `tracked_scale` of mean(x^2) then, (B,), and its `change_of_scale`.
+    """
+    before, mean_squares, beta = scale.clone(), mean_square(x), hyper.betas[1]
     share = share_of_spike(scale, mean_squares, step, beta)
     if share is not None:
         x.mul_(column(share.sqrt(), x))
         mean_squares.mul_(share)
-    return tracked_scale(scale, mean_squares, step, beta)
+    now = tracked_scale(scale, mean_squares, step, beta)
+    return now, change_of_scale(before, scale, step, hyper)
 
 
 def cut_spikes_by_momentum_(grad: Tensor, exp_avg: Tensor, step: Tensor, hyper: Hyper) -> None:

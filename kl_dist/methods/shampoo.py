@@ -48,13 +48,11 @@ def start(state: ShampooState, grad: Tensor, hyper: Hyper) -> None:
 def update(state: ShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
     """The update of one step, before the learning rate; eps is relative. Arguments as `kl_shampoo.update`."""
     state.step.add_(1)
-    before = state.grad_scale.clone()
-    scale = averages.scale_without_spikes_(grad, state.grad_scale, state.step, hyper.betas[1])
+    scale, change = averages.scale_without_spikes_(grad, state.grad_scale, state.step, hyper)
     keep = averages.of_step(averages.warm_beta(averages.lasting(hyper.factor_beta, hyper)), state.step, scale)
     kronecker.learn_grams(state.factors, grad, spare, keep, by=scale.reciprocal(), compute_dtype=hyper.compute_dtype)
     learn_squares(state.exp_avg_sq, grad, spare, scale, state.step, hyper)
     size = scale.reciprocal() * averages.correction(state.step, hyper, scale)
-    change = averages.change_of_scale(before, state.grad_scale, state.step, hyper)
     direction = averages.momentum_(state.exp_avg, grad, state.step, hyper, change).mul_(kronecker.column(size, grad))
     adam = torch.div(direction, torch.sqrt(state.exp_avg_sq, out=spare).add_(hyper.eps), out=spare)
     return _grafted(direction, spare, state.inverse_roots, _norm(adam), hyper.compute_dtype)

@@ -39,9 +39,7 @@ def update(state: SOAPState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tenso
     """The update of one step, before the learning rate; eps is relative. Arguments as `kl_shampoo.update`."""
     state.step.add_(1)
     projected, spare = kronecker.project(grad, spare, state.bases, hyper.compute_dtype)
-    before = state.grad_scale.clone()
-    scale = averages.scale_without_spikes_(projected, state.grad_scale, state.step, hyper.betas[1])
-    change = averages.change_of_scale(before, state.grad_scale, state.step, hyper)
+    scale, change = averages.scale_without_spikes_(projected, state.grad_scale, state.step, hyper)
     keep = averages.of_step(averages.warm_beta(averages.lasting(hyper.factor_beta, hyper)), state.step, scale)
     kronecker.learn_grams(
         state.factors, projected, spare, keep, by=scale.reciprocal(), compute_dtype=hyper.compute_dtype

@@ -8,7 +8,7 @@ set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 
-half="shampoo_exponent=0.5 final_beta1=0"  # the default when most of this was measured
+half="shampoo_exponent=0.5 final_beta1=0 polar=0"  # the default when most of this was measured
 
 compare() {
     ${PYTHON:-python} ${job:-launch/compare.py} --jobs "${JOBS:-2}" --results benchmarks/results/${results:-batches}.jsonl \

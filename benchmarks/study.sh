@@ -7,7 +7,7 @@ set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 results=benchmarks/results
-half="shampoo_exponent=0.5 final_beta1=0"  # the defaults when most of this was measured
+half="shampoo_exponent=0.5 final_beta1=0 polar=0"  # the defaults when most of this was measured
 longer="betas=(0.95,0.95) adamw_betas=(0.9,0.95) $half"
 
 compare() {

@@ -203,6 +203,7 @@ VARIANTS = {
         refresh=None,
         working_copies=8,
         polar=False,
+        defaults={key: value for key, value in FRESH.defaults.items() if key != "polar"},
     ),
 }
 

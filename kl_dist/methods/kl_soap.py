@@ -9,6 +9,7 @@ ICLR 2026 (arXiv 2509.03378).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -59,6 +60,8 @@ def update_as_released(state: KLSOAPState, grad: Tensor, hyper: Hyper, spare: Te
     return kronecker.project_back(adam, projected, state.bases, hyper.compute_dtype)
 
 
-FRESH = Rule(allocate, start, update, kl_factors.refresh, polar=True)
+FRESH = Rule(
+    allocate, start, update, kl_factors.refresh, polar=True, defaults=MappingProxyType({"polar": polar.BOUNDED})
+)
 PAPER = as_released(allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released)
 METHOD = Method("KL-SOAP", {"fresh": FRESH, "paper": PAPER}, from_adamw=MEASURED)

@@ -1,7 +1,8 @@
 """Orthogonalisation after whitening: option `polar`, the number of Newton-Schulz steps towards the polar factor.
 
-Or "start": START_STEPS of them in a matrix's first updates, and none from there on. Eigenvalues begin equal, and until
-they have come down to their own, whitening divides weak directions by too much; orthogonalised, all move as far.
+Or a word for what is done in a matrix's first updates alone, until eigenvalues, which begin equal, have come to their
+own: "start", START_STEPS of these steps, by which all directions move as far; or "bounded", the default, by which the
+strong ones move no further than they would in the end: kl_dist.methods.bound.
 
 With P, the whitened momentum of a block in its eigenbasis, m x n and m <= n (else its transpose),
 
@@ -31,10 +32,13 @@ import torch
 from torch import Tensor
 
 from kl_dist.methods import averages, kronecker, quintic
+from kl_dist.methods.bound import bound_
+from kl_dist.methods.bound import frobenius_norm as _norm
 from kl_dist.methods.kronecker import Hyper, Polar
 from kl_dist.methods.state import span
 
 START: Final = "start"
+BOUNDED: Final = "bounded"
 START_STEPS = 3
 START_LIFETIMES, START_AT_MOST = 5, 750
 """How long, in lifetimes of the eigenvalues' averages, and at most: either leaves a 750th of what these began with."""
@@ -76,7 +80,7 @@ def coefficients(steps: int) -> tuple[tuple[float, float, float], ...]:
 def orthogonalize_as_asked_(
     whitened: Tensor, step: Tensor, hyper: Hyper, spare: Tensor, beyond: Sequence[Tensor | None] = ()
 ) -> Tensor:
-    """`orthogonalize_` as `hyper.polar` says, of those matrices whose number of updates it says it for.
+    """`orthogonalize_` or `bound_` as `hyper.polar` says, of those matrices whose number of updates it says it for.
 
     Args:
         whitened: P (B, m, n), overwritten by P'; of any other number of sides it is left as it is.
@@ -86,9 +90,7 @@ def orthogonalize_as_asked_(
     """
     if not hyper.polar or whitened.ndim != 3:
         return whitened
-    steps, last = hyper.polar, math.inf
-    if steps == START:
-        steps, last = START_STEPS, start_updates(hyper.factor_beta)
+    last = start_updates(hyper.factor_beta) if isinstance(hyper.polar, str) else math.inf
     due = [row for row, t in enumerate(step.tolist()) if t <= last]
     at_once = orthogonalized_at_once(len(step))
     for some in (due[first : first + at_once] for first in range(0, len(due), at_once)):
@@ -96,7 +98,11 @@ def orthogonalize_as_asked_(
         put_on = [None if x is None else x[rows] for x in beyond]
         part = whitened[rows]
         kronecker.scale_sides(part, [None if x is None else x.reciprocal() for x in put_on], 1.0, out=part)
-        orthogonalize_(part, steps, spare[: len(some)], hyper.compute_dtype)
+        if hyper.polar == BOUNDED:
+            bound_(part, spare[: len(some)], hyper.compute_dtype)
+        else:
+            steps = START_STEPS if hyper.polar == START else hyper.polar
+            orthogonalize_(part, steps, spare[: len(some)], hyper.compute_dtype)
         whitened[rows] = kronecker.scale_sides(part, put_on, 1.0, out=part)
     return whitened
 
@@ -107,7 +113,7 @@ def orthogonalized_at_once(count: int) -> int:
 
 
 def start_updates(beta: float) -> int:
-    """How many first updates are orthogonalised under "start": min(5 / (1 - beta), 750), beta the factors'.
+    """How many first updates "start" and "bounded" are for: min(5 / (1 - beta), 750), beta the factors'.
 
     Averages begin as plain means (`averages.warm_beta`), so of what they began with n updates leave 1 / (n + 1) and no
     more, however long they remember.
@@ -117,7 +123,12 @@ def start_updates(beta: float) -> int:
 
 def lasting_steps(polar: Polar) -> int:
     """Newton-Schulz steps of an update in the long run."""
-    return 0 if polar == START else polar
+    return 0 if isinstance(polar, str) else polar
+
+
+def most_steps(polar: Polar) -> int:
+    """Newton-Schulz steps of an update at most."""
+    return START_STEPS if polar == START else lasting_steps(polar)
 
 
 def orthogonalize_(
@@ -151,11 +162,6 @@ def orthogonalize_(
             matrix = quintic.polynomial(gram, (a, b, c), compute_dtype, out=room)
         x, spare = quintic.apply(x, matrix, a, compute_dtype, out=spare), x
     return torch.mul(x, norm / _norm(x).clamp_min(smallest), out=direction)
-
-
-def _norm(x: Tensor) -> Tensor:
-    """|X|_F of each matrix, (B, 1, 1)."""
-    return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
 
 
 def flops(shape: Sequence[int], steps: int) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -121,6 +122,8 @@ def refresh_as_released(state: SOAPState, hyper: Hyper) -> None:
         state.exp_avg_sq.copy_(state.exp_avg_sq.take_along_dim(kronecker.along(order, side, state.exp_avg), side + 1))
 
 
-FRESH = Rule(allocate, start, update, kl_factors.refresh, polar=True)
+FRESH = Rule(
+    allocate, start, update, kl_factors.refresh, polar=True, defaults=MappingProxyType({"polar": polar.BOUNDED})
+)
 PAPER = as_released(allocate, start_as_released, update_as_released, refresh_as_released)
 METHOD = Method("SOAP", {"fresh": FRESH, "paper": PAPER}, from_adamw=MEASURED)

@@ -61,7 +61,7 @@ def update_bytes(method: str, recipe: str, block: Block, dtype: torch.dtype) -> 
 
 def polar_bytes(method: str, recipe: str, block: Block, dtype: torch.dtype, polar_option: Polar) -> int:
     """Bytes that orthogonalising one block's update holds beside these."""
-    if not (polar_option and rule(method, recipe).polar and len(block.shape) == 2):
+    if not (polar.most_steps(polar_option) and rule(method, recipe).polar and len(block.shape) == 2):
         return 0
     return min(block.shape) ** 2 * state_dtype(dtype).itemsize
 

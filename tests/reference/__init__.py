@@ -48,7 +48,7 @@ def reference(
     phase: int = 0,
     shampoo_exponent: float | None = None,
     adjust_lr_fn: str | None = None,
-    polar: Sequence[tuple[float, float, float]] = (),
+    polar: Sequence[tuple[float, float, float]] | None = None,
     polar_updates: float = math.inf,
     dtype: torch.dtype = torch.float64,
 ) -> paper.Reference | fresh.Reference:
@@ -59,7 +59,8 @@ def reference(
     is 0.7 of a fresh KL-Shampoo and 1/(2K) of Shampoo, `adjust_lr_fn=None` the recipe's,
     `final_beta1=None` is 0.99 of a fresh KL-Shampoo and else `betas[0]`.
     `polar` are the coefficients (a, b, c) of the Newton-Schulz steps of a fresh matrix's first `polar_updates` updates,
-    if any.
+    if any; None are none, but of a fresh KL-Shampoo, KL-SOAP or SOAP min(5 / (1 - b), 750) updates bounded, b the
+    factors' memory.
     """
     if len(shape) < 2:
         raise ValueError(f"a reference serves tensors of two or more sides, not of shape {tuple(shape)}")
@@ -69,11 +70,13 @@ def reference(
     beta1, beta2 = betas
     grown = 0.99 if (method, recipe) == ("kl_shampoo", "fresh") else beta1
     default = 0.7 if (method, recipe) == ("kl_shampoo", "fresh") else 1 / (2 * len(shape))
+    factor_beta = beta2 if shampoo_beta is None else shampoo_beta
+    bounded = polar is None and recipe == "fresh" and method in ("kl_shampoo", "kl_soap", "soap")
     options = Options(
         lr=lr,
         beta1=beta1,
         beta2=beta2,
-        factor_beta=beta2 if shampoo_beta is None else shampoo_beta,
+        factor_beta=factor_beta,
         eps=eps,
         weight_decay=weight_decay,
         refresh_every=precondition_frequency,
@@ -82,8 +85,9 @@ def reference(
         nesterov=not plain if nesterov is None else nesterov,
         exponent=default if shampoo_exponent is None else shampoo_exponent,
         adjust_lr_fn=adjust_lr_fn,
-        polar=tuple(polar),
+        polar=tuple(polar or ()),
         polar_updates=polar_updates,
+        bounded_updates=round(min(5 / (1 - factor_beta), 750)) if bounded else 0,
         dtype=dtype,
     )
     return METHODS[method, recipe](tuple(shape), options)

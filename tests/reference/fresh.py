@@ -66,8 +66,10 @@ class Reference:
         """b, the weight of the old factors in step t."""
         return early_mean(self.options.lasting(self.options.factor_beta, self.t), self.t)
 
-    def orthogonalized(self, U: Tensor) -> Tensor:
-        """U, near its polar factor if that was asked for of step t."""
+    def shaped(self, U: Tensor) -> Tensor:
+        """U, bounded or near its polar factor if that was asked for of step t."""
+        if self.t <= self.options.bounded_updates:
+            return bounded(U)
         return nearly_orthogonal(U, self.options.polar if self.t <= self.options.polar_updates else ())
 
     def momentum(self, G: Tensor, change: Tensor | float = 1.0) -> Tensor:
@@ -132,7 +134,7 @@ class KLShampoo(Reference):
         t = [lam.clamp(min=EXPONENT_FLOOR) ** (0.5 - self.options.exponent) for lam in self.lam]
         whitened = out_of_basis(into_basis(self.momentum(G, self.change), self.Q) / denominator, self.Q)
         further = outer([one / rms(one) for one in t])
-        return out_of_basis(into_basis(self.orthogonalized(whitened), self.Q) * further, self.Q)
+        return out_of_basis(into_basis(self.shaped(whitened), self.Q) * further, self.Q)
 
     def learn(self, G: Tensor) -> Tensor:
         """The new scale s, and then S_k and lambda_k from H = G / s, all with the old lambdas on the right.
@@ -174,7 +176,7 @@ class KLSOAP(KLShampoo):
     def update(self, G: Tensor) -> Tensor:
         self.learn(G)
         self.moment.learn(into_basis(G, self.Q), self.t)
-        return self.orthogonalized(
+        return self.shaped(
             out_of_basis(into_basis(self.momentum(G, self.moment.change), self.Q) / self.moment.denominator, self.Q)
         )
 
@@ -194,7 +196,7 @@ class SOAP(Reference):
         """S_k <- b S_k + (1-b) (d_k/N) K_k K_k^T with K = G / r; not whitened, not normalised again."""
         self.moment.learn(into_basis(G, self.Q), self.t)
         self.S = unwhitened(self.S, G / self.moment.r, self.factor_share())
-        return self.orthogonalized(
+        return self.shaped(
             out_of_basis(into_basis(self.momentum(G, self.moment.change), self.Q) / self.moment.denominator, self.Q)
         )
 
@@ -285,6 +287,14 @@ def nearly_orthogonal(U: Tensor, coefficients: Sequence[tuple[float, float, floa
         cubed = X @ X.T @ X
         X = a * X + b * cubed + c * X @ X.T @ cubed
     return X * (U.norm() / X.norm())
+
+
+def bounded(U: Tensor) -> Tensor:
+    """U min(1, sqrt(n) / tau), tau^2 = sum s^4 / sum s^2 over its singular values s, n its longer side. Two sides."""
+    if U.ndim != 2 or not U.any():
+        return U
+    s = torch.linalg.svdvals(U)
+    return U * min(1.0, float((max(U.shape) * s.square().sum() / s.pow(4).sum()).sqrt()))
 
 
 def cut_down(G: Tensor, size: Tensor, square: Tensor, beta2: float, t: int) -> Tensor:

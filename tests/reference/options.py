@@ -23,6 +23,7 @@ class Options:
     adjust_lr_fn: str | None  # Muon's; None is the recipe's
     polar: tuple[tuple[float, float, float], ...]  # (a, b, c) of each Newton-Schulz step; none without
     polar_updates: float  # how many first updates take these steps
+    bounded_updates: float  # how many first updates are bounded
     dtype: torch.dtype
 
     def beta1_of(self, t: int) -> float:

@@ -47,7 +47,7 @@ def contenders(rank: int) -> list[Contender]:
 
     def contender(name: str, options: dict[str, Any]) -> Contender:
         def make(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-            return KLShampoo(list(parameters), lr=1e-3, precondition_frequency=1, stagger=False, **options)
+            return KLShampoo(list(parameters), lr=1e-3, precondition_frequency=1, stagger=False, polar=0, **options)
 
         return Contender(name, make, set_in_groups, note=str(options))
 

@@ -19,58 +19,67 @@ compare() {
 # Three learning rates, and more where the best of three was at an edge; kl_muon is Muon on the engine's square blocks.
 over_batch() {
     compare --run "--optimizer muon" --run "--optimizer kl_muon" --grid lr=1.5e-2,2.2e-2,3.3e-2
-    compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --grid lr=1e-2,1.5e-2
-    compare --run "--optimizer kl_shampoo" --grid lr=2.2e-2
-    compare --run "--optimizer kl_shampoo --set final_beta1=0" --grid lr=1.5e-2,2.2e-2
+    compare --run "--optimizer kl_shampoo --set $half" --grid lr=1e-2,1.5e-2
+    compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set polar=0" --grid lr=1.5e-2,2.2e-2
+    compare --seeds 1 2 --run "--optimizer kl_shampoo --lr 2.2e-2" --run "--optimizer kl_shampoo --lr 2.2e-2 --set polar=0"
+    compare --run "--optimizer kl_shampoo --set final_beta1=0 polar=0" --grid lr=1.5e-2,2.2e-2
     if [ "$batch" -gt 8192 ]; then
         compare --run "--optimizer kl_muon" --grid lr=5e-2,7e-2
-        compare --run "--optimizer kl_soap --lr 2.2e-2"
+        compare --seeds 1 2 --run "--optimizer kl_muon --lr 5e-2"
+        compare --run "--optimizer kl_soap --set polar=0" --run "--optimizer soap --set polar=0" --grid lr=1.5e-2,2.2e-2,3.3e-2
+        compare --run "--optimizer kl_soap --lr 1e-2 --set polar=0"
+        compare --run "--optimizer kl_shampoo --set polar=3" --grid lr=1e-2,1.5e-2,2.2e-2
+        compare --run "--optimizer adamw" --grid lr=1e-3,2e-3,4e-3,8e-3
         return 0
     fi
     compare --run "--optimizer muon" --grid lr=5e-2
     compare --run "--optimizer kl_shampoo --lr 2.2e-2 --set $half" --run "--optimizer adamw --lr 8e-3"
     compare --run "--optimizer kl_shampoo --set $half polar=3" --grid lr=1e-2,1.5e-2,2.2e-2
-    compare --run "--optimizer soap" --run "--optimizer kl_soap" --grid lr=1e-2,1.5e-2,2.2e-2
+    compare --run "--optimizer soap" --run "--optimizer kl_soap" --grid lr=1.5e-2,2.2e-2
+    compare --run "--optimizer soap --set polar=0" --run "--optimizer kl_soap --set polar=0" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer adamw" --grid lr=1e-3,2e-3,4e-3
     compare --seeds 1 2 --run "--optimizer kl_shampoo --lr 1.5e-2 --set $half" --run "--optimizer kl_muon --lr 2.2e-2"
-    compare --seeds 1 2 --run "--optimizer kl_shampoo" --grid lr=1.5e-2,2.2e-2
     [ "$batch" -le 1024 ] || return 0
     compare --run "--optimizer adamw --lr 2e-3" --grid "betas=(0.9,0.99),(0.95,0.95),(0.8,0.95),(0.9,0.9)"
     compare --run "--optimizer adamw --warmup 80" --grid lr=2e-3,4e-3,6e-3,9e-3,1.3e-2
     compare --run "--optimizer adamw --warmup 80 --lr 4e-3 --set betas=(0.8,0.95)"
     compare --run "--optimizer kl_shampoo --warmup 80 --lr 1.5e-2 --set $half"
-    compare --run "--optimizer kl_shampoo --lr 1.5e-2" --grid shampoo_exponent=0.6,0.8
-    compare --run "--optimizer kl_shampoo --lr 3.3e-2"
+    compare --run "--optimizer kl_shampoo --lr 1.5e-2 --set final_beta1=0 polar=0" --grid shampoo_exponent=0.6,0.8
+    compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 3.3e-2"
+    compare --run "--optimizer kl_shampoo --lr 3.3e-2 --set final_beta1=0 polar=0"
 }
 
 over_length() {
-    compare --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --grid lr=6e-3,1e-2,1.5e-2
-    compare --seeds 1 2 --run "--optimizer kl_shampoo" --grid lr=1e-2,1.5e-2
-    compare --seeds 0 1 2 --run "--optimizer kl_shampoo --set final_beta1=0" --grid lr=1e-2,1.5e-2
+    compare --seeds 0 1 2 --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set polar=0" \
+        --run "--optimizer kl_shampoo --set final_beta1=0 polar=0" --grid lr=1e-2,1.5e-2
+    compare --run "--optimizer kl_shampoo --set final_beta1=0 polar=0 --lr 6e-3"
+    compare --run "--optimizer kl_shampoo --set $half" --grid lr=6e-3,1e-2,1.5e-2
     compare --run "--optimizer kl_muon" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer kl_muon --set final_beta1=0.99" --grid lr=1.5e-2,2.2e-2
     compare --run "--optimizer muon" --grid lr=1.5e-2,2.2e-2
     compare --run "--optimizer adamw" --grid lr=1e-3,2e-3
-    compare --run "--optimizer soap" --run "--optimizer kl_soap" --grid lr=1e-2,1.5e-2
+    compare --run "--optimizer soap --lr 1e-2" --run "--optimizer kl_soap --lr 1e-2"
+    compare --run "--optimizer soap --set polar=0" --run "--optimizer kl_soap --set polar=0" --grid lr=1e-2,1.5e-2
     compare --run "--optimizer kl_shampoo --set $half polar=3" --grid lr=1e-2,1.5e-2
     compare --run "--optimizer kl_shampoo --lr 1.5e-2 --precondition-frequency 1 --set $half"
     compare --seeds 1 2 --run "--optimizer kl_muon --lr 2.2e-2"
-    compare --seeds 1 2 --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_soap" --run "--optimizer soap" \
-        --run "--optimizer kl_shampoo --set $half polar=3" --grid lr=1.5e-2
+    compare --seeds 1 2 --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_soap --set polar=0" \
+        --run "--optimizer soap --set polar=0" --run "--optimizer kl_shampoo --set $half polar=3" --grid lr=1.5e-2
     job="-m benchmarks.variants" compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1.5e-2 --set $half" --grid recipe=zero_staleness
 }
 
 over_a_long_run() {
-    compare --run "--optimizer kl_shampoo" --grid lr=6e-3,1e-2
-    compare --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_soap" --grid lr=6e-3,1e-2,1.5e-2
+    compare --run "--optimizer kl_shampoo --lr 1e-2"
+    compare --run "--optimizer kl_shampoo --set polar=0" --grid lr=1e-2,1.5e-2,2.2e-2
+    compare --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_soap --set polar=0" --grid lr=6e-3,1e-2,1.5e-2
     compare --run "--optimizer kl_muon" --grid lr=6e-3,1e-2,1.5e-2,2.2e-2
-    compare --seeds 1 --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_muon" --grid lr=1e-2
-    compare --seeds 2 --run "--optimizer kl_shampoo" --run "--optimizer kl_muon" --grid lr=1e-2
+    compare --seeds 1 --run "--optimizer kl_shampoo --set $half" --grid lr=1e-2
+    compare --seeds 1 2 --run "--optimizer kl_muon --lr 1e-2" --run "--optimizer kl_shampoo --lr 1.5e-2 --set polar=0"
     compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1.5e-2"
-    compare --run "--optimizer kl_shampoo --lr 2.2e-2"
+    compare --run "--optimizer kl_shampoo --lr 6e-3 --set final_beta1=0 polar=0"
     compare --seeds 0 1 2 --run "--optimizer kl_muon --lr 1e-2 --set final_beta1=0.99"
-    compare --seeds 0 1 --run "--optimizer kl_shampoo --set final_beta1=0" --grid lr=1e-2,1.5e-2
-    job="-m benchmarks.variants" compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1e-2" --grid recipe=longer_memory
+    compare --seeds 0 1 --run "--optimizer kl_shampoo --set final_beta1=0 polar=0" --grid lr=1e-2,1.5e-2
+    job="-m benchmarks.variants" compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1e-2 --set final_beta1=0 polar=0" --grid recipe=longer_memory
     compare --run "--optimizer kl_muon --lr 1e-2" --grid "betas=(0.95,0.95)"
     compare --width 96 --seeds 0 1 --run "--optimizer kl_shampoo" --run "--optimizer kl_muon" --grid lr=1e-2
 }
@@ -88,13 +97,24 @@ over_the_beginning() {
         batch=${arena%x*} steps=${arena#*x} lr=2.2e-2 seeds="0 1 2"
         [ "$steps" -lt 2000 ] || lr=1e-2
         [ "$batch" -lt 8192 ] || seeds="0 1"
-        job="-m benchmarks.variants" compare --seeds $seeds --run "--optimizer kl_shampoo --lr $lr" --grid recipe=fresh,sooner_yet
-        compare --seeds $seeds --run "--optimizer kl_shampoo --lr $lr --set polar=start"
+        old="final_beta1=0 polar=0"
+        job="-m benchmarks.variants" compare --seeds $seeds --run "--optimizer kl_shampoo --lr $lr --set $old" --grid recipe=fresh,sooner_yet
+        compare --seeds $seeds --run "--optimizer kl_shampoo --lr $lr --set polar=start final_beta1=0"
+        compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr $lr"
     done
+    for batch in 1024 8192; do
+        steps=150
+        compare --seeds 0 1 2 --run "--optimizer kl_shampoo" --grid lr=1.5e-2,3.3e-2
+        compare --seeds 0 1 2 --run "--optimizer kl_muon" --grid lr=3.3e-2,5e-2,7e-2
+    done
+    compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 5e-2" --run "--optimizer kl_muon --lr 1e-1"
+    compare --run "--optimizer soap" --run "--optimizer kl_soap" --run "--optimizer soap --set polar=0" \
+        --run "--optimizer kl_soap --set polar=0" --grid lr=1.5e-2
     batch=32768 steps=150
     compare --run "--optimizer kl_muon" --grid lr=3.3e-2,5e-2,7e-2
     compare --run "--optimizer kl_shampoo --set $half" --grid lr=1e-2,1.5e-2,2.2e-2
-    compare --run "--optimizer kl_shampoo" --grid lr=1.5e-2,2.2e-2,3.3e-2
+    compare --run "--optimizer kl_shampoo" --grid lr=2.2e-2,3.3e-2,5e-2
+    compare --run "--optimizer kl_shampoo --set final_beta1=0 polar=0" --grid lr=1.5e-2,2.2e-2,3.3e-2
     compare --run "--optimizer kl_shampoo --lr 2.2e-2 --set polar=3"
     compare --run "--optimizer kl_shampoo --set polar=start" --grid lr=1.5e-2,2.2e-2
     batch=8192
@@ -103,8 +123,8 @@ over_the_beginning() {
 
 # With spikes cut down, as batches.jsonl's earlier runs were without.
 over_spikes() {
-    results=spikes compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1.5e-2" \
-        --run "--optimizer kl_soap --lr 1.5e-2" --run "--optimizer soap --lr 1.5e-2" --run "--optimizer kl_muon --lr 2.2e-2"
+    results=spikes compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1.5e-2 --set final_beta1=0 polar=0" \
+        --run "--optimizer kl_soap --lr 1.5e-2 --set polar=0" --run "--optimizer soap --lr 1.5e-2 --set polar=0" --run "--optimizer kl_muon --lr 2.2e-2"
 }
 
 for part in ${*:-1024x400 8192x400 32768x400 1024x2000 choices}; do

@@ -62,12 +62,14 @@ def ours(
 ) -> list[Contender]:
     """The project's methods at their defaults; only the staggering is off, so that a refresh is all in one step.
 
+    And the bound on first updates is, so that a step is one of the long run.
+
     And KL-Shampoo with each number of Newton-Schulz steps in `polar`, and under each of `recipes`. `package` may be
     kl_dist of another checkout, of which those methods are taken that it has; `suffix` tells them apart.
     """
 
     def maker(method: str, **options: Any) -> Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]:
-        options |= {"lr": 1e-3, "precondition_frequency": 1, "stagger": False}
+        options = {"polar": 0, "lr": 1e-3, "precondition_frequency": 1, "stagger": False} | options
         return lambda params: package.KLShampoo(list(params), method=method, **options)
 
     known = [method for method in methods if method in package.METHODS]

@@ -73,7 +73,7 @@ def measure(layout: str, contender: str, args: argparse.Namespace) -> dict[str, 
 
         fully_shard(model)
     parameters = list(model.parameters())
-    optimizer = KLShampoo(parameters, lr=1e-3) if contender == OURS else _meta(parameters, ranks)
+    optimizer = KLShampoo(parameters, lr=1e-3, polar=0) if contender == OURS else _meta(parameters, ranks)
     for parameter in parameters:
         parameter.grad = 0.05 * parameter.detach()  # as random as the weights, and sharded as they are
     waits = Waits()

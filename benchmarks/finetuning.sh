@@ -3,7 +3,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
-kl="--optimizer kl_shampoo --set shampoo_exponent=0.5"  # the default when this was measured
+kl="--optimizer kl_shampoo --set shampoo_exponent=0.5 polar=0"  # the default when this was measured
 
 compare() {
     rank=$1

@@ -32,13 +32,14 @@ RULES = [("kl_shampoo", "fresh"), ("kl_soap", "fresh"), ("soap", "fresh"), ("sha
 
 
 def count(method: str, recipe: str, matrices: int, d: int) -> dict[str, report.Line]:
-    """Launches and passes of a plain step and of a refresh, after the first, which is the start.
+    """Launches and passes of a plain step and of a refresh in the long run, when nothing is bounded any more.
 
     Raises:
         RuntimeError: something of it would wait for the device.
     """
     plan = kl_dist.plan({f"W{i}": (d, d) for i in range(matrices)}, 1, method=method, recipe=recipe)
-    group = kl_dist.KLShampoo([nn.Parameter(torch.zeros(2, 2))], method=method, recipe=recipe).param_groups[0]
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    group = kl_dist.KLShampoo([parameter], method=method, recipe=recipe, polar=0).param_groups[0]
     stacks = [stack for bucket in build_stacks(plan, 0, torch.device("meta")) for stack in bucket]
     present = [Presence.PRESENT] * matrices
     gradient = torch.empty(d, d, device="meta")

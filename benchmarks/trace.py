@@ -55,7 +55,7 @@ def record(args: argparse.Namespace) -> list[Span]:
         from torch.distributed.fsdp import fully_shard
 
         fully_shard(model)
-    optimizer = KLShampoo(model.parameters(), lr=1e-3)
+    optimizer = KLShampoo(model.parameters(), lr=1e-3, polar=0)
     for parameter in model.parameters():
         parameter.grad = 0.05 * parameter.detach()
     for _ in range(args.warmup):

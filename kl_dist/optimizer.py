@@ -68,7 +68,7 @@ class KLShampoo(StateDicts):
         polar: Newton-Schulz steps that orthogonalise the whitened momentum of each matrix, its norm kept
             (kl_dist.methods.polar); "start": three, in its first 5 / (1 - betas[1]) updates, at most 750, alone;
             "bounded": none, but in these its singular values are kept to what they would end at
-            (kl_dist.methods.bound). 0 with "shampoo", "muon" and under "paper". None: "bounded" where it is not 0.
+            (kl_dist.methods.bound). Always 0 with "shampoo" and "muon". None: "bounded" ("paper": 0).
         stagger: spread the refreshes over the T steps. None: True ("paper": False).
         long_side: "cut", "diagonal" or "identity". None: "cut", but for "muon", which keeps nothing of any side.
         merge_dims: read small trailing dimensions (convolution kernels) as columns. None: True ("paper": False).

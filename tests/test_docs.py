@@ -193,7 +193,7 @@ def test_the_docstring_names_what_a_recipe_fills_in(option):
         muons = [recipe_defaults("muon", recipe)[option] for recipe in ("fresh", "paper")]
         assert [ast.literal_eval(pair) for pair in named] == [fresh, other, paper, *muons]
         return
-    match = re.fullmatch(r'(\w+) \("paper": (\w+)\)\.', after)
+    match = re.fullmatch(r'("?\w+"?) \("paper": (\w+)\)\.', after)
     assert match is not None, text
     assert [ast.literal_eval(match[1]), ast.literal_eval(match[2])] == [fresh, paper]
 

@@ -65,7 +65,7 @@ over_length() {
     compare --seeds 1 2 --run "--optimizer kl_muon --lr 2.2e-2"
     compare --seeds 1 2 --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_soap --set polar=0" \
         --run "--optimizer soap --set polar=0" --run "--optimizer kl_shampoo --set $half polar=3" --grid lr=1.5e-2
-    job="-m benchmarks.variants" compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1.5e-2 --set $half" --grid recipe=zero_staleness
+    job="-m benchmarks.variants" compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1.5e-2 --set $half" --grid recipe=zero_staleness,online
 }
 
 over_a_long_run() {
@@ -86,7 +86,7 @@ over_a_long_run() {
 
 over_choices() {
     job="-m benchmarks.variants" compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1.5e-2 --set $half" \
-        --grid recipe=fresh,sooner,clipped,zero_staleness
+        --grid recipe=fresh,sooner,clipped,zero_staleness,online
     compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1.5e-2 --precondition-frequency 1 --set $half"
     compare --seeds 0 1 --run "--optimizer kl_shampoo --lr 1.5e-2 --set $half" --grid "betas=(0.9,0.8),(0.95,0.9),(0.85,0.9)"
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,12 +29,14 @@ from kl_dist.methods import (
     kronecker,
     linalg,
     products,
+    roots,
     rule,
 )
 from kl_dist.methods.state import KLShampooState, unstarted
 from launch import compare
 
 Update = Callable[[KLShampooState, Tensor, Hyper, Tensor], Tensor]
+ROOT_DAMPING = 1e-4  # c of an iterated root, of factors whose mean eigenvalue is 1
 
 
 def stale_eigenvalues(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
@@ -148,13 +151,17 @@ def start_roots(state: InverseRootsState, grad: Tensor, hyper: Hyper) -> None:
         factor.copy_(kl_factors.DAMPING * torch.eye(factor.shape[-1]))
         share = (factor.shape[-1] / kronecker.numel(grad)) ** 0.5
         kronecker.add_gram(factor, share * unit, side, factor.new_ones(len(factor), 1))
-        root.copy_(inverse_root(factor))
+        root.copy_(exact_root(factor))
 
 
-def zero_staleness(state: InverseRootsState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
-    """U = S_a^-1/2 N S_b^-1/2 / s with the exact roots of factors that know this gradient, by eigh in float64.
+def zero_staleness(
+    state: InverseRootsState, grad: Tensor, hyper: Hyper, spare: Tensor, inverse_root: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """U = S_a^-1/2 N S_b^-1/2 / s with roots, made anew in every step, of factors that know this very gradient.
 
-    What an iteration for the inverse roots in every step would come to at its best, whatever it costs.
+    By `exact_root` that is what an iteration for them would come to at its best, whatever it costs; by
+    `iterated_root` it is one. Source: Zhang et al., "Online KL Shampoo" (Tilde Research, 2026), but for the scale
+    beside factors of unit mean, the start and the averages, which are those of "fresh".
     """
     state.step.add_(1)
 
@@ -177,14 +184,27 @@ def zero_staleness(state: InverseRootsState, grad: Tensor, hyper: Hyper, spare: 
     return on_sides(direction) / kronecker.column(scale, grad)
 
 
-def inverse_root(factor: Tensor) -> Tensor:
+def exact_root(factor: Tensor) -> Tensor:
     """S^-1/2 of each (B, d, d), its eigenvalues above the floor of all that learn eigenvalues."""
     eigenvalues, basis = torch.linalg.eigh(factor.double())
     floor = kl_factors.EIGENVALUE_FLOOR * eigenvalues.mean(-1, keepdim=True)
     return ((basis * eigenvalues.maximum(floor).rsqrt()[:, None]) @ basis.mT).to(factor.dtype)
 
 
+def iterated_root(factor: Tensor) -> Tensor:
+    """(S + c I)^-1/2 of each, c relative, by a coupled Newton iteration: products of d x d, no eigendecomposition."""
+    return roots.by_products(factor, 2, ROOT_DAMPING, ROOT_DAMPING)
+
+
 FRESH = rule("kl_shampoo", "fresh")
+FRESH_ROOTS = FRESH._replace(
+    allocate=allocate_roots,
+    start=start_roots,
+    refresh=None,
+    working_copies=8,
+    polar=False,
+    defaults={key: value for key, value in FRESH.defaults.items() if key != "polar"},
+)
 VARIANTS = {
     "stale_eigenvalues": FRESH._replace(update=stale_eigenvalues),
     "unit_rms": FRESH._replace(update=unit_rms),
@@ -196,15 +216,8 @@ VARIANTS = {
     "sooner": FRESH._replace(update=sooner(2)),
     "sooner_yet": FRESH._replace(update=sooner(3)),
     "longer_memory": FRESH._replace(update=longer_memory),
-    "zero_staleness": FRESH._replace(
-        allocate=allocate_roots,
-        start=start_roots,
-        update=zero_staleness,
-        refresh=None,
-        working_copies=8,
-        polar=False,
-        defaults={key: value for key, value in FRESH.defaults.items() if key != "polar"},
-    ),
+    "zero_staleness": FRESH_ROOTS._replace(update=partial(zero_staleness, inverse_root=exact_root)),
+    "online": FRESH_ROOTS._replace(update=partial(zero_staleness, inverse_root=iterated_root)),
 }
 
 # At import, so that the processes which make the runs know them too.

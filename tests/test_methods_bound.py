@@ -68,13 +68,25 @@ def test_first_updates_are_those_of_the_reference_and_later_ones_what_they_would
 
 @product(method=TAKE_IT, shape=SHAPES)
 def test_what_gradients_turn_to_is_not_overshot(method, shape):
-    """But for what an exponent beyond 1/2 adds, and what the largest singular value is above tau."""
+    """But for what an exponent beyond 1/2 adds, what the largest singular value is above tau, and w."""
     same = {"method": method, "betas": (0.9, 0.9), "blocking": "none", **UNIT_LR}
     bounded, unbounded = (
-        float(torch.linalg.svdvals(train(turning(shape), **same, **more).diff(dim=0)).max() / max(shape) ** 0.5)
+        float(torch.linalg.svdvals(train(turning(shape, 8), **same, **more).diff(dim=0)).max() / max(shape) ** 0.5)
         for more in ({}, {"polar": 0})
     )
-    assert bounded < 1.25 < unbounded
+    assert bounded < 1.3 < unbounded
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_it_fades_so_that_where_gradients_stay_in_few_directions_no_update_jumps(rank):
+    """These end beyond sqrt(n)."""
+    generator = torch.Generator().manual_seed(1)
+    one, other = (torch.randn(d, generator=generator, dtype=torch.float64) for d in ((64, rank), (rank, 64)))
+    grads, same = (one @ other).expand(60, -1, -1), {"betas": (0.9, 0.9), "shampoo_exponent": 0.5, **UNIT_LR}
+    bounded, unbounded = (update_sizes(train(grads, **same, **more)) for more in ({}, {"polar": 0}))
+    assert (bounded < 0.9 * unbounded).any()
+    assert (bounded[11:] / bounded[10:-1]).max() < 1.15
+    torch.testing.assert_close(bounded[50:], unbounded[50:])
 
 
 @product(method=TAKE_IT, scale=[1e-6, 1e3])
@@ -111,3 +123,9 @@ def test_weights_that_are_sharded_are_those_of_one_process(world, method, layout
 
 def test_it_lasts_as_long_as_eigenvalues_remember_what_they_began_with():
     assert polar.start_updates(0.9) == 50 and averages.warm_beta(0.9)(50) == 0.9
+
+
+def test_a_tensor_may_say_how_long_factors_remember():
+    grads = turning((24, 24), 12)
+    expected = train(grads, shampoo_beta=0.9)
+    assert torch.equal(train(grads, shampoo_beta=torch.tensor(0.9, dtype=torch.float64)), expected)

@@ -72,7 +72,7 @@ def test_of_any_damped_spectrum_it_is_qr(way, name, d, monkeypatch):
 
 @pytest.mark.parametrize("name", SPECTRA)
 def test_two_passes_bear_what_three_are_for(name):
-    """Of a basis that knows nothing of the factor two passes leave about 1e-5, by the CPU's products: no NaN, and less than a refresh may add."""
+    """Of a basis that knows nothing of the factor two passes leave 1e-5 or so, less than a refresh may add. No NaN."""
     rotation, upper, failed = qr.by_scaled_cholesky(damped(name, 256), 2)
     assert failed is not None and not failed.any()
     assert unorthogonality(rotation) < 3e-5 and off(rotation @ upper, damped(name, 256)) < 2e-6

@@ -1,16 +1,17 @@
 """A bound on what an update does in its strongest directions, before eigenvalues have been learnt.
 
-    P <- min(1, sqrt(n) / tau) P,   tau = |P P^T|_F / |P|_F,   n the longer side
+    P <- min(1, w sqrt(n) / tau) P,   tau = |P P^T|_F / |P|_F,   w = 1 / (1 - (t/T)^2),   t < T
 
-with P the whitened momentum (B, m, n) and tau the mean of its singular values, as a root mean square in which each
-counts by its own square: at most the largest, and near to it where a few directions are most of P.
+with P the whitened momentum (B, m, n), n the longer side, and tau the mean of its singular values, as a root mean
+square in which each counts by its own square: at most the largest, and near to it where few directions are most of P.
 
-Why: for a gradient that stays, whitening ends where all singular values of P are sqrt(n), as lambda_a lambda_b =
-sigma^2 / n solves KL-Shampoo's equations. A direction that gradients turn to, though, is divided by what they were in
-it before, on both sides, and P goes several times beyond that end until eigenvalues have come up. In a run's first
-steps the gradients are largest and turn most, so in a matrix's first updates (kl_dist.methods.polar) all of P is made
-smaller, and its directions are left as they are. Where noise is most of P, tau is sqrt(m + n) times its RMS, which is
-0.25 or so, and nothing is bounded.
+Why: for a gradient that stays and is of full rank, whitening ends where all singular values of P are sqrt(n), as
+lambda_a lambda_b = sigma^2 / n solves KL-Shampoo's equations. A direction that gradients turn to, though, is divided by
+what they were in it before, on both sides, and P goes several times beyond that end until eigenvalues have come up. In
+a run's first steps the gradients are largest and turn most, so in a matrix's first T - 1 updates
+(kl_dist.methods.polar) all of P is made smaller, and its directions are left as they are. w widens the bound until it
+is none: gradients that stay in r of m directions end at sqrt(m n / r), and nothing shall jump. Where noise in all
+directions is most of P, tau is sqrt(m + n) times its RMS, which is 0.25 or so, and nothing is bounded.
 
 P knows no scale, and tau does not know which basis P is in: the bound is a continuous function of the gradients that
 does not change when all are multiplied by a constant.
@@ -22,15 +23,19 @@ import torch
 from torch import Tensor
 
 from kl_dist.methods import averages, quintic
+from kl_dist.methods.kronecker import column
 
 
-def bound_(whitened: Tensor, spare: Tensor, compute_dtype: str | None = "float32") -> Tensor:
+def bound_(
+    whitened: Tensor, spare: Tensor, compute_dtype: str | None = "float32", wider: float | Tensor = 1.0
+) -> Tensor:
     """P as above, matrix by matrix.
 
     Args:
         whitened: P (B, m, n), overwritten.
         spare: like P, overwritten.
         compute_dtype: of the product.
+        wider: w, one number or one for each matrix (B,).
 
     Returns:
         P. Zero where it was.
@@ -38,7 +43,7 @@ def bound_(whitened: Tensor, spare: Tensor, compute_dtype: str | None = "float32
     gram = quintic.gram(whitened, spare, compute_dtype)
     size = frobenius_norm(whitened).clamp_min_(averages.smallest_scale(whitened.dtype))
     tau = frobenius_norm(gram).div_(size)
-    largest = max(whitened.shape[1:]) ** 0.5
+    largest = column(wider, tau) * max(whitened.shape[1:]) ** 0.5
     return whitened.mul_((largest / tau).clamp_max_(1.0))
 
 

@@ -1,8 +1,8 @@
 """Orthogonalisation after whitening: option `polar`, the number of Newton-Schulz steps towards the polar factor.
 
 Or a word for what is done in a matrix's first updates alone, until eigenvalues, which begin equal, have come to their
-own: "start", START_STEPS of these steps, by which all directions move as far; or "bounded", the default, by which the
-strong ones move no further than they would in the end: kl_dist.methods.bound.
+own: "start", START_STEPS of these steps, by which all directions move as far; or "bounded", the default, by which
+what gradients turn to is not overshot: kl_dist.methods.bound.
 
 With P, the whitened momentum of a block in its eigenbasis, m x n and m <= n (else its transpose),
 
@@ -96,15 +96,19 @@ def orthogonalize_as_asked_(
     for some in (due[first : first + at_once] for first in range(0, len(due), at_once)):
         rows = span(some)
         put_on = [None if x is None else x[rows] for x in beyond]
-        part = whitened[rows]
-        kronecker.scale_sides(part, [None if x is None else x.reciprocal() for x in put_on], 1.0, out=part)
-        if hyper.polar == BOUNDED:
-            bound_(part, spare[: len(some)], hyper.compute_dtype)
-        else:
-            steps = START_STEPS if hyper.polar == START else hyper.polar
-            orthogonalize_(part, steps, spare[: len(some)], hyper.compute_dtype)
-        whitened[rows] = kronecker.scale_sides(part, put_on, 1.0, out=part)
+        whitened[rows] = _shaped(whitened[rows], step[rows], hyper, spare[: len(some)], put_on)
     return whitened
+
+
+def _shaped(part: Tensor, step: Tensor, hyper: Hyper, spare: Tensor, put_on: Sequence[Tensor | None]) -> Tensor:
+    kronecker.scale_sides(part, [None if x is None else x.reciprocal() for x in put_on], 1.0, out=part)
+    if hyper.polar == BOUNDED:
+        until = start_updates(hyper.factor_beta) + 1
+        bound_(part, spare, hyper.compute_dtype, averages.of_step(lambda t: 1 / (1 - (t / until) ** 2), step, part))
+    else:
+        steps = START_STEPS if hyper.polar == START else hyper.polar
+        orthogonalize_(part, steps, spare, hyper.compute_dtype)
+    return kronecker.scale_sides(part, put_on, 1.0, out=part)
 
 
 def orthogonalized_at_once(count: int) -> int:

@@ -242,7 +242,7 @@ def matrix_hyper(group: Mapping[str, Any]) -> Hyper:
         betas=_numbers(group["betas"]),
         eps=group["eps"],
         precondition_frequency=group["precondition_frequency"],
-        shampoo_beta=group["shampoo_beta"],
+        shampoo_beta=None if group["shampoo_beta"] is None else number(group["shampoo_beta"]),
         nesterov=group["nesterov"],
         final_beta1=None if group["final_beta1"] is None else number(group["final_beta1"]),
         polar=group["polar"],

@@ -69,7 +69,7 @@ class Reference:
     def shaped(self, U: Tensor) -> Tensor:
         """U, bounded or near its polar factor if that was asked for of step t."""
         if self.t <= self.options.bounded_updates:
-            return bounded(U)
+            return bounded(U, 1 / (1 - (self.t / (self.options.bounded_updates + 1)) ** 2))
         return nearly_orthogonal(U, self.options.polar if self.t <= self.options.polar_updates else ())
 
     def momentum(self, G: Tensor, change: Tensor | float = 1.0) -> Tensor:
@@ -289,12 +289,12 @@ def nearly_orthogonal(U: Tensor, coefficients: Sequence[tuple[float, float, floa
     return X * (U.norm() / X.norm())
 
 
-def bounded(U: Tensor) -> Tensor:
-    """U min(1, sqrt(n) / tau), tau^2 = sum s^4 / sum s^2 over its singular values s, n its longer side. Two sides."""
+def bounded(U: Tensor, wider: float) -> Tensor:
+    """U min(1, wider sqrt(n) / tau), tau^2 = sum s^4 / sum s^2 of its singular values s, n the longer side."""
     if U.ndim != 2 or not U.any():
         return U
     s = torch.linalg.svdvals(U)
-    return U * min(1.0, float((max(U.shape) * s.square().sum() / s.pow(4).sum()).sqrt()))
+    return U * min(1.0, wider * float((max(U.shape) * s.square().sum() / s.pow(4).sum()).sqrt()))
 
 
 def cut_down(G: Tensor, size: Tensor, square: Tensor, beta2: float, t: int) -> Tensor:

@@ -75,7 +75,8 @@ over_a_long_run() {
     compare --run "--optimizer kl_muon" --grid lr=6e-3,1e-2,1.5e-2,2.2e-2
     compare --seeds 1 --run "--optimizer kl_shampoo --set $half" --grid lr=1e-2
     compare --seeds 1 2 --run "--optimizer kl_muon --lr 1e-2" --run "--optimizer kl_shampoo --lr 1.5e-2 --set polar=0"
-    compare --seeds 0 1 2 --run "--optimizer kl_shampoo --lr 1.5e-2"
+    compare --seeds 0 1 2 3 4 --run "--optimizer kl_shampoo --lr 1.5e-2"
+    compare --seeds 3 --run "--optimizer kl_shampoo --lr 1.5e-2 --set polar=0"
     compare --run "--optimizer kl_shampoo --lr 6e-3 --set final_beta1=0 polar=0"
     compare --seeds 0 1 2 --run "--optimizer kl_muon --lr 1e-2 --set final_beta1=0.99"
     compare --seeds 0 1 --run "--optimizer kl_shampoo --set final_beta1=0 polar=0" --grid lr=1e-2,1.5e-2

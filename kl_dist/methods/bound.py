@@ -19,11 +19,9 @@ does not change when all are multiplied by a constant.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kl_dist.methods import averages, quintic
-from kl_dist.methods.kronecker import column
+from kl_dist.methods import averages, kronecker, quintic
 
 
 def bound_(
@@ -41,12 +39,7 @@ def bound_(
         P. Zero where it was.
     """
     gram = quintic.gram(whitened, spare, compute_dtype)
-    size = frobenius_norm(whitened).clamp_min_(averages.smallest_scale(whitened.dtype))
-    tau = frobenius_norm(gram).div_(size)
-    largest = column(wider, tau) * max(whitened.shape[1:]) ** 0.5
-    return whitened.mul_((largest / tau).clamp_max_(1.0))
-
-
-def frobenius_norm(x: Tensor) -> Tensor:
-    """|X|_F of each matrix, (B, 1, 1)."""
-    return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+    size = kronecker.norm(whitened).clamp_min_(averages.smallest_scale(whitened.dtype))
+    tau = kronecker.norm(gram).div_(size)
+    largest = wider * max(whitened.shape[1:]) ** 0.5
+    return whitened.mul_(kronecker.column((largest / tau).clamp_max_(1.0), whitened))

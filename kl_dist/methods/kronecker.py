@@ -178,6 +178,11 @@ def column(values: float | Tensor, x: Tensor) -> float | Tensor:
     return values.view(-1, *[1] * (x.ndim - 1))
 
 
+def norm(x: Tensor) -> Tensor:
+    """|x| of each matrix, (B,)."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1)
+
+
 def learn_grams(
     factors: Sequence[Tensor | None],
     x: Tensor,

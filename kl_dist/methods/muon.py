@@ -84,7 +84,9 @@ def update_of_neurons(state: NorMuonState, grad: Tensor, hyper: Hyper, spare: Te
     floor = (NEURON_FLOOR * mean_square.mean(-1, keepdim=True)).clamp_min(averages.smallest_scale(x.dtype))
     normalized = torch.div(x, mean_square.maximum(floor).sqrt()[..., None], out=spare)
     smallest = averages.smallest_scale(x.dtype)  # of a momentum that is zero X and Y are
-    restored = _norm(x) / _norm(normalized).clamp_min(smallest) * scale(grad.shape[1:], hyper.adjust_lr_fn)
+    restored = (
+        kronecker.norm(x) / kronecker.norm(normalized).clamp_min(smallest) * scale(grad.shape[1:], hyper.adjust_lr_fn)
+    )
     return normalized.mul_(restored[:, None, None]).view(grad.shape)
 
 
@@ -145,18 +147,15 @@ def _direction(state: MatrixState, grad: Tensor, spare: Tensor, hyper: Hyper) ->
     averages.cut_spikes_by_momentum_(grad, state.exp_avg, state.step, hyper)
     direction = averages.momentum_(state.exp_avg, grad, state.step, hyper)
     smallest = averages.smallest_scale(grad.dtype) * (1 - hyper.betas[0])  # the momentum is not corrected
-    x = direction.div_(kronecker.column(_norm(direction).clamp_min(smallest) * (1 + hyper.eps), grad)).flatten(2)
+    x = direction.div_(kronecker.column(kronecker.norm(direction).clamp_min(smallest) * (1 + hyper.eps), grad)).flatten(
+        2
+    )
     spare, room = spare.flatten(2), quintic.room_for(x)
     for _ in range(STEPS):
         gram = quintic.gram(x, spare, hyper.compute_dtype)
         matrix = quintic.polynomial(gram, COEFFICIENTS, hyper.compute_dtype, out=room)
         x, spare = quintic.apply(x, matrix, COEFFICIENTS[0], hyper.compute_dtype, out=spare), x
     return x, spare
-
-
-def _norm(x: Tensor) -> Tensor:
-    """|x| of each matrix, (B,)."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1)
 
 
 NOTHING_KEPT: dict[str, Any] = {"long_side": "identity"}  # of any side, so that no side is too long

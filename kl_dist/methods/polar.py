@@ -33,7 +33,6 @@ from torch import Tensor
 
 from kl_dist.methods import averages, kronecker, quintic
 from kl_dist.methods.bound import bound_
-from kl_dist.methods.bound import frobenius_norm as _norm
 from kl_dist.methods.kronecker import Hyper, Polar
 from kl_dist.methods.state import span
 
@@ -166,6 +165,11 @@ def orthogonalize_(
             matrix = quintic.polynomial(gram, (a, b, c), compute_dtype, out=room)
         x, spare = quintic.apply(x, matrix, a, compute_dtype, out=spare), x
     return torch.mul(x, norm / _norm(x).clamp_min(smallest), out=direction)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """|X|_F of each matrix, (B, 1, 1)."""
+    return kronecker.norm(x)[:, None, None]
 
 
 def flops(shape: Sequence[int], steps: int) -> float:

@@ -55,7 +55,7 @@ def update(state: ShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Te
     size = scale.reciprocal() * averages.correction(state.step, hyper, scale)
     direction = averages.momentum_(state.exp_avg, grad, state.step, hyper, change).mul_(kronecker.column(size, grad))
     adam = torch.div(direction, torch.sqrt(state.exp_avg_sq, out=spare).add_(hyper.eps), out=spare)
-    return _grafted(direction, spare, state.inverse_roots, _norm(adam), hyper.compute_dtype)
+    return _grafted(direction, spare, state.inverse_roots, kronecker.norm(adam), hyper.compute_dtype)
 
 
 def refresh(state: ShampooState, hyper: Hyper) -> None:
@@ -88,7 +88,7 @@ def update_as_released(state: ShampooState, grad: Tensor, hyper: Hyper, spare: T
     second = averages.of_step(lambda t: 1 / (1 - beta2**t), state.step, grad)
     root = torch.mul(state.exp_avg_sq, kronecker.column(second, grad), out=spare).sqrt_().add_(hyper.eps)
     adamw = torch.div(state.exp_avg, root, out=spare).mul_(kronecker.column(first, grad))
-    return _grafted(grad.copy_(state.exp_avg), spare, state.inverse_roots, _norm(adamw), hyper.compute_dtype)
+    return _grafted(grad.copy_(state.exp_avg), spare, state.inverse_roots, kronecker.norm(adamw), hyper.compute_dtype)
 
 
 def refresh_as_released(state: ShampooState, hyper: Hyper) -> None:
@@ -129,12 +129,7 @@ def _grafted(
     smallest = averages.smallest_scale(direction.dtype)
     largest = torch.abs(direction, out=spare).amax(tuple(range(1, direction.ndim)), keepdim=True)
     unit = direction.div_(largest.clamp_min_(smallest))
-    return unit.mul_(kronecker.column(length / _norm(unit).clamp_min_(smallest), unit))
-
-
-def _norm(x: Tensor) -> Tensor:
-    """|x| of each matrix, (B,)."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1)
+    return unit.mul_(kronecker.column(length / kronecker.norm(unit).clamp_min_(smallest), unit))
 
 
 def flops(shape: Sequence[int], sides: Sequence[Side]) -> Flops:

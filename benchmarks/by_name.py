@@ -168,7 +168,7 @@ def main(
     contenders: tuple[str, ...] = ("adamw", "head a matrix", "at AdamW's rate", "by name"),
     method: str = "kl_shampoo",
     shampoo_exponent: float | None = None,
-    polar: int | Literal["start", "bounded"] | None = None,
+    polar: int | Literal["start"] | None = None,
 ) -> None:
     """Run all contenders.
 

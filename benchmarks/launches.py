@@ -32,7 +32,7 @@ RULES = [("kl_shampoo", "fresh"), ("kl_soap", "fresh"), ("soap", "fresh"), ("sha
 
 
 def count(method: str, recipe: str, matrices: int, d: int) -> dict[str, report.Line]:
-    """Launches and passes of a plain step and of a refresh in the long run, when nothing is bounded any more.
+    """Launches and passes of a plain step and of a refresh in the long run, when nothing is orthogonalised any more.
 
     Raises:
         RuntimeError: something of it would wait for the device.

@@ -82,8 +82,8 @@ def _check_growth(group: Mapping[str, Any]) -> None:
 
 def _check_polar(group: Mapping[str, Any]) -> None:
     if isinstance(group["polar"], str):
-        if group["polar"] not in (polar.START, polar.BOUNDED):
-            raise ValueError(f"polar is {polar.BOUNDED!r}, {polar.START!r} or a whole number, not {group['polar']!r}")
+        if group["polar"] != polar.START:
+            raise ValueError(f"polar is {polar.START!r} or a whole number, not {group['polar']!r}")
     else:
         check_integer(group, "polar", least=0)
     method, recipe = group["method"], group["recipe"]

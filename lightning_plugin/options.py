@@ -44,7 +44,7 @@ class TakesOptimizerOptions:
         nesterov: momentum one step ahead.
         final_beta1: what the weight of the old momentum grows to in a long run.
         polar: Newton-Schulz steps that orthogonalise the whitened momentum; "start" is three in the first updates of
-            each matrix alone, "bounded" a bound on its singular values there, 0 neither.
+            each matrix alone, fading, 0 none.
         stagger: spread the refreshes over the T steps.
         long_side: "cut", "diagonal" or "identity".
         merge_dims: read small trailing dimensions (convolution kernels) as columns.
@@ -82,7 +82,7 @@ class TakesOptimizerOptions:
         max_preconditioner_dim: int | None = None,
         nesterov: bool | None = None,
         final_beta1: float | None = None,
-        polar: int | Literal["start", "bounded"] | None = None,
+        polar: int | Literal["start"] | None = None,
         stagger: bool | None = None,
         long_side: Literal["cut", "diagonal", "identity"] | None = None,
         merge_dims: bool | None = None,

@@ -51,9 +51,9 @@ def update_sizes(path: Tensor) -> Tensor:
     return path.diff(dim=0).flatten(1).square().mean(1).sqrt()
 
 
-def peak_of_a_step(**options) -> tuple[int, int]:
-    """Bytes that a step of six equal matrices holds at its peak, the fourth, and what the plan says of it."""
-    opt = KLShampoo([(f"W{i}", nn.Parameter(torch.zeros(96, 96))) for i in range(6)], **options)
+def peak_of_a_step(count: int = 6, **options) -> tuple[int, int]:
+    """Bytes that a step of `count` equal matrices holds at its peak, the fourth, and what the plan says of it."""
+    opt = KLShampoo([(f"W{i}", nn.Parameter(torch.zeros(96, 96))) for i in range(count)], **options)
     for _ in range(4):
         for parameter in opt.param_groups[0]["params"]:
             parameter.grad = torch.randn(96, 96)

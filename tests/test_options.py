@@ -45,7 +45,7 @@ BAD_OPTIONS: list[tuple[dict, type[Exception], str]] = [
     *((dict(betas=x), TypeError, "^betas is a pair") for x in (0.9, (0.9,), (0.9, 0.9, 0.9), "ab", {0.8, 0.9})),
     (dict(betas=("a", 0.9)), TypeError, r"^betas\[0\] is a number"),
     *((dict(polar=x), TypeError, "^polar is a whole number") for x in (1.5, True, NAN)),
-    (dict(polar="2"), ValueError, "^polar is 'bounded', 'start' or a whole number, not '2'"),
+    (dict(polar="2"), ValueError, "^polar is 'start' or a whole number, not '2'"),
     (dict(polar=-1), ValueError, "^polar must be at least 0, not -1"),
     (
         dict(polar=3, recipe="paper"),

@@ -178,15 +178,15 @@ def test_fresh_is_not_stalled_by_a_tiny_first_gradient(method):
 def test_fresh_recovers_from_a_jump_of_scale_as_adam_does(method, jump):
     """Demand (d), second half: RMS(U) below 10, and within a factor 3 of steady when Adam's is.
 
-    After a fall by 1,000 both take some 227 steps. Five more are allowed, as the steady level, which the factor 3
+    After a fall by 1,000 both take some 110 steps. Five more are allowed, as the steady level, which the factor 3
     refers to, is a few percent higher here than Adam's.
     """
     grads = gradients((24, 24), steps=400)
     grads[100:] *= jump
-    options = OPTIONS | dict(lr=1.0, weight_decay=0.0)
+    options = OPTIONS | dict(lr=1.0, weight_decay=0.0, betas=(0.9, 0.9))  # the start is over by step 50
     U = run(reference(method, "fresh", (24, 24), **options), grads).diff(dim=0).square().mean((1, 2)).sqrt()
     assert U.max() < 10
-    assert last_step_off(U) <= last_step_off(adam_updates(grads, *OPTIONS["betas"])) + 5
+    assert last_step_off(U) <= last_step_off(adam_updates(grads, *options["betas"])) + 5
 
 
 def adam_updates(grads: Tensor, beta1: float, beta2: float) -> Tensor:
@@ -201,6 +201,6 @@ def adam_updates(grads: Tensor, beta1: float, beta2: float) -> Tensor:
 
 def last_step_off(sizes: Tensor) -> int:
     """The last step whose update is more than a factor 3 off the steady size before the jump (at step 100)."""
-    steady = sizes[20:100].median()
+    steady = sizes[60:100].median()
     off = (sizes > 3 * steady) | (sizes < steady / 3)
     return int(off.nonzero().max()) if off.any() else 0

@@ -51,7 +51,7 @@ def update(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> 
         U = Q_a (t_a P t_b^T) Q_b^T,   P = N / (s sqrt(lambda_a lambda_b^T) (1 + eps)),   t_k ~ lambda_k^-(p - 1/2)
 
     with N the bias-corrected momentum, s the gradients' scale, so that U does not change when all gradients are
-    multiplied by a constant, p the `shampoo_exponent`, and t from `beyond_whitening`. P is bounded or
+    multiplied by a constant, p the `shampoo_exponent`, and t from `beyond_whitening`. P is
     orthogonalised as `polar` says.
 
     Args:
@@ -117,7 +117,7 @@ FRESH = Rule(
     kl_factors.refresh,
     polar=True,
     defaults=MappingProxyType(
-        {"betas": (0.9, 0.9), "final_beta1": 0.99, "polar": polar.BOUNDED, "shampoo_exponent": 0.7}
+        {"betas": (0.9, 0.9), "final_beta1": 0.99, "polar": polar.START, "shampoo_exponent": 0.7}
     ),
 )
 PAPER = as_released(allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released)

@@ -60,8 +60,6 @@ def update_as_released(state: KLSOAPState, grad: Tensor, hyper: Hyper, spare: Te
     return kronecker.project_back(adam, projected, state.bases, hyper.compute_dtype)
 
 
-FRESH = Rule(
-    allocate, start, update, kl_factors.refresh, polar=True, defaults=MappingProxyType({"polar": polar.BOUNDED})
-)
+FRESH = Rule(allocate, start, update, kl_factors.refresh, polar=True, defaults=MappingProxyType({"polar": polar.START}))
 PAPER = as_released(allocate, kl_factors.start_as_released, update_as_released, kl_factors.refresh_as_released)
 METHOD = Method("KL-SOAP", {"fresh": FRESH, "paper": PAPER}, from_adamw=MEASURED)

@@ -24,7 +24,7 @@ SMALLEST_HALF = {"cpu": 48, "cuda": 512}
 measured; on a GPU counted: 24 grams of 768 x 768 are 22 Gflop, 54 us in TF32 on an H200, as long as ten launches take,
 and cut down to 48 they are 46 calls."""
 
-Polar = int | Literal["start", "bounded"]
+Polar = int | Literal["start"]
 """Option `polar`: kl_dist.methods.polar."""
 
 

@@ -1,9 +1,5 @@
 """Orthogonalisation after whitening: option `polar`, the number of Newton-Schulz steps towards the polar factor.
 
-Or a word for what is done in a matrix's first updates alone, until eigenvalues, which begin equal, have come to their
-own: "start", START_STEPS of these steps, by which all directions move as far; or "bounded", the default, by which
-what gradients turn to is not overshot: kl_dist.methods.bound.
-
 With P, the whitened momentum of a block in its eigenbasis, m x n and m <= n (else its transpose),
 
     X_0 = P / t,   t = |(P P^T)^2|_F^1/4;       X_k+1 = a_k X_k + (b_k A + c_k A^2) X_k,   A = X_k X_k^T
@@ -13,6 +9,14 @@ A step turns each singular value s into a s + b s^3 + c s^5 and leaves the singu
 factor of P, at P's norm. It commutes with the bases: no projection is added. t is the norm of the singular values to
 the power of 8, at least the largest and at most d^1/8 of it, and comes with the first step's products. What KL-Shampoo
 scales by beyond whitening, r_a and r_b for an exponent other than 1/2, comes after: orthogonalised it would be lost.
+
+"start", the default, is for a matrix's first T - 1 updates alone, with P' of START_STEPS steps:
+
+    P <- P + a (START_LENGTH P' - P),   a = 1 - (t/T)^2,   t < T
+
+Eigenvalues begin equal and take that long to come to their own. Until then weak directions are divided by too much, and
+what gradients turn to, which is divided on both sides by what they were in it before, is overshot; P' moves all as far.
+It fades, so that nothing jumps when eigenvalues take over.
 
 P's singular values are not those of a raw momentum, and the steps are fitted to them: the odd quintics whose
 composition is nearest to 1 on [l, 1], l from LOWER_ENDS. Two then do what three of Muon's do, three what five do.
@@ -32,13 +36,14 @@ import torch
 from torch import Tensor
 
 from kl_dist.methods import averages, kronecker, quintic
-from kl_dist.methods.bound import bound_
 from kl_dist.methods.kronecker import Hyper, Polar
 from kl_dist.methods.state import span
 
 START: Final = "start"
-BOUNDED: Final = "bounded"
 START_STEPS = 3
+START_LENGTH = 1.25
+"""Of P' beside P. At P's own norm strong directions, which alone move where the learning rate is low, are made so short
+that such runs end higher; at 1.4 times it short runs at the best rates do (docs/learning.md)."""
 START_LIFETIMES, START_AT_MOST = 5, 750
 """How long, in lifetimes of the eigenvalues' averages, and at most: either leaves a 750th of what these began with."""
 
@@ -64,6 +69,9 @@ COEFFICIENTS[5] = (*COEFFICIENTS[4], (1.875166, -1.250184, 0.375018))
 GROWTH = {1: 6, 2: 17, 3: 52, 4: 156, 5: 288}
 """What a singular value of P can grow by at most, by number of steps; each step beyond the fifth adds a factor 15/8."""
 
+PLACES = 3
+"""As large as what is orthogonalised: the other buffer of each Newton-Schulz step, its A, and P itself for "start"."""
+
 SMALLEST_BOUND = 1e-3  # t of a matrix of unit norm is d^-3/8 or more; of zero it is 0
 
 LAST = (15 / 8, -10 / 8, 3 / 8)
@@ -79,7 +87,7 @@ def coefficients(steps: int) -> tuple[tuple[float, float, float], ...]:
 def orthogonalize_as_asked_(
     whitened: Tensor, step: Tensor, hyper: Hyper, spare: Tensor, beyond: Sequence[Tensor | None] = ()
 ) -> Tensor:
-    """`orthogonalize_` or `bound_` as `hyper.polar` says, of those matrices whose number of updates it says it for.
+    """`orthogonalize_` as `hyper.polar` says, of those matrices whose number of updates it says it for.
 
     Args:
         whitened: P (B, m, n), overwritten by P'; of any other number of sides it is left as it is.
@@ -95,28 +103,31 @@ def orthogonalize_as_asked_(
     for some in (due[first : first + at_once] for first in range(0, len(due), at_once)):
         rows = span(some)
         put_on = [None if x is None else x[rows] for x in beyond]
-        whitened[rows] = _shaped(whitened[rows], step[rows], hyper, spare[: len(some)], put_on)
+        whitened[rows] = _shaped(whitened[rows], step[rows], hyper, spare, put_on)
     return whitened
 
 
 def _shaped(part: Tensor, step: Tensor, hyper: Hyper, spare: Tensor, put_on: Sequence[Tensor | None]) -> Tensor:
     kronecker.scale_sides(part, [None if x is None else x.reciprocal() for x in put_on], 1.0, out=part)
-    if hyper.polar == BOUNDED:
+    first, *free = spare.split(len(part))[:PLACES]
+    if hyper.polar == START:
+        kept = (free.pop() if free else torch.empty_like(part)).copy_(part)
         until = start_updates(hyper.factor_beta) + 1
-        bound_(part, spare, hyper.compute_dtype, averages.of_step(lambda t: 1 / (1 - (t / until) ** 2), step, part))
+        share = kronecker.column(averages.of_step(lambda t: 1 - (t / until) ** 2, step, part), part)
+        polar = orthogonalize_(part, START_STEPS, first, hyper.compute_dtype, *free)
+        part = torch.lerp(kept, polar.mul_(START_LENGTH), share, out=part)
     else:
-        steps = START_STEPS if hyper.polar == START else hyper.polar
-        orthogonalize_(part, steps, spare, hyper.compute_dtype)
+        orthogonalize_(part, hyper.polar, first, hyper.compute_dtype, *free[:1])
     return kronecker.scale_sides(part, put_on, 1.0, out=part)
 
 
 def orthogonalized_at_once(count: int) -> int:
-    """How many of the `count` matrices of a stack are orthogonalised together: so few that its refresh holds more."""
-    return max(1, count // 4)
+    """How many of the `count` matrices of a stack are orthogonalised together, so that its spare has all PLACES."""
+    return max(1, count // PLACES)
 
 
 def start_updates(beta: float) -> int:
-    """How many first updates "start" and "bounded" are for: min(5 / (1 - beta), 750), beta the factors'.
+    """How many first updates "start" is for, T - 1 = min(5 / (1 - beta), 750), beta the factors'.
 
     Averages begin as plain means (`averages.warm_beta`), so of what they began with n updates leave 1 / (n + 1) and no
     more, however long they remember.
@@ -129,13 +140,12 @@ def lasting_steps(polar: Polar) -> int:
     return 0 if isinstance(polar, str) else polar
 
 
-def most_steps(polar: Polar) -> int:
-    """Newton-Schulz steps of an update at most."""
-    return START_STEPS if polar == START else lasting_steps(polar)
-
-
 def orthogonalize_(
-    direction: Tensor, steps: int, spare: Tensor | None = None, compute_dtype: str | None = "float32"
+    direction: Tensor,
+    steps: int,
+    spare: Tensor | None = None,
+    compute_dtype: str | None = "float32",
+    room: Tensor | None = None,
 ) -> Tensor:
     """P', the whitened momentum near its polar factor, with the Frobenius norm that it had.
 
@@ -144,6 +154,7 @@ def orthogonalize_(
         steps: K; 0 leaves P itself.
         spare: like P, overwritten; made here where there is none.
         compute_dtype: of the products.
+        room: like P, overwritten; where there is none, a square of the shorter side is made.
 
     Returns:
         P' (B, m, n). Zero where P is.
@@ -153,7 +164,7 @@ def orthogonalize_(
     spare = torch.empty_like(direction) if spare is None else spare
     smallest = averages.smallest_scale(direction.dtype)
     norm = _norm(direction)
-    x, room = direction.div_(norm.clamp_min(smallest)), quintic.room_for(direction)
+    x, room = direction.div_(norm.clamp_min(smallest)), quintic.room_for(direction, room)
     for number, (a, b, c) in enumerate(coefficients(steps)):
         gram = quintic.gram(x, spare, compute_dtype)
         if number == 0:

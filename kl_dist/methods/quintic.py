@@ -17,16 +17,17 @@ from kl_dist.methods.products import add_product, operand
 Coefficients = tuple[float, float, float]
 
 
-def room_for(x: Tensor) -> Tensor:
-    """Memory for A of every matrix of x (B, m, n), beside the two buffers: (B, s, s), s the shorter side."""
+def room_for(x: Tensor, within: Tensor | None = None) -> Tensor:
+    """Memory for A of every matrix of x (B, m, n): (B, s, s), s the shorter side; that of `within`, which is like x."""
     short = min(x.shape[1:])
-    return x.new_empty(x.shape[0], short, short)
+    if within is None:
+        return x.new_empty(x.shape[0], short, short)
+    return within.view(-1)[: x.shape[0] * short**2].view(-1, short, short)
 
 
 def gram(x: Tensor, spare: Tensor, compute_dtype: str | None) -> Tensor:
     """A (B, s, s), in the memory of `spare`, which is like x (B, m, n)."""
-    short = min(x.shape[1:])
-    found = spare.view(-1)[: x.shape[0] * short**2].view(-1, short, short)
+    found = room_for(x, spare)
     rows = x.mT if x.shape[1] > x.shape[2] else x
     kronecker.add_symmetric(found, operand(rows, compute_dtype), 0.0, 1.0)
     return found

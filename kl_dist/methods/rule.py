@@ -47,7 +47,7 @@ class Rule(NamedTuple):
     starts_without_update: bool = False  # the released codes spend their first call on the start
     decays_last: bool = False  # W <- (W - lr U)(1 - lr wd) instead of W (1 - lr wd) - lr U
     flops: Callable[[Sequence[int], Sequence[Side]], Flops] = flops_in_eigenbasis  # (shape, sides)
-    polar: bool = False  # whether its update can be orthogonalised or bounded, as option `polar` says
+    polar: bool = False  # whether its update can be orthogonalised, as option `polar` says
     working_copies: int = 2  # tensors as large as its gradients that an update holds at its peak, its two included
     defaults: Mapping[str, Any] = MappingProxyType({})  # of options, where not the recipe's
     form: str | None = (

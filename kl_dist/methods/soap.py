@@ -122,8 +122,6 @@ def refresh_as_released(state: SOAPState, hyper: Hyper) -> None:
         state.exp_avg_sq.copy_(state.exp_avg_sq.take_along_dim(kronecker.along(order, side, state.exp_avg), side + 1))
 
 
-FRESH = Rule(
-    allocate, start, update, kl_factors.refresh, polar=True, defaults=MappingProxyType({"polar": polar.BOUNDED})
-)
+FRESH = Rule(allocate, start, update, kl_factors.refresh, polar=True, defaults=MappingProxyType({"polar": polar.START}))
 PAPER = as_released(allocate, start_as_released, update_as_released, refresh_as_released)
 METHOD = Method("SOAP", {"fresh": FRESH, "paper": PAPER}, from_adamw=MEASURED)

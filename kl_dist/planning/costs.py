@@ -59,11 +59,12 @@ def update_bytes(method: str, recipe: str, block: Block, dtype: torch.dtype) -> 
     return copies * block.numel * state_dtype(dtype).itemsize
 
 
-def polar_bytes(method: str, recipe: str, block: Block, dtype: torch.dtype, polar_option: Polar) -> int:
-    """Bytes that orthogonalising one block's update holds beside these."""
-    if not (polar.most_steps(polar_option) and rule(method, recipe).polar and len(block.shape) == 2):
-        return 0
-    return min(block.shape) ** 2 * state_dtype(dtype).itemsize
+def polar_bytes(method: str, recipe: str, block: Block, dtype: torch.dtype, polar_option: Polar) -> tuple[int, ...]:
+    """Bytes of each place that orthogonalising one block's update takes beside these; in a stack others have them."""
+    if not (polar_option and rule(method, recipe).polar and len(block.shape) == 2):
+        return ()
+    kept = (block.numel,) if polar_option == polar.START else ()
+    return tuple(numbers * state_dtype(dtype).itemsize for numbers in (*kept, min(block.shape) ** 2))
 
 
 def adamw_update_bytes(numel: int, dtype: torch.dtype) -> int:

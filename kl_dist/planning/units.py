@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kl_dist.methods import ELEMENTWISE, polar
+from kl_dist.methods import ELEMENTWISE
 from kl_dist.planning import costs
 from kl_dist.planning.boxes import Box, Sharding, joined, volume, whole
 from kl_dist.planning.matrices import Block, Reading, cut, flat_reading, plain_reading, read_matrices
@@ -51,7 +51,7 @@ class Unit:
     cost: float  # flops per step, refreshes amortised, with bytes counted as flops
     state_bytes: int
     update_bytes: int  # of memory, at the peak of its update
-    polar_bytes: int  # beside these, where the update is orthogonalised
+    polar_bytes: tuple[int, ...]  # of the places beside these that orthogonalising the update takes
 
     @cached_property
     def numel(self) -> int:
@@ -83,7 +83,7 @@ def stack_bytes(units: Sequence[Unit]) -> int:
     update, first = sum(unit.update_bytes for unit in units), units[0]
     if first.elementwise:
         return update
-    update += first.polar_bytes * polar.orthogonalized_at_once(len(units))
+    update += sum(first.polar_bytes[len(units) - 1 :])  # each other matrix has one place
     return max(update, costs.refresh_bytes(first.method, first.recipe, first.block, first.dtype, len(units)))
 
 
@@ -165,7 +165,7 @@ def adamw_unit(index: int, parameter: Parameter) -> Unit:
         costs.adamw_cost(parameter.numel, parameter.dtype),
         costs.adamw_state_bytes(parameter.numel, parameter.dtype),
         costs.adamw_update_bytes(parameter.numel, parameter.dtype),
-        0,
+        (),
     )
 
 

@@ -9,7 +9,6 @@ tensor contraction on one side, nothing is batched, and the arithmetic is float6
     W = ref.step(W, G)          # a new tensor; W and G are left as they are
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -49,7 +48,6 @@ def reference(
     shampoo_exponent: float | None = None,
     adjust_lr_fn: str | None = None,
     polar: Sequence[tuple[float, float, float]] | None = None,
-    polar_updates: float = math.inf,
     dtype: torch.dtype = torch.float64,
 ) -> paper.Reference | fresh.Reference:
     """The reference of `method` under `recipe` for one tensor of `shape`: an object with `.step(W, G) -> W_new`.
@@ -58,9 +56,8 @@ def reference(
     is what the recipe does (paper: off, but for Muon; else on), `shampoo_beta=None` is beta2, `shampoo_exponent=None`
     is 0.7 of a fresh KL-Shampoo and 1/(2K) of Shampoo, `adjust_lr_fn=None` the recipe's,
     `final_beta1=None` is 0.99 of a fresh KL-Shampoo and else `betas[0]`.
-    `polar` are the coefficients (a, b, c) of the Newton-Schulz steps of a fresh matrix's first `polar_updates` updates,
-    if any; None are none, but of a fresh KL-Shampoo, KL-SOAP or SOAP min(5 / (1 - b), 750) updates bounded, b the
-    factors' memory.
+    `polar` are the coefficients (a, b, c) of a fresh matrix's Newton-Schulz steps, if any; None are none, but of
+    KL-Shampoo, KL-SOAP and SOAP a start in the first min(5 / (1 - b), 750) updates, b the factors' memory.
     """
     if len(shape) < 2:
         raise ValueError(f"a reference serves tensors of two or more sides, not of shape {tuple(shape)}")
@@ -71,7 +68,7 @@ def reference(
     grown = 0.99 if (method, recipe) == ("kl_shampoo", "fresh") else beta1
     default = 0.7 if (method, recipe) == ("kl_shampoo", "fresh") else 1 / (2 * len(shape))
     factor_beta = beta2 if shampoo_beta is None else shampoo_beta
-    bounded = polar is None and recipe == "fresh" and method in ("kl_shampoo", "kl_soap", "soap")
+    starts = polar is None and recipe == "fresh" and method in ("kl_shampoo", "kl_soap", "soap")
     options = Options(
         lr=lr,
         beta1=beta1,
@@ -86,8 +83,7 @@ def reference(
         exponent=default if shampoo_exponent is None else shampoo_exponent,
         adjust_lr_fn=adjust_lr_fn,
         polar=tuple(polar or ()),
-        polar_updates=polar_updates,
-        bounded_updates=round(min(5 / (1 - factor_beta), 750)) if bounded else 0,
+        start_updates=round(min(5 / (1 - factor_beta), 750)) if starts else 0,
         dtype=dtype,
     )
     return METHODS[method, recipe](tuple(shape), options)

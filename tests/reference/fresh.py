@@ -33,6 +33,7 @@ ROOT_DAMPING = 1e-4  # Shampoo's, relative to the mean eigenvalue
 SMALLEST_EIGENVALUE = 1e-6  # of lambda_k, whose mean is one
 EXPONENT_FLOOR = 0.1  # of lambda_k: below, an exponent other than 1/2 counts no more
 SPIKE = 10  # times the scale so far
+START = ((7.532763, -21.412573, 15.691826), (3.054176, -2.288511, 0.487458), (2.114614, -1.496300, 0.400362))
 SMALLEST_MOMENT = 1e-10  # of V, whose mean is one
 
 
@@ -67,10 +68,11 @@ class Reference:
         return early_mean(self.options.lasting(self.options.factor_beta, self.t), self.t)
 
     def shaped(self, U: Tensor) -> Tensor:
-        """U, bounded or near its polar factor if that was asked for of step t."""
-        if self.t <= self.options.bounded_updates:
-            return bounded(U, 1 / (1 - (self.t / (self.options.bounded_updates + 1)) ** 2))
-        return nearly_orthogonal(U, self.options.polar if self.t <= self.options.polar_updates else ())
+        """U, near its polar factor or some of the way there, as step t was asked for."""
+        if U.ndim == 2 and self.t <= self.options.start_updates:
+            share = 1 - (self.t / (self.options.start_updates + 1)) ** 2
+            return (1 - share) * U + share * 1.25 * nearly_orthogonal(U, START)
+        return nearly_orthogonal(U, self.options.polar)
 
     def momentum(self, G: Tensor, change: Tensor | float = 1.0) -> Tensor:
         """N = ((1 - c) M + c G) / (1 - beta1^(t+1)), without Nesterov M / (1 - beta1^t); M has G already.
@@ -287,14 +289,6 @@ def nearly_orthogonal(U: Tensor, coefficients: Sequence[tuple[float, float, floa
         cubed = X @ X.T @ X
         X = a * X + b * cubed + c * X @ X.T @ cubed
     return X * (U.norm() / X.norm())
-
-
-def bounded(U: Tensor, wider: float) -> Tensor:
-    """U min(1, wider sqrt(n) / tau), tau^2 = sum s^4 / sum s^2 of its singular values s, n the longer side."""
-    if U.ndim != 2 or not U.any():
-        return U
-    s = torch.linalg.svdvals(U)
-    return U * min(1.0, wider * float((max(U.shape) * s.square().sum() / s.pow(4).sum()).sqrt()))
 
 
 def cut_down(G: Tensor, size: Tensor, square: Tensor, beta2: float, t: int) -> Tensor:

@@ -22,8 +22,7 @@ class Options:
     exponent: float  # p, Shampoo's and KL-Shampoo's
     adjust_lr_fn: str | None  # Muon's; None is the recipe's
     polar: tuple[tuple[float, float, float], ...]  # (a, b, c) of each Newton-Schulz step; none without
-    polar_updates: float  # how many first updates take these steps
-    bounded_updates: float  # how many first updates are bounded
+    start_updates: int  # how many first updates go some of the way to their polar factor
     dtype: torch.dtype
 
     def beta1_of(self, t: int) -> float:

@@ -24,4 +24,4 @@ compare 8 --seeds 0 1 --run "$kl --long-side blocks --lr 1e-2" --grid max_precon
 compare 8 --seeds 0 1 --run "$kl --long-side blocks --recipe compact --lr 1e-2" --grid max_preconditioner_dim=32,8192
 # the exponent, on one base for both
 ${PYTHON:-python} -m benchmarks.finetuning --results benchmarks/results/lora-exponent.jsonl --rank 8 --run "--optimizer kl_shampoo --long-side blocks" \
-    --run "$kl --long-side blocks" --run "--optimizer kl_shampoo --long-side blocks --set polar=start" --grid lr=1e-2,2e-2 >/dev/null
+    --run "$kl --long-side blocks" --run "--optimizer kl_shampoo --long-side blocks --set polar=0" --grid lr=1e-2,2e-2 >/dev/null

@@ -73,9 +73,9 @@ long() {
         --run "--optimizer kl_shampoo --lr 1e-2 --set $half" \
         --run "--optimizer kl_shampoo --lr 1e-2 --set betas=(0.95,0.95) $half" \
         --run "--optimizer muon --lr 1.5e-2" \
-        --run "--optimizer soap --lr 1.5e-2"
-    $long --run "--optimizer adamw --lr 2e-3" \
-        --run "--optimizer muon --lr 1.5e-2 --set momentum=0.95"
+        --run "--optimizer soap --lr 1.5e-2 --set polar=0"
+    $long --run "--optimizer adamw" --grid lr=2e-3,4e-3,8e-3
+    $long --run "--optimizer muon --lr 1.5e-2 --set momentum=0.95"
 }
 
 # Another kind of task, on which nothing was chosen.

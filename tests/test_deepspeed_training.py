@@ -80,14 +80,15 @@ LOW = {  # options, and steps: those that leave some out make more
 }
 # Measured: 0.0072 to 0.0076 in bf16, 0.0019 to 0.0078 in fp16; and after four steps in float32 with a refresh at every
 # step 0.036, without clipping 0.072, at a tenth less of the learning rate 0.092, of another method 0.2 at least.
-LOW_LIMIT = 0.015
+# Without a start, which makes what rounding puts into directions that few samples leave empty up to 52 times as large.
+LOW_LIMIT, LOW_OPTIONS = 0.015, {"polar": 0}
 
 
 def fit_in_low_precision(group, name: str, stage: int) -> tuple[Weights, tuple[int, ...], int]:
     """Weights after a run, the steps that DeepSpeed left out, and how many our optimizer says they were."""
     more, steps = LOW[name]
     with deepspeed_here(group) as deepspeed:
-        engine, left_out = engine_of(deepspeed, config(stage, ranks=group.size(), **more)), []
+        engine, left_out = engine_of(deepspeed, config(stage, ranks=group.size(), options=LOW_OPTIONS, **more)), []
         for step in range(steps):
             train(engine, range(step, step + 1))
             if engine.skipped_steps > len(left_out):
@@ -106,7 +107,7 @@ def test_low_precision_trains_about_what_float32_does(worlds, name, stage):
     """So about alike at every stage; fp16 leaves out the steps that overflow."""
     weights, left_out, said = worlds[2].run(fit_in_low_precision, 2, name, stage, timeout=120)[0]
     assert said == len(left_out) and bool(left_out) == (name == "fp16")
-    assert deviation(weights, reference(steps=LOW[name][1], left_out=left_out)) <= LOW_LIMIT
+    assert deviation(weights, reference(steps=LOW[name][1], left_out=left_out, **LOW_OPTIONS)) <= LOW_LIMIT
 
 
 def fit_stacks(group, stage: int) -> Weights:

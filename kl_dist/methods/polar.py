@@ -29,7 +29,7 @@ left as they are. Source: Amsel et al., "The Polar Express" (arXiv 2505.16932); 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
@@ -37,7 +37,6 @@ from torch import Tensor
 
 from kl_dist.methods import averages, kronecker, quintic
 from kl_dist.methods.kronecker import Hyper, Polar
-from kl_dist.methods.state import span
 
 START: Final = "start"
 START_STEPS = 3
@@ -99,15 +98,22 @@ def orthogonalize_as_asked_(
         return whitened
     last = start_updates(hyper.factor_beta) if isinstance(hyper.polar, str) else math.inf
     due = [row for row, t in enumerate(step.tolist()) if t <= last]
-    at_once = orthogonalized_at_once(len(step))
-    for some in (due[first : first + at_once] for first in range(0, len(due), at_once)):
-        rows = span(some)
+    for rows in _neighbours(due, orthogonalized_at_once(len(step))):
         put_on = [None if x is None else x[rows] for x in beyond]
-        whitened[rows] = _shaped(whitened[rows], step[rows], hyper, spare, put_on)
+        _shape_(whitened[rows], step[rows], hyper, spare, put_on)
     return whitened
 
 
-def _shaped(part: Tensor, step: Tensor, hyper: Hyper, spare: Tensor, put_on: Sequence[Tensor | None]) -> Tensor:
+def _neighbours(rows: Sequence[int], most: int) -> Iterator[slice]:
+    """Ascending rows as ranges, of which none is longer than `most`."""
+    first = 0
+    for last, row in enumerate(rows, start=1):
+        if last - first == most or rows[last : last + 1] != [row + 1]:
+            yield slice(rows[first], row + 1)
+            first = last
+
+
+def _shape_(part: Tensor, step: Tensor, hyper: Hyper, spare: Tensor, put_on: Sequence[Tensor | None]) -> None:
     kronecker.scale_sides(part, [None if x is None else x.reciprocal() for x in put_on], 1.0, out=part)
     first, *free = spare.split(len(part))[:PLACES]
     if hyper.polar == START:
@@ -115,10 +121,10 @@ def _shaped(part: Tensor, step: Tensor, hyper: Hyper, spare: Tensor, put_on: Seq
         until = start_updates(hyper.factor_beta) + 1
         share = kronecker.column(averages.of_step(lambda t: 1 - (t / until) ** 2, step, part), part)
         polar = orthogonalize_(part, START_STEPS, first, hyper.compute_dtype, *free)
-        part = torch.lerp(kept, polar.mul_(START_LENGTH), share, out=part)
+        torch.lerp(kept, polar.mul_(START_LENGTH), share, out=part)
     else:
         orthogonalize_(part, hyper.polar, first, hyper.compute_dtype, *free[:1])
-    return kronecker.scale_sides(part, put_on, 1.0, out=part)
+    kronecker.scale_sides(part, put_on, 1.0, out=part)
 
 
 def orthogonalized_at_once(count: int) -> int:

@@ -1,6 +1,6 @@
 """How far the whitened momentum is from orthogonal over a run, and how much of the gradient is signal.
 
-    python -m benchmarks.whitening --optimizer kl_shampoo --lr 1.5e-2 --tokens-per-step 8192 --steps 400
+    python -m benchmarks.whitening --optimizer kl_shampoo --lr 1.5e-2 --set polar=0 --tokens-per-step 8192 --steps 400
     python -m benchmarks.whitening --draw docs/whitening.png
 
 The first trains as launch/train.py does, with KL-Shampoo or kl_muon, looks at every tenth step and adds a line to the

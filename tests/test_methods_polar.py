@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kl_dist
 from benchmarks import polar as fits
 from kl_dist import KLShampoo
+from kl_dist.checkpoint.seals import resealed
 from kl_dist.methods import METHODS, averages, polar
 from tests.models import deviation
 from tests.paths import OPTIONS, UNIT_LR, WHOLE, follow, peak_of_a_step, train, train_many, update_sizes, weights
@@ -204,6 +205,14 @@ def test_a_state_that_was_saved_before_it_existed_leaves_it_as_it_is_here():
     opt = KLShampoo([nn.Parameter(torch.ones(4, 4))], polar=3)
     opt.load_state_dict(saved)
     assert opt.param_groups[0]["polar"] == 3
+
+
+def test_a_run_with_a_value_that_is_no_more_goes_on_with_what_took_its_place():
+    saved = KLShampoo([nn.Parameter(torch.ones(4, 4))], polar=3).state_dict()
+    saved["param_groups"][0]["polar"] = "bounded"
+    opt = KLShampoo([nn.Parameter(torch.ones(4, 4))], polar=0)
+    opt.load_state_dict(resealed(saved))
+    assert opt.param_groups[0]["polar"] == "start"
 
 
 @product(method=TAKE_IT, steps=[1, 3, 5, "start"], scale=[1e-6, 1e3])

@@ -91,7 +91,7 @@ CAME_LATER = ("polar", "adjust_lr_fn", "compute_dtype", "matrix_lr", "final_beta
 BEGINS_WITH_A_RUN = ("matrix_lr", "final_beta1")
 """Options of these that a run which began without goes on without: None."""
 
-IN_ITS_PLACE = {"polar": {"bounded": "start"}}
+IN_ITS_PLACE = {("polar", "bounded"): "start"}
 """What a saved run goes on with where an option had a value that is no more."""
 
 _COUNTS = ("partition_size", "max_state_bytes", "compare_every")

@@ -248,8 +248,9 @@ def _taken(saved: Mapping[str, Any]) -> dict[str, Any]:
     saved = without_what_came_later(saved) if SAVED in saved else saved
     kept = ("params", "param_names", SAVED, *options.STRUCTURAL)
     taken = {key: value for key, value in saved.items() if key not in kept}
-    for key, values in options.IN_ITS_PLACE.items():
-        taken |= {key: new for old, new in values.items() if taken.get(key) == old}
+    for (key, former), value in options.IN_ITS_PLACE.items():
+        if taken.get(key) == former:
+            taken[key] = value
     taken = copy.deepcopy(taken)  # a schedule writes into a learning rate that is a tensor
     return {key: tuple(value) if isinstance(value, list) else value for key, value in taken.items()}
 

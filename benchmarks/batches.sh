@@ -1,6 +1,6 @@
 #!/bin/sh
 # Over batch at 400 steps each, so that batch and length do not change together; over length at the small batch; and at
-# that, KL-Shampoo with one thing otherwise: about six hours on two cores. Runs that are in benchmarks/results already are
+# that, KL-Shampoo with one thing otherwise: about eight hours on two cores. Runs that are in benchmarks/results already are
 # not repeated, so it can be stopped and started again.
 #
 #   benchmarks/batches.sh [1024x400] [8192x400] [32768x400] [1024x2000] [1024x10000] [choices] [spikes] [beginning]
@@ -87,8 +87,12 @@ over_length() {
 over_a_long_run() {
     compare --seeds 0 1 2 --run "--optimizer kl_shampoo" --grid lr=1e-2,1.5e-2
     compare --seeds 0 1 2 --run "--optimizer kl_muon" --grid lr=1e-2,1.5e-2
-    compare --run "--optimizer adamw" --grid lr=1e-3,2e-3,4e-3
-    compare --run "--optimizer muon" --grid lr=1e-2,1.5e-2,2.2e-2
+    compare --seeds 0 1 2 --run "--optimizer adamw" --grid lr=2e-3,4e-3
+    compare --seeds 0 1 2 --run "--optimizer muon" --grid lr=1.5e-2,2.2e-2
+    compare --seeds 0 1 2 --run "--optimizer kl_soap" --run "--optimizer soap" --run "--optimizer kl_shampoo --set polar=3" --grid lr=1e-2,1.5e-2
+    compare --run "--optimizer adamw" --grid lr=1e-3,8e-3
+    compare --run "--optimizer muon --lr 1e-2" --run "--optimizer kl_shampoo --lr 2.2e-2" --run "--optimizer kl_shampoo --set polar=3 --lr 2.2e-2" \
+        --run "--optimizer kl_soap --lr 6e-3" --run "--optimizer soap --lr 6e-3"
     compare --run "--optimizer kl_shampoo --set polar=0" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_soap --set polar=0" --grid lr=6e-3,1e-2,1.5e-2
     compare --run "--optimizer kl_muon" --grid lr=6e-3,2.2e-2

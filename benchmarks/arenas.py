@@ -10,12 +10,13 @@ of those rates that have three seeds, or as many as any has. tests/test_benchmar
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from launch import results as records
 
 RESULTS = Path(__file__).parent / "results" / "batches.jsonl"
 ARENAS = ["1024x150", "8192x150", "1024x400", "8192x400", "32768x400", "1024x2000", "1024x10000"]
@@ -60,10 +61,9 @@ def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def is_of(line: Mapping[str, Any], optimizer: str, options: Mapping[str, Any]) -> bool:
+def is_of(line: Mapping[str, Any], group: Mapping[str, Any], optimizer: str, options: Mapping[str, Any]) -> bool:
     """Whether a run is of this optimizer with these options, a twentieth of its steps to warm up, and T = 2."""
     settings = line["settings"]
-    group = options_of(settings["groups"][0])
     return (
         settings["optimizer"] == optimizer
         and settings["width"] == WIDTH
@@ -80,8 +80,10 @@ def losses(lines: Sequence[Mapping[str, Any]], arena: str, optimizer: str, optio
     found: dict[float, dict[int, float]] = defaultdict(dict)
     for line in lines:
         settings = line["settings"]
-        if (settings["tokens_per_step"], settings["steps"]) == (tokens, steps) and is_of(line, optimizer, options):
-            group = options_of(settings["groups"][0])
+        group = options_of(settings["groups"][0])
+        if (settings["tokens_per_step"], settings["steps"]) == (tokens, steps) and is_of(
+            line, group, optimizer, options
+        ):
             found[group.get("base_lr") or group["lr"]][settings["seed"]] = line["evaluations"][-1][2]
     return found
 
@@ -101,8 +103,7 @@ def cell(found: Losses) -> str:
 
 def read(results: Path) -> list[dict[str, Any]]:
     """Finished runs."""
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
-    return [line for line in lines if line.get("evaluations")]
+    return [line for line in records.read(results) if line.get("evaluations")]
 
 
 def table(lines: Sequence[Mapping[str, Any]], arenas: Sequence[str]) -> list[str]:
@@ -120,8 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("arenas", nargs="*", default=ARENAS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args(argv)
-    lines = read(asked.results)
-    print("\n".join(table(lines, asked.arenas)))
+    print("\n".join(table(read(asked.results), asked.arenas)))
 
 
 if __name__ == "__main__":

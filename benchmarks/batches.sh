@@ -16,16 +16,15 @@ compare() {
         --layers 2 --width 64 --heads 4 --context 64 "$@" >/dev/null
 }
 
-# The best two learning rates of each with three seeds.
+# The best two learning rates of each, and those that once were, with three seeds.
 best() {
-    muon=2.2e-2,3.3e-2 squares=2.2e-2,3.3e-2 adamw=1e-3,2e-3 soaps=1.5e-2,2.2e-2
+    muon=2.2e-2,3.3e-2 squares=2.2e-2,3.3e-2 adamw=1e-3,2e-3
     case "$batch" in
-    8192) muon=3.3e-2,5e-2 squares=5e-2,7e-2 adamw=2e-3,4e-3 ;;
+    8192) muon=3.3e-2,5e-2 squares=2.2e-2,3.3e-2,5e-2,7e-2 adamw=2e-3,4e-3 ;;
     32768) muon=3.3e-2,5e-2 squares=5e-2,7e-2 ;;
     esac
-    compare --seeds 0 1 2 --run "--optimizer kl_shampoo" --grid lr=1.5e-2,2.2e-2
-    compare --seeds 0 1 2 --run "--optimizer kl_soap" --run "--optimizer soap" --grid lr=$soaps
-    compare --seeds 0 1 2 --run "--optimizer kl_shampoo --set polar=3" --grid lr=1.5e-2,2.2e-2
+    compare --seeds 0 1 2 --run "--optimizer kl_shampoo" --run "--optimizer kl_shampoo --set polar=3" \
+        --run "--optimizer kl_soap" --run "--optimizer soap" --grid lr=1.5e-2,2.2e-2
     compare --seeds 0 1 2 --run "--optimizer muon" --grid lr=$muon
     compare --seeds 0 1 2 --run "--optimizer kl_muon" --grid lr=$squares
     compare --seeds 0 1 2 --run "--optimizer adamw" --grid lr=$adamw

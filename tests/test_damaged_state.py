@@ -46,7 +46,11 @@ def test_the_weights_stay_and_the_state_starts_anew(method, name, caplog):
     new = KLShampoo(fresh.items(), method=method)
     for one, given in ((opt, params), (new, fresh)):
         train(one, given, range(6, 9))
-    assert torch.allclose(values(params)[name], values(fresh)[name], rtol=1e-12, atol=1e-15)
+    found, wanted = values(params)[name], values(fresh)[name]
+    if method in ("soap", "kl_soap"):  # a start makes larger what coefficients of a stack of several counts are rounded by
+        assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-15)
+    else:
+        assert same(found, wanted)
     assert all(x.isfinite().all() for state in states(opt) for x in state.values())
 
 

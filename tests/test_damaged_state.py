@@ -47,7 +47,7 @@ def test_the_weights_stay_and_the_state_starts_anew(method, name, caplog):
     for one, given in ((opt, params), (new, fresh)):
         train(one, given, range(6, 9))
     found, wanted = values(params)[name], values(fresh)[name]
-    if method in ("soap", "kl_soap"):  # a start makes larger what coefficients of a stack of several counts are rounded by
+    if method in ("soap", "kl_soap"):  # a start enlarges rounding of mixed counts
         assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-15)
     else:
         assert same(found, wanted)

@@ -64,7 +64,7 @@ class KLShampoo(StateDicts):
         process_group: ranks to partition over. None: all of them.
         nesterov: momentum one step ahead. None: True ("paper": False).
         final_beta1: what betas[0] grows to in a long run, as 1 - 20 / t after t updates (kl_dist.methods.averages); 0:
-            it stays. At most 0.996 under "compact", 0 under "paper". None: 0.99 with method "kl_shampoo", else 0.
+            it stays. Under "compact" both are at most 0.996; "paper": 0. None: 0.99 with method "kl_shampoo", else 0.
         polar: Newton-Schulz steps that orthogonalise the whitened momentum of each matrix, its norm kept
             (kl_dist.methods.polar); "start": three, in its first 5 / (1 - shampoo_beta) updates, at most 750, and from
             one to the next less of it. None: "start" ("paper": 0).

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
-from kl_dist.methods import METHODS, polar
+from kl_dist.methods import METHODS, compact, polar
 from kl_dist.methods.products import COMPUTE_DTYPES
 
 ADJUSTMENTS = ("original", "match_rms_adamw")
 
-LONGEST_IN_BFLOAT16 = 1 - torch.finfo(torch.bfloat16).eps / 2
-"""The largest weight of an old momentum which, rounded to bfloat16, is less than the momentum: 1 - 2^-8."""
+
+def longest_memory(dtype: torch.dtype) -> float:
+    """The largest b for which b x, rounded to the nearest in this dtype, is less than x: 1 - 2^-8 in bfloat16."""
+    return 1 - torch.finfo(dtype).eps / 2
 
 
 def check_numbers(group: Mapping[str, Any]) -> None:
@@ -35,6 +37,7 @@ def check_numbers(group: Mapping[str, Any]) -> None:
         _check_number("shampoo_beta", group["shampoo_beta"], 0.0, 1.0)
     _check_memory(group)
     _check_growth(group)
+    _check_rounding(group)
     if group["shampoo_exponent"] is not None:
         _check_number("shampoo_exponent", group["shampoo_exponent"], 1e-3, 1.0)
     if group["adjust_lr_fn"] is not None:
@@ -73,11 +76,22 @@ def _check_growth(group: Mapping[str, Any]) -> None:
     recipe = group["recipe"] if group["method"] in METHODS else None
     if float(group["final_beta1"]) > 0 and recipe == "paper":
         raise ValueError('final_beta1 must be 0 or None under recipe "paper", whose momentum keeps betas[0]')
-    if float(group["final_beta1"]) > LONGEST_IN_BFLOAT16 and recipe == "compact":
-        raise ValueError(
-            'final_beta1 must be at most 0.996 under recipe "compact": a momentum kept in bfloat16 that is to lose less'
-            " than a 256th of itself in a step is rounded to what it was, and never forgets"
-        )
+
+
+def _check_rounding(group: Mapping[str, Any]) -> None:
+    """Averages kept narrow, which lose less in a step than half of their last bit, never forget."""
+    if group["method"] not in METHODS or group["recipe"] != "compact":
+        return
+    factors = "betas[1]" if group["shampoo_beta"] is None else "shampoo_beta"
+    betas = {**group, "betas[0]": group["betas"][0], "betas[1]": group["betas"][1]}
+    for name, field in (("betas[0]", "exp_avg"), ("final_beta1", "exp_avg"), (factors, "factors")):
+        dtype = compact.NARROW[field]
+        if betas[name] is not None and float(betas[name]) > longest_memory(dtype):
+            raise ValueError(
+                f'{name} must be at most {longest_memory(dtype):.4f} under recipe "compact", not {betas[name]!r}: what'
+                f" is kept in {str(dtype).removeprefix('torch.')} and is to lose less than half its last bit in a step"
+                " is rounded to what it was, and never forgets"
+            )
 
 
 def _check_polar(group: Mapping[str, Any]) -> None:

@@ -1,12 +1,10 @@
 """Option `final_beta1`: the momentum's memory grows with the run, and its updates are no noisier for it."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from kl_dist import KLShampoo, ranges
-from kl_dist.methods import Hyper, averages
+from kl_dist.methods import Hyper, averages, compact
 from tests.paths import FRESH, UNIT_LR, WHOLE, follow, train, train_many, update_sizes, weights
 from tests.products import product
 from tests.reference.fresh import variance
@@ -140,16 +138,16 @@ def test_a_run_that_was_saved_without_goes_on_without():
     assert torch.equal(weight, copy)
 
 
-def test_a_momentum_in_bfloat16_forgets_at_the_longest_memory_that_is_taken():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_is_kept_narrow_forgets_at_the_longest_memory_that_is_taken(dtype):
     """Rounded to the nearest, it would stay for ever where it is to lose less than half of its last bit."""
-    hyper = Hyper(betas=(0.9, 0.9), eps=0.0, final_beta1=ranges.LONGEST_IN_BFLOAT16)
-    momentum = torch.linspace(1, 2, 129)[None, :-1].bfloat16()  # all that there are but for an exponent
-    wide, steps = momentum.float(), torch.tensor([10**5])
-    averages.momentum_(wide, torch.zeros_like(wide), steps, hyper)
-    assert (wide.bfloat16() < momentum).all()
-    slower = replace(hyper, final_beta1=0.998)
-    averages.momentum_(wide.copy_(momentum), torch.zeros_like(wide), steps, slower)
-    assert (wide.bfloat16() == momentum).any()
+    steps = round(1 / torch.finfo(dtype).eps)
+    assert dtype in compact.NARROW.values()
+    narrow = torch.linspace(1, 2, steps + 1)[:-1].to(dtype)  # all that there are but for an exponent
+    assert narrow.unique().numel() == steps
+    longest = ranges.longest_memory(dtype)
+    assert ((longest * narrow.float()).to(dtype) < narrow).all()
+    assert (((1 + longest) / 2 * narrow.float()).to(dtype) == narrow).any()
 
 
 @pytest.mark.parametrize(
@@ -158,7 +156,10 @@ def test_a_momentum_in_bfloat16_forgets_at_the_longest_memory_that_is_taken():
         ({"final_beta1": 1.0}, "final_beta1 must be at least 0 and below 1, not 1.0"),
         ({"final_beta1": "long"}, "final_beta1 is a number, not 'long'"),
         ({"final_beta1": 0.99, "recipe": "paper"}, 'final_beta1 must be 0 or None under recipe "paper"'),
-        ({"final_beta1": 0.997, "recipe": "compact"}, 'final_beta1 must be at most 0.996 under recipe "compact"'),
+        ({"final_beta1": 0.997, "recipe": "compact"}, 'final_beta1 must be at most 0.9961 under recipe "compact"'),
+        ({"betas": (0.997, 0.9), "recipe": "compact"}, r"betas\[0\] must be at most 0.9961 .* kept in bfloat16"),
+        ({"betas": (0.9, 0.9996), "recipe": "compact"}, r"betas\[1\] must be at most 0.9995 .* kept in float16"),
+        ({"shampoo_beta": 0.9996, "recipe": "compact"}, "shampoo_beta must be at most 0.9995 .* kept in float16"),
     ],
 )
 def test_what_is_no_memory_is_refused(options, message):

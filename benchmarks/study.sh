@@ -2,7 +2,7 @@
 # The study behind docs/learning.md, from nothing: about three hours on two cores. Runs that are in benchmarks/results
 # already are not repeated, so it can be stopped and started again; without arguments it makes all parts in turn.
 #
-#   benchmarks/study.sh [grid] [choices] [seeds] [long] [regression] [polar]
+#   benchmarks/study.sh [grid] [choices] [seeds] [long] [best] [regression] [polar]
 set -eu
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -78,6 +78,18 @@ long() {
     $long --run "--optimizer muon --lr 1.5e-2 --set momentum=0.95"
 }
 
+# The table and the pictures of README: what won above, all of it on one machine in one go, so that seconds compare.
+best() {
+    short="compare --results $results/best.jsonl --seeds 0 1 2"
+    $short --run "--optimizer kl_shampoo --lr 1.5e-2" --run "--optimizer muon --lr 1.5e-2" --run "--optimizer adamw --lr 2e-3" \
+        --run "--optimizer kl_soap --lr 1.5e-2" --run "--optimizer soap --lr 1.5e-2" --run "--optimizer kl_muon --lr 2.2e-2" \
+        --run "--optimizer muon --lr 3e-2 --set adjust_lr_fn=None momentum=0.95"
+    compare --results $results/best.jsonl --run "--optimizer kl_muon" --grid lr=1.5e-2,3.3e-2
+    compare --results $results/best-2000.jsonl --steps 2000 --layers 2 --tokens-per-step 1024 --eval-every 100 --seeds 0 1 2 \
+        --run "--optimizer kl_shampoo --lr 1e-2" --run "--optimizer muon --lr 1.5e-2" --run "--optimizer soap --lr 1.5e-2" \
+        --run "--optimizer adamw --lr 4e-3"
+}
+
 # Another kind of task, on which nothing was chosen.
 regression() {
     task="compare --results $results/regression.jsonl --task regression --layers 2 --width 64 --eval-every 25 --seeds 0 1 2"
@@ -121,7 +133,7 @@ polar() {
     $large --run "--optimizer kl_muon" --grid lr=3.3e-2,5e-2,7e-2
 }
 
-parts=${*:-grid choices seeds long regression polar}
+parts=${*:-grid choices seeds long best regression polar}
 for part in $parts; do
     "$part"
 done

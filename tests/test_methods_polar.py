@@ -139,7 +139,7 @@ def test_the_first_update_of_all_is_nearly_orthogonal_and_the_last_of_a_start_ne
     starts, alone = (train(grads, polar=said, **same).diff(dim=0) for said in ("start", 0))
     values = torch.linalg.svdvals(torch.stack([starts[0], alone[0]]))
     even = values.mean(-1) / values.square().mean(-1).sqrt()
-    assert even[0] > 0.98 and even[1] < 0.9
+    assert even[0] > 0.97 and even[1] < 0.9
     lengths = update_sizes(starts.cumsum(0)) / update_sizes(alone.cumsum(0))
     assert lengths[0] == pytest.approx(1.25, rel=1e-3)
     assert distance(starts[49], alone[49]) < 0.1

@@ -74,7 +74,7 @@ def update(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> 
     both = [root if root is None or t is None else root.mul_(t) for root, t in zip(roots, beyond, strict=True)]
     size = scale.reciprocal() * (averages.correction(state.step, hyper, scale) / (1 + hyper.eps))
     whitened = kronecker.scale_sides(direction, both, size, out=direction)
-    whitened = polar.orthogonalize_as_asked_(whitened, state.step, hyper, spare, beyond)
+    whitened = polar.orthogonalize_as_asked_(whitened, state.step, hyper, spare, hyper.factor_beta, beyond)
     return kronecker.project_back(whitened, spare, state.bases, hyper.compute_dtype)
 
 

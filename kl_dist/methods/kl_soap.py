@@ -43,7 +43,7 @@ def update(state: KLSOAPState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Ten
     kl_factors.learn(state, projected, spare, hyper)
     scale, change = averages.scale_without_spikes_(projected, state.grad_scale, state.step, hyper)
     adam = scaled_adam(state, projected, spare, scale, hyper, change)
-    adam = polar.orthogonalize_as_asked_(adam, state.step, hyper, spare)
+    adam = polar.orthogonalize_as_asked_(adam, state.step, hyper, spare, hyper.betas[1])
     return kronecker.project_back(adam, spare, state.bases, hyper.compute_dtype)
 
 

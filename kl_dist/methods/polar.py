@@ -10,7 +10,7 @@ factor of P, at P's norm. It commutes with the bases: no projection is added. t 
 the power of 8, at least the largest and at most d^1/8 of it, and comes with the first step's products. What KL-Shampoo
 scales by beyond whitening, r_a and r_b for an exponent other than 1/2, comes after: orthogonalised it would be lost.
 
-"start", the default, is for a matrix's first T - 1 updates alone, with P' of START_STEPS steps:
+"start", the default, is for a matrix's first T - 1 updates alone:
 
     P <- P + a (START_LENGTH P' - P),   a = 1 - (t/T)^2,   t < T
 
@@ -22,8 +22,10 @@ P's singular values are not those of a raw momentum, and the steps are fitted to
 composition is nearest to 1 on [l, 1], l from LOWER_ENDS. Two then do what three of Muon's do, three what five do.
 
 A singular value of 0 stays 0, and none grows by more than GROWTH, nearly the product of the a_k: the null space of a
-rank-deficient gradient stays as small as rounding left it, times that. Blocks of one or of three and more sides are
-left as they are. Source: Amsel et al., "The Polar Express" (arXiv 2505.16932); benchmarks/polar.py makes the numbers.
+rank-deficient gradient stays as small as rounding left it, times that. But a few hundred directions of it, each a
+hundredth of the signal then, would be most of P'. So the last step of a start has a = 0: what is below t / 800 shrinks.
+Blocks of one or of three and more sides are left as they are. Source: Amsel et al., "The Polar Express" (arXiv
+2505.16932); benchmarks/polar.py makes the numbers.
 """
 
 from __future__ import annotations
@@ -39,12 +41,12 @@ from kl_dist.methods import averages, kronecker, quintic
 from kl_dist.methods.kronecker import Hyper, Polar
 
 START: Final = "start"
-START_STEPS = 3
 START_LENGTH = 1.25
 """Of P' beside P. At P's own norm strong directions, which alone move where the learning rate is low, are made so short
 that such runs end higher; at 1.4 times it short runs at the best rates do (docs/learning.md)."""
 START_LIFETIMES, START_AT_MOST = 5, 750
-"""How long, in lifetimes of the eigenvalues' averages, and at most: either leaves a 750th of what these began with."""
+"""How long, in lifetimes of the averages that P is divided by, and at most: a 500th or less is left of what these began
+with."""
 
 LOWER_ENDS = {1: 0.15, 2: 0.07, 3: 0.025, 4: 0.01, 5: 0.01}
 """l by number of steps: of those tried, that which aligns P' best with the polar factor in training, of a GPT of width
@@ -65,6 +67,15 @@ COEFFICIENTS: dict[int, tuple[tuple[float, float, float], ...]] = {
 COEFFICIENTS[5] = (*COEFFICIENTS[4], (1.875166, -1.250184, 0.375018))
 """(a, b, c) of each step, by number of steps."""
 
+START_LOWER_END = 0.015
+START_COEFFICIENTS = (
+    (7.897655, -22.848975, 16.832932),
+    (3.406791, -2.554052, 0.517480),
+    (2.383019, -1.741878, 0.426726),
+    (0.0, 5 / 2, -3 / 2),
+)
+"""Of a start: three fitted to [START_LOWER_END, 1], and one that has no slope at 0, nor at 1."""
+
 GROWTH = {1: 6, 2: 17, 3: 52, 4: 156, 5: 288}
 """What a singular value of P can grow by at most, by number of steps; each step beyond the fifth adds a factor 15/8."""
 
@@ -77,14 +88,16 @@ LAST = (15 / 8, -10 / 8, 3 / 8)
 """Of every step beyond the fifth: the quintic that converges fastest from near 1."""
 
 
-def coefficients(steps: int) -> tuple[tuple[float, float, float], ...]:
-    """(a, b, c) of each of `steps` steps."""
+def coefficients(steps: Polar) -> tuple[tuple[float, float, float], ...]:
+    """(a, b, c) of each of `steps` steps, or of those of a start."""
+    if isinstance(steps, str):
+        return START_COEFFICIENTS
     fitted = COEFFICIENTS[min(steps, max(COEFFICIENTS))]
     return fitted + (LAST,) * (steps - len(fitted))
 
 
 def orthogonalize_as_asked_(
-    whitened: Tensor, step: Tensor, hyper: Hyper, spare: Tensor, beyond: Sequence[Tensor | None] = ()
+    whitened: Tensor, step: Tensor, hyper: Hyper, spare: Tensor, memory: float, beyond: Sequence[Tensor | None] = ()
 ) -> Tensor:
     """`orthogonalize_` as `hyper.polar` says, of those matrices whose number of updates it says it for.
 
@@ -92,15 +105,16 @@ def orthogonalize_as_asked_(
         whitened: P (B, m, n), overwritten by P'; of any other number of sides it is left as it is.
         step: t of each, this update counted (B,), on the CPU.
         spare: like P, overwritten.
+        memory: beta of the averages that P was divided by, by which a start is as long.
         beyond: what P is scaled by on each side (B, d) beside what whitens it; taken off before, and put on after.
     """
     if not hyper.polar or whitened.ndim != 3:
         return whitened
-    last = start_updates(hyper.factor_beta) if isinstance(hyper.polar, str) else math.inf
+    last = start_updates(memory) if isinstance(hyper.polar, str) else math.inf
     due = [row for row, t in enumerate(step.tolist()) if t <= last]
     for rows in _neighbours(due, orthogonalized_at_once(len(step))):
         put_on = [None if x is None else x[rows] for x in beyond]
-        _shape_(whitened[rows], step[rows], hyper, spare, put_on)
+        _shape_(whitened[rows], step[rows], hyper, spare, last, put_on)
     return whitened
 
 
@@ -113,14 +127,16 @@ def _neighbours(rows: Sequence[int], most: int) -> Iterator[slice]:
             first = last
 
 
-def _shape_(part: Tensor, step: Tensor, hyper: Hyper, spare: Tensor, put_on: Sequence[Tensor | None]) -> None:
+def _shape_(
+    part: Tensor, step: Tensor, hyper: Hyper, spare: Tensor, last: float, put_on: Sequence[Tensor | None]
+) -> None:
+    """P', or some of the way there, of matrices in the first `last` updates of which it is due."""
     kronecker.scale_sides(part, [None if x is None else x.reciprocal() for x in put_on], 1.0, out=part)
     first, *free = spare.split(len(part))[:PLACES]
     if hyper.polar == START:
         kept = (free.pop() if free else torch.empty_like(part)).copy_(part)
-        until = start_updates(hyper.factor_beta) + 1
-        share = kronecker.column(averages.of_step(lambda t: 1 - (t / until) ** 2, step, part), part)
-        polar = orthogonalize_(part, START_STEPS, first, hyper.compute_dtype, *free)
+        share = kronecker.column(averages.of_step(lambda t: 1 - (t / (last + 1)) ** 2, step, part), part)
+        polar = orthogonalize_(part, START, first, hyper.compute_dtype, *free)
         torch.lerp(kept, polar.mul_(START_LENGTH), share, out=part)
     else:
         orthogonalize_(part, hyper.polar, first, hyper.compute_dtype, *free[:1])
@@ -133,7 +149,7 @@ def orthogonalized_at_once(count: int) -> int:
 
 
 def start_updates(beta: float) -> int:
-    """How many first updates "start" is for, T - 1 = min(5 / (1 - beta), 750), beta the factors'.
+    """How many first updates "start" is for, T - 1 = min(5 / (1 - beta), 750), beta of what P is divided by.
 
     Averages begin as plain means (`averages.warm_beta`), so of what they began with n updates leave 1 / (n + 1) and no
     more, however long they remember.
@@ -148,7 +164,7 @@ def lasting_steps(polar: Polar) -> int:
 
 def orthogonalize_(
     direction: Tensor,
-    steps: int,
+    steps: Polar,
     spare: Tensor | None = None,
     compute_dtype: str | None = "float32",
     room: Tensor | None = None,
@@ -157,7 +173,7 @@ def orthogonalize_(
 
     Args:
         direction: P (B, m, n), overwritten by P'; of any other number of sides it is left as it is.
-        steps: K; 0 leaves P itself.
+        steps: K, or "start" for those of a start; 0 leaves P itself.
         spare: like P, overwritten; made here where there is none.
         compute_dtype: of the products.
         room: like P, overwritten; where there is none, a square of the shorter side is made.

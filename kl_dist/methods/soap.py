@@ -46,7 +46,7 @@ def update(state: SOAPState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tenso
         state.factors, projected, spare, keep, by=scale.reciprocal(), compute_dtype=hyper.compute_dtype
     )
     adam = scaled_adam(state, projected, spare, scale, hyper, change)
-    adam = polar.orthogonalize_as_asked_(adam, state.step, hyper, spare)
+    adam = polar.orthogonalize_as_asked_(adam, state.step, hyper, spare, hyper.betas[1])
     return kronecker.project_back(adam, spare, state.bases, hyper.compute_dtype)
 
 

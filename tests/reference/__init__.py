@@ -57,7 +57,7 @@ def reference(
     is 0.7 of a fresh KL-Shampoo and 1/(2K) of Shampoo, `adjust_lr_fn=None` the recipe's,
     `final_beta1=None` is 0.99 of a fresh KL-Shampoo and else `betas[0]`.
     `polar` are the coefficients (a, b, c) of a fresh matrix's Newton-Schulz steps, if any; None are none, but of
-    KL-Shampoo, KL-SOAP and SOAP a start in the first min(5 / (1 - b), 750) updates, b the factors' memory.
+    KL-Shampoo, KL-SOAP and SOAP a start in the first min(5 / (1 - b), 750) updates, b the memory of what divides.
     """
     if len(shape) < 2:
         raise ValueError(f"a reference serves tensors of two or more sides, not of shape {tuple(shape)}")
@@ -68,6 +68,7 @@ def reference(
     grown = 0.99 if (method, recipe) == ("kl_shampoo", "fresh") else beta1
     default = 0.7 if (method, recipe) == ("kl_shampoo", "fresh") else 1 / (2 * len(shape))
     factor_beta = beta2 if shampoo_beta is None else shampoo_beta
+    divides = factor_beta if method == "kl_shampoo" else beta2
     starts = polar is None and recipe == "fresh" and method in ("kl_shampoo", "kl_soap", "soap")
     options = Options(
         lr=lr,
@@ -83,7 +84,7 @@ def reference(
         exponent=default if shampoo_exponent is None else shampoo_exponent,
         adjust_lr_fn=adjust_lr_fn,
         polar=tuple(polar or ()),
-        start_updates=round(min(5 / (1 - factor_beta), 750)) if starts else 0,
+        start_updates=round(min(5 / (1 - divides), 750)) if starts else 0,
         dtype=dtype,
     )
     return METHODS[method, recipe](tuple(shape), options)

@@ -33,7 +33,12 @@ ROOT_DAMPING = 1e-4  # Shampoo's, relative to the mean eigenvalue
 SMALLEST_EIGENVALUE = 1e-6  # of lambda_k, whose mean is one
 EXPONENT_FLOOR = 0.1  # of lambda_k: below, an exponent other than 1/2 counts no more
 SPIKE = 10  # times the scale so far
-START = ((7.532763, -21.412573, 15.691826), (3.054176, -2.288511, 0.487458), (2.114614, -1.496300, 0.400362))
+START = (
+    (7.897655, -22.848975, 16.832932),
+    (3.406791, -2.554052, 0.51748),
+    (2.383019, -1.741878, 0.426726),
+    (0, 2.5, -1.5),
+)
 SMALLEST_MOMENT = 1e-10  # of V, whose mean is one
 
 

@@ -95,11 +95,13 @@ def _check_rounding(group: Mapping[str, Any]) -> None:
 
 
 def _check_polar(group: Mapping[str, Any]) -> None:
-    if isinstance(group["polar"], str):
-        if group["polar"] != polar.START:
-            raise ValueError(f"polar is {polar.START!r} or a whole number, not {group['polar']!r}")
-    else:
-        check_integer(group, "polar", least=0)
+    steps = group["polar"]
+    if steps != polar.START:
+        said = f"polar is {polar.START!r} or a whole number of Newton-Schulz steps, not {steps!r}"
+        if isinstance(steps, bool) or not isinstance(steps, (int, str)):
+            raise TypeError(said)
+        if isinstance(steps, str) or steps < 0:
+            raise ValueError(said)
     method, recipe = group["method"], group["recipe"]
     if group["polar"] and method in METHODS and not METHODS[method].rules[recipe].polar:
         raise ValueError(

@@ -1,6 +1,6 @@
 """The weights of single parameters on their way, by KLShampoo in one process and by the references."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +51,17 @@ def update_sizes(path: Tensor) -> Tensor:
     return path.diff(dim=0).flatten(1).square().mean(1).sqrt()
 
 
-def peak_of_a_step(count: int = 6, **options) -> tuple[int, int]:
-    """Bytes that a step of `count` equal matrices holds at its peak, the fourth, and what the plan says of it."""
-    opt = KLShampoo([(f"W{i}", nn.Parameter(torch.zeros(96, 96))) for i in range(count)], **options)
-    for _ in range(4):
-        for parameter in opt.param_groups[0]["params"]:
-            parameter.grad = torch.randn(96, 96)
+def peak_of_a_step(
+    count: int = 6, shape: tuple[int, int] = (96, 96), resting: Collection[int] = (), **options
+) -> tuple[int, int]:
+    """Bytes that a step of `count` equal matrices holds at its peak, the fourth, and what the plan says of it.
+
+    Some of them rest from the third on.
+    """
+    opt = KLShampoo([(f"W{i}", nn.Parameter(torch.zeros(shape))) for i in range(count)], **options)
+    for step in range(4):
+        for number, parameter in enumerate(opt.param_groups[0]["params"]):
+            parameter.grad = None if number in resting and step > 1 else torch.randn(shape)
         with PeakMemory() as memory:
             opt.step()
     return memory.peak, opt.plan.working_bytes(0)

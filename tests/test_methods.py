@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from kl_dist import KLShampoo
-from tests.paths import EVERY, FRESH, OPTIONS, WHOLE, follow, train, train_many, weights
+from tests.paths import EVERY, FRESH, OPTIONS, WHOLE, follow, peak_of_a_step, train, train_many, weights
 from tests.products import product
 from tests.reference import reference
 from tests.reference.muon import Muon
@@ -83,6 +83,13 @@ def test_every_option_means_what_it_means_in_the_reference(method, recipe, optio
     grads, W = gradients((6, 6)), weights((6, 6))
     path = train(grads, W, method=method, recipe=recipe, **WHOLE, **changed)
     assert distance(path, follow(method, recipe, grads, W, **changed)) < 1e-9
+
+
+@product(method=FRESH, resting=[(0,), (3,), (1, 3, 5)], precondition_frequency=[1, 2])
+def test_matrices_at_rest_between_others_take_no_more_memory(method, resting, precondition_frequency):
+    """The state of those around them is no longer one piece, and is copied: of a part of them at a time."""
+    peak, said = peak_of_a_step(resting=resting, method=method, precondition_frequency=precondition_frequency)
+    assert peak < 1.02 * said
 
 
 @pytest.mark.parametrize(("method", "recipe"), EVERY)

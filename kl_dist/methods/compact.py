@@ -14,8 +14,7 @@ float64 stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,8 +31,6 @@ NARROW = {"factors": torch.float16, "bases": torch.float16, "exp_avg": torch.bfl
 
 REFRESHES_PER_REORTHOGONALIZATION = 8
 
-WIDE_COPIES = 5  # of square blocks' gradients: the state that is made wide
-
 AT_ONCE = 2**21  # elements of gradients whose state is wide at a time; 42 MB of it in square blocks
 
 
@@ -47,52 +44,53 @@ def compact(rule: Rule, form: str) -> Rule:
         return _cast(state, NARROW) if state.exp_avg.dtype == torch.float32 else state
 
     def start(state: KLShampooState, grad: Tensor, hyper: Hyper) -> None:
-        for rows in _ranges(grad):
-            with _wide(state.rows(rows)) as part:
-                rule.start(part, grad[rows[0] : rows[-1] + 1], hyper)
+        _in_float32(state, lambda part, rows: rule.start(part, grad[rows], hyper))
 
     def update(state: KLShampooState, grad: Tensor, hyper: Hyper, spare: Tensor) -> Tensor:
-        for rows in _ranges(grad):
-            with _wide(state.rows(rows)) as part:
-                chosen = slice(rows[0], rows[-1] + 1)
-                grad[chosen] = rule.update(part, grad[chosen], hyper, spare[chosen])
+        def update_part(part: KLShampooState, rows: slice) -> None:
+            grad[rows] = rule.update(part, grad[rows], hyper, spare[rows])
+
+        _in_float32(state, update_part)
         return grad
 
     def refresh(state: KLShampooState, hyper: Hyper) -> None:
-        for rows in _ranges(state.exp_avg):
-            kept = state.rows(rows)
-            with _wide(kept) as part:
-                refresh_wide(part, hyper)
-                due = None if part is kept else kl_factors.drift_is_due(part, hyper, REFRESHES_PER_REORTHOGONALIZATION)
-                for basis in part.bases:
-                    if basis is not None and due is not None:
-                        basis.copy_(kl_factors.without_drift(basis, due))
+        def refresh_part(part: KLShampooState, rows: slice) -> None:
+            refresh_wide(part, hyper)
+            due = kl_factors.drift_is_due(part, hyper, REFRESHES_PER_REORTHOGONALIZATION) if _is_narrow(state) else None
+            for basis in part.bases:
+                if basis is not None and due is not None:
+                    basis.copy_(kl_factors.without_drift(basis, due))
 
-    copies = rule.working_copies + WIDE_COPIES
+        _in_float32(state, refresh_part)
+
     return rule._replace(
-        allocate=allocate, start=start, update=update, refresh=refresh, working_copies=copies, form=form
+        allocate=allocate, start=start, update=update, refresh=refresh, form=form, wide_at_once=AT_ONCE
     )
 
 
-def _ranges(x: Tensor) -> Iterator[range]:
-    """The matrices of a batch, so many at a time."""
-    at_once = max(1, AT_ONCE // x[0].numel())
-    for first in range(0, len(x), at_once):
-        yield range(first, min(first + at_once, len(x)))
+def _is_narrow(state: KLShampooState) -> bool:
+    return state.exp_avg.dtype in NARROW.values()
 
 
-@contextmanager
-def _wide(state: KLShampooState) -> Iterator[KLShampooState]:
-    """The state in float32, rounded into what is kept when it is done with; itself where nothing of it is narrow."""
-    if state.exp_avg.dtype not in NARROW.values():
-        yield state
+def _in_float32(state: KLShampooState, do: Callable[[KLShampooState, slice], None]) -> None:
+    """Do it to so many matrices at a time, their state made float32, and rounded into what is kept when it is done.
+
+    State that is not narrow is given as it is.
+    """
+    if not _is_narrow(state):
+        do(state, slice(None))
         return
-    wide = _cast(state, dict.fromkeys(NARROW, torch.float32))
-    yield wide
-    kept, found = state.tensors(), wide.tensors()
-    for name, tensor in kept.items():
-        if name.split(".")[0] in NARROW:
-            tensor.copy_(found[name])
+    at_once = max(1, AT_ONCE // state.exp_avg[0].numel())
+    for first in range(0, len(state.exp_avg), at_once):
+        rows = range(first, min(first + at_once, len(state.exp_avg)))
+        kept = state.rows(rows)
+        wide = _cast(kept, dict.fromkeys(NARROW, torch.float32))
+        do(wide, slice(rows.start, rows.stop))
+        found = wide.tensors()
+        for name, tensor in kept.tensors().items():
+            if name.split(".")[0] in NARROW:
+                tensor.copy_(found[name])
+        del wide, found  # before others are made wide
 
 
 def _cast(state: KLShampooState, dtypes: Mapping[str, torch.dtype]) -> KLShampooState:

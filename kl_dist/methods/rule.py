@@ -49,6 +49,7 @@ class Rule(NamedTuple):
     flops: Callable[[Sequence[int], Sequence[Side]], Flops] = flops_in_eigenbasis  # (shape, sides)
     polar: bool = False  # whether its update can be orthogonalised, as option `polar` says
     working_copies: int = 2  # tensors as large as its gradients that an update holds at its peak, its two included
+    wide_at_once: int | None = None  # elements of gradients whose state is float32 at a time, where less of it is kept
     defaults: Mapping[str, Any] = MappingProxyType({})  # of options, where not the recipe's
     form: str | None = (
         None  # the recipe that its saved state is of, where not its own: checkpoints go from one to the other

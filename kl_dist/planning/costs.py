@@ -73,17 +73,38 @@ def adamw_update_bytes(numel: int, dtype: torch.dtype) -> int:
 
 
 def refresh_bytes(method: str, recipe: str, block: Block, dtype: torch.dtype, count: int) -> int:
-    """Bytes that the refresh of a stack of `count` equal blocks holds at its peak."""
+    """Bytes that the refresh of a stack of `count` equal blocks holds at its peak, but for `wide_bytes`."""
     if rule(method, recipe).refresh is None:
         return 0
     full = [d for d, side in zip(block.shape, block.sides, strict=True) if side == "full"]
-    factors = refreshed_at_once(count) * max((d * d for d in full), default=0)
-    return round(REFRESH_COPIES * factors * state_dtype(dtype).itemsize)
+    together = min(refreshed_at_once(count), wide_at_once(method, recipe, block, dtype) or count)
+    return round(REFRESH_COPIES * together * max((d * d for d in full), default=0) * state_dtype(dtype).itemsize)
+
+
+def wide_at_once(method: str, recipe: str, block: Block, dtype: torch.dtype) -> int:
+    """How many matrices of a stack have their state made float32 together; 0 where it is kept so."""
+    elements = rule(method, recipe).wide_at_once
+    return max(1, elements // block.numel) if elements and state_dtype(dtype) == torch.float32 else 0
+
+
+def wide_bytes(method: str, recipe: str, block: Block, dtype: torch.dtype, count: int) -> int:
+    """Bytes of the state that is made float32 at a time of `count` equal blocks, beside what is kept."""
+    together = min(count, wide_at_once(method, recipe, block, dtype))
+    form = rule(method, recipe).form
+    return together * state_bytes(method, form or recipe, block.shape, block.sides, dtype)
 
 
 def refreshed_at_once(count: int) -> int:
     """How many of the `count` matrices of a stack are refreshed together; all would hold twice what an update does."""
     return -(-count // 2)
+
+
+def copied_at_once(count: int) -> int:
+    """How many of the `count` matrices of a stack are stepped together where others between them rest.
+
+    Their state is copied then, five or six times their gradients: so many hold no more than an update of all does.
+    """
+    return max(1, count // 5)
 
 
 def adamw_cost(numel: int, dtype: torch.dtype) -> float:

@@ -84,7 +84,10 @@ def stack_bytes(units: Sequence[Unit]) -> int:
     if first.elementwise:
         return update
     update += sum(first.polar_bytes[len(units) - 1 :])  # each other matrix has one place
-    return max(update, costs.refresh_bytes(first.method, first.recipe, first.block, first.dtype, len(units)))
+    stack = first.method, first.recipe, first.block, first.dtype
+    refresh = costs.refresh_bytes(*stack, len(units))
+    refreshed = costs.refreshed_at_once(len(units))
+    return max(update + costs.wide_bytes(*stack, len(units)), refresh + costs.wide_bytes(*stack, refreshed))
 
 
 def recast(unit: Unit, number: int, parameter: Parameter, group: Mapping[str, Any]) -> Unit:

@@ -18,7 +18,7 @@ from kl_dist.methods import Hyper, MatrixState, Rule, State, adamw, rule
 from kl_dist.methods.state import AdamWState, span, state_dtype
 from kl_dist.options import number
 from kl_dist.planning.buckets import Member
-from kl_dist.planning.costs import refreshed_at_once
+from kl_dist.planning.costs import copied_at_once, refreshed_at_once
 from kl_dist.planning.plan import Plan
 from kl_dist.planning.units import Unit, stack_key
 from kl_dist.step.agreement import Presence
@@ -103,18 +103,32 @@ class MatrixStack(Stack):
         running = [row for row in active if started[row] and presences[row].moves(self.units[row])]
         if not running:
             return None
-        part = self.state.rows(running)
-        grads = self._read(gradients, running)
+        self.unsound = ()
+        norms = [self._update_rows(rows, gradients, hyper, out) for rows in self._together(running, len(self.units))]
+        elements = len(running) * self.units[0].numel
+        return Updates(tuple(self.indices[row] for row in running), torch.cat(norms), elements)
+
+    def _update_rows(self, rows: Sequence[int], gradients: Gradients, hyper: Hyper, out: Tensor) -> Tensor:
+        """|U| of each of these rows, whose U go to their places in `out`."""
+        part = self.state.rows(rows)
+        grads = self._read(gradients, rows)
         updates = self.rule.update(part, grads, hyper, torch.empty_like(grads))
         norms = torch.linalg.vector_norm(updates.flatten(1), dim=1)
-        self.unsound = tuple(running[i] for i in _zero_what_is_not_finite([updates], norms))
+        self.unsound += tuple(rows[i] for i in _zero_what_is_not_finite([updates], norms))
         into = out.view(len(self.units), *updates.shape[1:])
-        if len(running) == len(self.units):
+        if len(rows) == len(self.units):
             into.copy_(updates)
         else:
-            into[span(running)] = updates.to(into.dtype)
-        self.state.put(running, part)
-        return Updates(tuple(self.indices[row] for row in running), norms, updates.numel())
+            into[span(rows)] = updates.to(into.dtype)
+        self.state.put(rows, part)
+        return norms
+
+    def _together(self, rows: Sequence[int], most: int) -> Iterator[Sequence[int]]:
+        """Ascending rows in parts, none above `most`, and where their state would be copied, fewer."""
+        if rows and not isinstance(span(rows), slice):
+            most = min(most, copied_at_once(len(self.units)))
+        for first in range(0, len(rows), most):
+            yield rows[first : first + most]
 
     def _read(self, gradients: Gradients, rows: Sequence[int]) -> Tensor:
         """The gradients of some rows (B, d_1..d_K), in the dtype that a step computes in."""
@@ -145,8 +159,7 @@ class MatrixStack(Stack):
         ]
         if self.unsound:
             due = [row for row in due if row not in self.unsound]
-        at_once = refreshed_at_once(len(self.units))
-        for some in (due[first : first + at_once] for first in range(0, len(due), at_once)):
+        for some in self._together(due, refreshed_at_once(len(self.units))):
             part = self.state.rows(some)
             self.rule.refresh(part, matrix_hyper(group))
             self.state.put(some, part)

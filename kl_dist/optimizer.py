@@ -67,7 +67,7 @@ class KLShampoo(StateDicts):
             it stays. Under "compact" both are at most 0.996; "paper": 0. None: 0.99 with method "kl_shampoo", else 0.
         polar: Newton-Schulz steps that orthogonalise the whitened momentum of each matrix, its norm kept
             (kl_dist.methods.polar); "start": four in its first 5 / (1 - shampoo_beta) updates, at most 750, a quarter
-            longer, and less from one to the next. None: "start"; 0 under "paper" and where a method cannot.
+            longer, and less from one to the next; 0 where a method cannot. None: "start" ("paper": 0).
         stagger: spread the refreshes over the T steps. None: True ("paper": False).
         long_side: "cut", "diagonal" or "identity". None: "cut", but for "muon", which keeps nothing of any side.
         merge_dims: read small trailing dimensions (convolution kernels) as columns. None: True ("paper": False).

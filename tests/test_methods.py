@@ -94,9 +94,9 @@ def test_matrices_at_rest_between_others_take_no_more_memory(method, resting, pr
 
 @pytest.mark.parametrize(("method", "recipe"), EVERY)
 def test_stacked_matrices_go_on_as_if_each_were_alone(method, recipe):
-    """Five equal matrices, refreshed in turn; on some steps some of them have no gradient."""
-    grads = [gradients((5, 5), seed=i) for i in range(5)]
-    for i in range(1, 5):
+    """Eleven equal matrices, refreshed in turn; on some steps some have no gradient, and others go on in twos."""
+    grads = [gradients((5, 5), seed=i) for i in range(11)]
+    for i in range(1, 11):
         grads[i][i :: i + 1] = torch.nan
     paths = train_many(grads, method=method, recipe=recipe, **WHOLE | dict(stagger=True))
     for i, path in enumerate(paths):

@@ -24,6 +24,8 @@ WIDTH = 64
 
 ENOUGH = 3  # seeds
 
+THREE_STEPS = "start, three steps"  # what `polar="start"` was before it had a fourth, that leaves rounding alone
+
 KL = {"shampoo_exponent": (0.7,), "final_beta1": (0.99,), "betas": ([0.9, 0.9],)}
 NEVER_GROWN = {"final_beta1": (None, 0), "betas": ([0.9, 0.9],)}
 HALF = {"shampoo_exponent": (0.5,), **NEVER_GROWN}
@@ -31,14 +33,17 @@ SOAPS = {"betas": ([0.95, 0.95],)}
 MUONS = {"betas": ([0.85, 0.95],)}
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "**KL-Shampoo**": ("kl_shampoo", {"polar": ("start",), **KL}),
+    "KL-Shampoo, a start of three steps": ("kl_shampoo", {"polar": (THREE_STEPS,), **KL}),
     "KL-Shampoo, polar=0": ("kl_shampoo", {"polar": (0,), **KL}),
     "KL-Shampoo, polar=3": ("kl_shampoo", {"polar": (3,), **KL}),
     "KL-Shampoo, final_beta1=0 polar=0": ("kl_shampoo", {"polar": (0,), "shampoo_exponent": (0.7,), **NEVER_GROWN}),
     "KL-Shampoo, the same at an exponent of 1/2": ("kl_shampoo", {"polar": (None, 0), **HALF}),
     "KL-Shampoo, that and polar=3": ("kl_shampoo", {"polar": (3,), **HALF}),
     "KL-SOAP": ("kl_soap", {"polar": ("start",), **SOAPS}),
+    "KL-SOAP, a start of three steps": ("kl_soap", {"polar": (THREE_STEPS,), **SOAPS}),
     "KL-SOAP, polar=0": ("kl_soap", {"polar": (0,), **SOAPS}),
     "SOAP": ("soap", {"polar": ("start",), **SOAPS}),
+    "SOAP, a start of three steps": ("soap", {"polar": (THREE_STEPS,), **SOAPS}),
     "SOAP, polar=0": ("soap", {"polar": (0,), **SOAPS}),
     'Muon, square blocks (`method="muon"`)': ("kl_muon", {"final_beta1": (None, 0), **MUONS}),
     "Muon, square blocks, final_beta1=0.99": ("kl_muon", {"final_beta1": (0.99,), **MUONS}),

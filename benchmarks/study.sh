@@ -84,7 +84,8 @@ best() {
     $short --run "--optimizer kl_shampoo --lr 1.5e-2" --run "--optimizer muon --lr 1.5e-2" --run "--optimizer adamw --lr 2e-3" \
         --run "--optimizer kl_soap --lr 1.5e-2" --run "--optimizer soap --lr 1.5e-2" --run "--optimizer kl_muon --lr 2.2e-2" \
         --run "--optimizer muon --lr 3e-2 --set adjust_lr_fn=None momentum=0.95"
-    compare --results $results/best.jsonl --run "--optimizer kl_muon" --grid lr=1.5e-2,3.3e-2
+    $short --run "--optimizer kl_muon --lr 1.5e-2"
+    compare --results $results/best.jsonl --run "--optimizer kl_muon" --grid lr=1e-2,3.3e-2
     compare --results $results/best-2000.jsonl --steps 2000 --layers 2 --tokens-per-step 1024 --eval-every 100 --seeds 0 1 2 \
         --run "--optimizer kl_shampoo --lr 1e-2" --run "--optimizer muon --lr 1.5e-2" --run "--optimizer soap --lr 1.5e-2" \
         --run "--optimizer adamw --lr 4e-3"

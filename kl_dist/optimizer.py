@@ -66,8 +66,8 @@ class KLShampoo(StateDicts):
         final_beta1: what betas[0] grows to in a long run, as 1 - 20 / t after t updates (kl_dist.methods.averages); 0:
             it stays. Under "compact" both are at most 0.996; "paper": 0. None: 0.99 with method "kl_shampoo", else 0.
         polar: Newton-Schulz steps that orthogonalise the whitened momentum of each matrix, its norm kept
-            (kl_dist.methods.polar); "start": four in its first 5 / (1 - shampoo_beta) updates, at most 750, a quarter
-            longer, and less from one to the next; 0 where a method cannot. None: "start" ("paper": 0).
+            (kl_dist.methods.polar); "start": four, a quarter longer and less from one to the next, in the first
+            5 / (1 - b), at most 750, b shampoo_beta or SOAPs' betas[1]; 0 where it cannot. None: "start" ("paper": 0).
         stagger: spread the refreshes over the T steps. None: True ("paper": False).
         long_side: "cut", "diagonal" or "identity". None: "cut", but for "muon", which keeps nothing of any side.
         merge_dims: read small trailing dimensions (convolution kernels) as columns. None: True ("paper": False).

@@ -38,11 +38,11 @@ class KLShampoo(StateDicts):
 
     For a weight W with gradient G, Kronecker factors S_a, S_b and their eigenbases Q_a, Q_b,
 
-        W <- W (1 - lr weight_decay) - lr S_a^-1/2 M S_b^-1/2
+        W <- W (1 - lr weight_decay) - lr S_a^-p M S_b^-p
 
-    where M is G's momentum and the factors minimise KL(E[g g^T] || S_a x S_b). Each rank holds and updates the factors
-    of its own matrices only; the updates are all-gathered. Construct it on every rank, after init_process_group and
-    after the model is on its device (and wrapped by DDP); construction is a collective.
+    where M is G's momentum, p the `shampoo_exponent`, and the factors minimise KL(E[g g^T] || S_a x S_b). Each rank
+    holds and updates the factors of its own matrices only; the updates are all-gathered. Construct it on every rank,
+    after init_process_group and after the model is on its device (and wrapped by DDP): that is a collective.
 
     Args:
         params: a model, which `kl_dist.param_groups` divides; or parameters, (name, parameter) pairs as

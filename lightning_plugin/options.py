@@ -43,8 +43,8 @@ class TakesOptimizerOptions:
         max_preconditioner_dim: sides longer than this are handled as `long_side` says.
         nesterov: momentum one step ahead.
         final_beta1: what the weight of the old momentum grows to in a long run.
-        polar: Newton-Schulz steps that orthogonalise the whitened momentum; "start" is three in the first updates of
-            each matrix alone, fading, 0 none.
+        polar: Newton-Schulz steps that orthogonalise the whitened momentum; "start" is four in the first updates of
+            each matrix alone, fading; 0 none.
         stagger: spread the refreshes over the T steps.
         long_side: "cut", "diagonal" or "identity".
         merge_dims: read small trailing dimensions (convolution kernels) as columns.

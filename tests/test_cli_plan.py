@@ -39,6 +39,15 @@ def asked(model: Model, ranks: int, layout: str = "ddp", **given) -> Question:
     return Question(model, ranks, Layout.of(layout), torch.bfloat16, 8, given)
 
 
+def test_the_page_shows_what_the_command_prints(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    cli.main(["plan", "gpt2", "--world", "32"])
+    printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    page = [line.strip() for line in (Path(__file__).parents[1] / "docs/plan.md").read_text().splitlines()]
+    first = page.index(printed[0])
+    assert page[first : first + len(printed)] == printed
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_built_in_model_has_the_size_of_its_name_and_a_matrix_for_each_expert(name):
     model = model_of(name)

@@ -1,6 +1,7 @@
 """What our optimizer communicates in a step under DeepSpeed is what the plan says, to the byte, and little."""
 
 from collections.abc import Callable
+from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
@@ -178,3 +179,15 @@ def test_gpt2_communicates_less_than_its_share(gpt2, stage, ranks):
         assert mean(getattr(one, trip) for one in found.traffic_bytes) <= SHARES[stage, ranks] * share
     assert max(found.cost) <= (1 + UNEVENNESS) * max(even.cost)
     assert max(found.state_bytes) <= 1.3 * max(even.state_bytes)
+
+
+def test_the_page_has_what_gpt2_takes_of_a_ranks_memory(gpt2):
+    shapes = {name: tuple(p.shape) for name, p in gpt2.named_parameters()}
+    plans = {ranks: zero_plan(shapes, ranks, 1, ["wte.weight", "wpe.weight"]) for ranks in (2, 4, 8, 64)}
+    buffers, steps = (
+        ", ".join(f"{max(map(getattr(plan, what), range(ranks))) / 1e6:.0f}" for ranks, plan in plans.items())
+        for what in ("room_bytes", "working_bytes")
+    )
+    page = (Path(__file__).parents[1] / "docs/deepspeed.md").read_text()
+    assert f"GPT-2 at stage 1: {buffers} MB at W = 2, 4, 8, 64 |" in page
+    assert f"freed after it; GPT-2 at stage 1: {steps} MB;" in page

@@ -50,7 +50,7 @@ def changes(given: Mapping[str, Any], group: Mapping[str, Any], forecast: Foreca
     if "precondition_frequency" not in given:
         yield Change({"precondition_frequency": every}, "a little worse (docs/learning.md: T)")
     if not given.keys() & {"recipe", "method"}:
-        yield Change({"recipe": "compact"}, "alike (docs/learning.md)")
+        yield Change({"recipe": "compact"}, "alike (docs/algorithm.md)")
 
 
 def advise(

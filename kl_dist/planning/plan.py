@@ -1,8 +1,8 @@
 """The plan: what the units of work are, who owns each, and what is sent when. Frozen data, made before the first step.
 
-A *unit* is the smallest thing with an owner: a block of a matrix with its preconditioner, or a slice of a flat
-parameter under AdamW. The same inputs give the same plan on every rank, so ranks compare one hash and need no talk.
-Nothing here is ever timed: costs come from a fixed table of flops and bytes.
+A *unit* is the smallest thing that steps or rests as a whole: a block of a matrix with its preconditioner, which has
+an owner, or a parameter under AdamW. The same inputs give the same plan on every rank, so ranks compare one hash and
+need no talk. Nothing here is ever timed: costs come from a fixed table of flops and bytes.
 """
 
 from __future__ import annotations

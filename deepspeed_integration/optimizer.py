@@ -109,7 +109,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
             check_names("matrices", names_of(group["matrices"]), names.values())
             named = [(names.get(p, f"group{i}.param{j}"), p, s) for j, (p, s) in enumerate(pairs)]
             served = said.serve([(name, p) for name, p, _ in named], group["matrices"], group["adamw_names"])
-            own = {key: group[key] for key in (*options.DEFAULTS, "base_lr")}
+            own = {key: group[key] for key in options.KEPT}
             own |= {"lr": group["base_lr"], "adamw_names": served.adamw_names, "matrices": served.matrices}
             if named:
                 made.append({**own, "params": [(name, s) for name, _, s in named]})
@@ -177,7 +177,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         """Learning rates and the like, as schedulers have set them here."""
         assert self.core is not None
         for mine, theirs in zip(self._served, self.core.param_groups, strict=True):
-            theirs.update({key: mine[key] for key in options.DEFAULTS if key not in options.STRUCTURAL})
+            theirs.update({key: mine[key] for key in options.CHANGEABLE})
 
     # -- what it says of itself ---------------------------------------------------------------------------------------
 

@@ -34,7 +34,8 @@ def clip_grad_norm_(optimizer: KLShampoo, max_norm: float, *, error_if_nonfinite
         raise ValueError(f"max_norm must be at least 0, not {max_norm!r}")
     ranks, engine, _, reduction = optimizer.parts
     if reduction is not None:
-        ranks.raise_together(reduction.find_problem())
+        with ranks.together():
+            reduction.check()
     norm = engine.gradient_norm()
     if error_if_nonfinite and not bool(norm.isfinite()):
         raise RuntimeError(f"the norm of the gradients is {float(norm)}; nothing was changed")
@@ -57,8 +58,8 @@ def clip_grad_value_(optimizer: KLShampoo, clip_value: float) -> None:
     if not clip_value >= 0:
         raise ValueError(f"clip_value must be at least 0, not {clip_value!r}")
     reduction = optimizer.parts.reduction
-    if reduction is not None and (problem := reduction.find_problem()) is not None:
-        raise problem
+    if reduction is not None:
+        reduction.check()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     torch.nn.utils.clip_grad_value_(parameters, clip_value)
     if reduction is not None:

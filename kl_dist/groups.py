@@ -61,8 +61,15 @@ def _with_names(params: Any, names: Sequence[str], number: int) -> list[tuple[st
 
 
 def pairs_of(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
-    """(name, parameter) of a group as the optimizer keeps it."""
-    return zip(group.get("param_names", ()), group["params"], strict=True)
+    """(name, parameter) of a group as the optimizer keeps it.
+
+    Raises:
+        ValueError: it was changed so that it is no such group.
+    """
+    names, parameters = group.get("param_names", ()), group.get("params", ())
+    if len(names) != len(parameters):
+        raise ValueError(f"a parameter group has {len(parameters)} parameters and {len(names)} param_names")
+    return zip(names, parameters, strict=True)
 
 
 def by_name(groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -84,10 +91,17 @@ def follow(groups: Sequence[dict[str, Any]], before: Named) -> Named:
     Args:
         groups: the optimizer's; their `param_names` are changed.
         before: what this returned last.
+
+    Raises:
+        TypeError: something among them is no tensor.
     """
     if not are_changed(groups, before):
         return before
     names = {id(p): name for pairs in before for name, p in pairs}
+    for number, group in enumerate(groups):
+        for p in group.setdefault("params", []):
+            if not isinstance(p, Tensor):
+                raise TypeError(f"parameter group {number} has a {type(p).__name__} among its parameters, not a tensor")
     stays = {id(p) for group in groups for p in group["params"]}
     taken = set(names.values())
     found: Named = []
@@ -118,7 +132,7 @@ NOT_FOLLOWED = (
 
 def are_changed(groups: Sequence[Mapping[str, Any]], before: Named) -> bool:
     """Whether other parameters stand in the groups than `before`."""
-    now = [[id(p) for p in group["params"]] for group in groups]
+    now = [[id(p) for p in group.get("params", ())] for group in groups]
     return now != [[id(p) for _, p in pairs] for pairs in before]
 
 

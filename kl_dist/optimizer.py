@@ -15,7 +15,7 @@ from kl_dist.checkpoint import shown
 from kl_dist.checkpoint.holdings import Holding, carry_over, holdings
 from kl_dist.layouts import placement
 from kl_dist.layouts.reduction import Reduction
-from kl_dist.layouts.replicas import check_replicas
+from kl_dist.layouts.replicas import Comparisons
 from kl_dist.methods.kronecker import Polar
 from kl_dist.methods.products import check_device
 from kl_dist.planning.making import make_plan
@@ -25,12 +25,10 @@ from kl_dist.planning.routes import doubts, routing_table
 from kl_dist.ranks import Ranks
 from kl_dist.state_dicts import StateDicts
 from kl_dist.step import stats
-from kl_dist.step.agreement import Presence, damaged, describe_damage, find_problem, not_finite
+from kl_dist.step.agreement import Presence, check_step, damaged, describe_damage, not_finite
 from kl_dist.step.engine import Engine
 
 log = logging.getLogger(__name__)
-
-COMPARE_EVERY = 100  # steps, where nobody says and there are several partition groups
 
 
 class KLShampoo(StateDicts):
@@ -142,7 +140,7 @@ class KLShampoo(StateDicts):
         self._engine: Engine | None = None
         self._holdings: list[Holding] = []
         self._reduction: Reduction | None = None
-        self._compared: set[str] = set()  # parameters whose replicas were found alike
+        self._replicas = Comparisons()
         self._on_nonfinite = on_nonfinite
         self._partition = Partition(partition_size, max_state_bytes)
         self._compare_every, self._steps = compare_every, 0
@@ -224,13 +222,13 @@ class KLShampoo(StateDicts):
 
     def _adopt(self, plan: Plan) -> None:
         """Build the state a plan asks for, with what was there copied into it."""
+        self._consolidated = None  # of the parameters as they were
         by_name = groups.by_name(self.param_groups)
         parameters = [by_name[parameter.name] for parameter in plan.parameters]
         old = self._holdings
         self._engine = Engine(plan, self._ranks, parameters, self.param_groups, self._engine)
         if self._reduction is not None:
             self._reduction.follow(plan, parameters)
-        self._uncompared = {parameter.name for parameter in plan.parameters} - self._compared
         self._named = [list(groups.pairs_of(group)) for group in self.param_groups]
         self._signature = groups.signature(self._trained())
         self._holdings = holdings(plan, self._engine.stacks, self._ranks)
@@ -263,7 +261,9 @@ class KLShampoo(StateDicts):
         self._consolidated = None  # of the state as it was
         if bad_units := damaged(presences):
             presences = self._start_anew(bad_units, presences)
-        self._compare_replicas()
+        compared = self._running.shards.parameters
+        self._replicas.before_step(compared, self.plan, self._ranks, self._steps, self._compare_every)
+        self._steps += 1
         bad = not_finite(self.plan, presences)
         if bad is None:
             self._running.run(presences)
@@ -280,44 +280,33 @@ class KLShampoo(StateDicts):
         `step` does so by itself; call it before loading or saving state where groups were changed since. State goes
         with a parameter's name: see kl_dist.groups.follow.
         """
-        self._named = groups.follow(self.param_groups, self._named)
-        moved = self._replaced or groups.signature(self._trained()) != self._signature
+        with self._ranks.together():
+            moved = self._follow()
         if self._ranks.any(moved):
             self._adopt(self._new_plan(self.plan))
 
+    def _follow(self) -> bool:
+        """Name what stands in the groups now; whether it is anything else than the plan is made for."""
+        self._named = groups.follow(self.param_groups, self._named)
+        return self._replaced or groups.signature(self._trained()) != self._signature
+
     def _agree(self) -> Sequence[Presence]:
-        problem = self._running.failure
+        problem, moved = self._running.failure, False
         try:
             self.state = shown.settled(self.state, self._holdings, self._named)
-        except ValueError as error:
+            moved = self._follow()
+            planned = self.param_groups[: len(self.plan.structure)] if self._replaced else self.param_groups
+            check_step(self.plan, self._trained(), planned)
+            if self._reduction is not None:
+                self._reduction.check()
+        except Exception as error:  # of any kind: the other ranks wait in the agreement
             problem = problem or error
-        self._named = groups.follow(self.param_groups, self._named)
-        trained = self._trained()
-        moved = self._replaced or groups.signature(trained) != self._signature
-        planned = self.param_groups[: len(self.plan.structure)] if self._replaced else self.param_groups
-        problem = problem or find_problem(self.plan, trained, planned)
-        if problem is None and self._reduction is not None:
-            problem = self._reduction.find_problem()
         presences = self._running.agree(problem, moved, self._steps)
         if presences is None:
             self._adopt(self._new_plan(self.plan))
             presences = self._running.agree(None, False, self._steps)
         assert presences is not None
         return presences
-
-    def _compare_replicas(self) -> None:
-        """Once, when all that wraps and broadcasts a model has had its turn: before the first step of a parameter.
-
-        Then every `compare_every` steps, where partition groups compute the same updates each for itself.
-        """
-        every = self._compare_every or (COMPARE_EVERY if self.plan.partition_size < self.plan.world_size else 0)
-        if every and self._steps and self._steps % every == 0:
-            check_replicas(self._running.shards.parameters, self.plan, self._ranks, self._compared, began_alike=True)
-        self._steps += 1
-        if self._uncompared:
-            check_replicas(self._running.shards.parameters, self.plan, self._ranks, self._uncompared)
-            self._compared |= self._uncompared
-            self._uncompared = set()
 
     def _start_anew(self, bad: Sequence[int], presences: Sequence[Presence]) -> Sequence[Presence]:
         """Have units whose last update was not finite rest in this step, and start anew with their next gradient.
@@ -347,6 +336,14 @@ class KLShampoo(StateDicts):
             log.warning("%s: this step is skipped on all ranks; stats()['skipped_steps'] counts those to come", what)
 
     # -- gradients that only their owners have ------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim's. What was reduced to owners is forgotten with it, so that a step may be left out."""
+        super().zero_grad(set_to_none)
+        reduction = vars(self).get("_optimizer", self)._reduction  # of what a wrapper of Lightning's is around
+        if reduction is not None:
+            reduction.forget()
 
     def reduce_to_owners(self, ddp: DistributedDataParallel) -> None:
         """Have DDP reduce each gradient to its owner rank instead of to all of them; a third less to communicate.

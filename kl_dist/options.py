@@ -85,6 +85,12 @@ STRUCTURAL = (
 )
 """What the plan and the shapes of the state follow from, and so what must not change once they are made."""
 
+KEPT = (*DEFAULTS, "base_lr")
+"""What a group has of options: those, and the `lr` that it began with."""
+
+CHANGEABLE = tuple(key for key in KEPT if key not in STRUCTURAL)
+"""What schedulers, users and a saved state may change of these."""
+
 CAME_LATER = ("polar", "adjust_lr_fn", "compute_dtype", "matrix_lr", "final_beta1")
 """What a state saved earlier does not know: there the option stays as it is here, unless it BEGINS_WITH_A_RUN."""
 
@@ -206,7 +212,7 @@ def resolve(group: dict[str, Any]) -> None:
 
 def describe(group: Mapping[str, Any]) -> str:
     """A group's options in one line, to compare across ranks."""
-    values = {key: group[key] for key in (*DEFAULTS, "base_lr")}
+    values = {key: group[key] for key in KEPT}
     return ", ".join(f"{key}={number(x)!r}" if isinstance(x, Tensor) else f"{key}={x!r}" for key, x in values.items())
 
 

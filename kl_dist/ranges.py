@@ -118,7 +118,7 @@ def check_choice(group: Mapping[str, Any], key: str, known: tuple[str, ...]) -> 
 def _check_number(name: str, value: Any, least: float, below: float) -> None:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # the last of a tensor of several elements
         raise TypeError(f"{name} is a number, not {value!r}") from None
     if isinstance(value, (bool, str)):
         raise TypeError(f"{name} is a number, not {value!r}")

@@ -15,6 +15,7 @@ from kl_dist.checkpoint.local import Form, local_form
 from kl_dist.checkpoint.seals import SAVED, resealed
 from kl_dist.layouts import placement
 from kl_dist.layouts.reduction import Reduction
+from kl_dist.layouts.replicas import Comparisons
 from kl_dist.planning.partition import Partition
 from kl_dist.planning.plan import Plan
 from kl_dist.ranks import Ranks
@@ -44,7 +45,7 @@ class StateDicts(torch.optim.Optimizer):
     _steps: int
     _skipped: int
     _restarts: int
-    _compared: set[str]
+    _replicas: Comparisons
     _consolidated: dict[str, Any] | None = None
 
     def follow_groups(self) -> None:
@@ -204,6 +205,6 @@ class StateDicts(torch.optim.Optimizer):
         self.defaults = {key: self.defaults[key] for key in options.DEFAULTS}
         held = self.state
         self._ranks, self._engine, self._holdings, self._reduction = ranks, None, [], None
-        self._compared = set()
+        self._replicas = Comparisons()
         self._adopt(plan)
         shown.take_up(held, self._holdings, groups.by_name(self.param_groups))

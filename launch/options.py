@@ -140,6 +140,10 @@ class Options:
                     raise UsageError(f"{_flag(name)} means nothing to --optimizer {self.optimizer}; leave it out")
         if self.optimizer == "adamw" and self.adamw_lr is not None:
             raise UsageError("--adamw-lr is for what stands beside a matrix optimizer; with --optimizer adamw use --lr")
+        if self.optimizer in METHOD_OF and self.lr == 0:
+            raise UsageError("--lr 0 is too small: --adamw-lr is kept in proportion to it")
+        if "process_group" in self.optimizer_options:
+            raise UsageError("--set process_group: the job trains in the group of all its processes; leave it out")
         for name in self.optimizer_options:
             if name in {"method", *(option_field.name for option_field in fields(self))}:
                 flag = "--optimizer" if name == "method" else _flag(name)

@@ -276,6 +276,18 @@ def test_a_consolidated_state_dict_is_given_once():
         assert same_bits(state_of(other), LOADED)
 
 
+def test_a_state_that_was_consolidated_before_a_group_was_added_is_not_given():
+    """Its groups would be today's, and the state of before."""
+    optimizer = make()
+    optimizer.consolidate_state_dict()
+    optimizer.add_param_group({"params": [("late", torch.nn.Parameter(torch.ones(3, 2)))]})
+    assert not optimizer.is_consolidated
+    other = make(steps=0)
+    other.add_param_group({"params": [("late", torch.nn.Parameter(torch.ones(3, 2)))]})
+    other.load_state_dict(plain(optimizer))
+    assert same_bits(state_of(other), state_of(optimizer))
+
+
 @pytest.mark.parametrize("bucket_bytes", [64, 700])
 @pytest.mark.parametrize("form", FORMS)
 def test_what_lies_in_several_buckets_is_saved_as_one(form, bucket_bytes):

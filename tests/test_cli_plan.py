@@ -27,6 +27,10 @@ def reads_its_weights() -> nn.Module:
     return model
 
 
+def frozen() -> nn.Module:
+    return small().requires_grad_(False)
+
+
 def no_module() -> int:
     return 3
 
@@ -145,6 +149,7 @@ def test_a_layout_is_a_number_of_ranks_to_a_replica():
         ("--wrld 8", "--wrld is no option of plan; did you mean --world?"),
         ("gpt2 --bandwith=1e9", "did you mean --bandwidth?"),
         ("gpt2 --wor 8", "did you mean --world?"),
+        ("tests.test_cli_plan:frozen", "tests.test_cli_plan:frozen has no parameter that is trained"),
         ("gpt2 --qqqqq", "--qqqqq is no option of plan; there are --bandwidth, --bandwidth-within, --dtype,"),
     ],
 )

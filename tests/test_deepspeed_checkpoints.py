@@ -222,6 +222,31 @@ def test_halves_of_two_saves_are_refused_and_leave_the_run_as_it_was(worlds, nam
         )
 
 
+def with_another_rate(group, name: str, folder: str) -> list[Weights]:
+    """Of a run, and of one that was begun at twice the rate and has loaded its checkpoint; matrices have their own."""
+    stage, options = CASES[name]
+    found = []
+    with deepspeed_here(group) as deepspeed:
+        for lr in (1e-3, 2e-3):
+            own = {"lr": lr, "matrix_lr": 1e-1, "adamw_lr": 5e-3}
+            engine = engine_of(deepspeed, config(stage, ranks=group.size(), options=own, **options), one_group=True)
+            if not found:
+                train(engine, range(2))
+                engine.save_checkpoint(folder)
+            else:
+                engine.load_checkpoint(folder)
+            train(engine, range(2, 4))
+            found.append(weights_of(deepspeed, engine))
+            engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("name", ["stage 0", "stage 1"])
+def test_rates_in_proportion_to_lr_are_those_of_the_run_that_saved(worlds, name, tmp_path):
+    for expected, found in worlds[2].run(with_another_rate, 2, name, str(tmp_path), timeout=120):
+        assert same_bits(found, expected)
+
+
 def kept_out(group, name: str, folder: str) -> tuple[dict, dict]:
     """What the client gave to a save, and what a load gives back."""
     with deepspeed_here(group) as deepspeed:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -126,6 +127,29 @@ def other_lr(model, optimizer) -> Callable[[], None]:
     return set_in_group(optimizer, "lr", 0.5)
 
 
+def taken_away(model, optimizer, key: str) -> Callable[[], None]:
+    group = optimizer.param_groups[0]
+    before = dict(group)
+    del group[key]
+    return lambda: group.update(before)
+
+
+def no_tensor(model, optimizer) -> Callable[[], None]:
+    parameters = optimizer.param_groups[0]["params"]
+    parameters.append("odd.weight")
+    return lambda: parameters.remove("odd.weight")
+
+
+def state_replaced(model, optimizer) -> Callable[[], None]:
+    before = optimizer.state[model.odd.weight]
+    optimizer.state[model.odd.weight] = 5
+    return lambda: optimizer.state.update({model.odd.weight: before})
+
+
+def two_rates(model, optimizer) -> Callable[[], None]:
+    return set_in_group(optimizer, "lr", torch.tensor([0.1, 0.2]))
+
+
 def thaw_one(model, optimizer) -> Callable[[], None]:
     model.never.weight.requires_grad_(True)
     return lambda: model.never.weight.requires_grad_(False)
@@ -170,6 +194,11 @@ def fail_at_a_step(group, spoil: Callable, kind: type[Exception], complaint: str
         (structural_option, ValueError, r"method.* cannot be changed after"),
         (infinite_lr, ValueError, r"lr must be at least 0 and finite"),
         (other_lr, ValueError, r"differs between ranks: .*lr=0\.01.*, rank 1 has .*lr=0\.5"),
+        (two_rates, TypeError, r"lr is a number, not tensor"),
+        (partial(taken_away, key="eps"), ValueError, r"parameter group 0 has no option 'eps': change options"),
+        (partial(taken_away, key="base_lr"), ValueError, r"parameter group 0 has no option 'base_lr'"),
+        (partial(taken_away, key="param_names"), ValueError, r"parameters and 0 param_names"),
+        (no_tensor, TypeError, r"parameter group 0 has a str among its parameters"),
         (thaw_one, ValueError, r"differs between ranks: .*, rank 1 has .*'never.weight'"),
         (cast_one, ValueError, r"differs between ranks: .*'never.bias'.*float64.*, rank 1 has .*float32"),
         (resize_one, ValueError, r"'never.bias' had shape \(3,\) and now has \(4,\)"),

@@ -174,6 +174,31 @@ def test_a_gradient_that_is_not_the_hooks_is_refused_on_all_ranks(world, how):
     world.run(misuse, 2, how)
 
 
+def left_out(group, views: bool, by_model: bool, set_to_none: bool) -> Weights:
+    """A backward of which no step is made, and another after the gradients were cleared."""
+    run = Run(group, views=views)
+    for step in range(3):
+        run.backward(step + 50)
+        (run.model if by_model else run.optimizer).zero_grad(set_to_none)
+        run.ddp(samples(step).share(group.rank(), group.size())).backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none)
+    return weights_of(run.model)
+
+
+@pytest.mark.parametrize("views", [False, True])
+@pytest.mark.parametrize(("by_model", "set_to_none"), [(False, True), (False, False), (True, True)])
+def test_a_step_may_be_left_out_once_gradients_are_cleared(world, views, by_model, set_to_none):
+    model = zoo(hidden=140)
+    optimizer = KLShampoo(zoo_groups(model), lr=1e-2)
+    for step in range(3):
+        model.zero_grad(set_to_none)
+        model(samples(step)).backward()
+        optimizer.step()
+    for weights in world.run(left_out, 2, views, by_model, set_to_none):
+        assert deviation(weights, weights_of(model)) <= 1e-9
+
+
 def accumulate(group, right: bool) -> Weights:
     """Two backwards for every step."""
     run = Run(group)

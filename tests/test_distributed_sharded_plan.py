@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from benchmarks.memory import PeakMemory
-from kl_dist import KLShampoo, plan
+from kl_dist import KLShampoo, clip_grad_norm_, plan
 from kl_dist.layouts import placement
 from kl_dist.planning.traffic import Bytes
 from kl_dist.ranks import Ranks
@@ -215,6 +215,52 @@ def test_partial_sums_are_added_up_before_the_step(world):
     """As torch leaves the gradients of norms under sequence parallelism."""
     (expected, *_), (found, *_) = (world.run(with_gradients_as, 4, one) for one in (Shard(0), Partial()))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def summed_with(group, trouble: str | None, ranks_in_it: int) -> tuple[list[torch.Tensor], list[float]]:
+    """Gradients that are partial sums, of which ranks once have none, or something else to complain of."""
+    mesh = mesh_of(group, (group.size(),), ("shard",))
+    values = {"whole": (6, 4), "cut": (8, 6), "vector": (5,)}
+    lies = {"whole": Replicate(), "cut": Shard(0), "vector": Replicate()}
+    named = {
+        name: nn.Parameter(distribute_tensor(torch.ones(shape, dtype=torch.float64), mesh, [lies[name]]))
+        for name, shape in values.items()
+    }
+    optimizer = KLShampoo(named.items(), lr=1e-2, process_group=group)
+    generator, norms = torch.Generator().manual_seed(0), []
+    for step in range(4):
+        for name, parameter in named.items():
+            value = torch.randn(values[name], dtype=torch.float64, generator=generator)
+            parameter.grad = DTensor.from_local(value / group.size(), mesh, [Partial()])
+        odd = group.rank() < ranks_in_it
+        if step == 2 and trouble == "none" and odd:
+            named["whole"].grad = named["cut"].grad = named["vector"].grad = None
+        if trouble is None or trouble == "none":
+            norms.append(float(clip_grad_norm_(optimizer, 1e6)))
+        if step == 2 and trouble == "option":
+            optimizer.param_groups[0]["lr"] = "fast" if odd else 1e-2
+            with raising(TypeError, "lr is a number"):
+                optimizer.step()
+            optimizer.param_groups[0]["lr"] = 1e-2
+        if step == 2 and trouble == "placements":
+            right = named["whole"].grad
+            if odd:
+                named["whole"].grad = DTensor.from_local(torch.ones(6, 4, dtype=torch.float64), mesh, [Replicate()])
+            with raising(ValueError, "the gradient of 'whole' has the placements"):
+                optimizer.step()
+            named["whole"].grad = right
+        optimizer.step()
+    return [parameter.detach().full_tensor() for parameter in named.values()], norms
+
+
+@pytest.mark.parametrize("trouble", ["option", "placements", "none"])
+def test_partial_sums_wait_for_no_rank_that_has_none_or_an_error(world, trouble):
+    """A rank without the gradient would not come to the collective that adds it up: then all do without."""
+    everywhere = trouble == "none"
+    expected, norms = world.run(summed_with, 3, "none" if everywhere else None, 3)[0]
+    for found, norms_found in world.run(summed_with, 3, trouble, 1, timeout=60):
+        assert norms_found == (norms if everywhere else [])
+        assert all(map(torch.equal, found, expected))
 
 
 # -- who holds what ----------------------------------------------------------------------------------------------------

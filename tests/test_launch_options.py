@@ -35,6 +35,8 @@ def test_a_learning_rate_that_is_given_replaces_the_optimizers_own(optimizer: st
         ("--steps 0", "--steps 0 is too small; the least is 1"),
         ("--precondition-frequency 0", "--precondition-frequency 0 is too small; the least is 1"),
         ("--lr -1", "--lr -1.0 is not a finite number of 0 or more"),
+        ("--lr 0", "--lr 0 is too small: --adamw-lr is kept in proportion to it"),
+        ("--set process_group=1", "--set process_group: the job trains in the group of all its processes"),
         ("--lr .inf", "--lr inf is not a finite number of 0 or more"),
         ("--lr", "argument --lr: expected one argument"),
         ("--width 130", "--width 130 does not divide into --heads 4"),

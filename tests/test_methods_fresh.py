@@ -197,6 +197,18 @@ def spiked(kind: str, shape: tuple[int, ...], at: int, steps: int = 200) -> Tens
     return grads
 
 
+@pytest.mark.parametrize("method", FRESH)
+def test_the_largest_gradients_are_followed_after_the_longest_silence(method):
+    """In float32 the share of them that is let through at first is less than its smallest number."""
+    noise = torch.randn(240, 8, 8, generator=torch.Generator().manual_seed(0))
+    silence = torch.zeros(1500, 8, 8)
+    expected, found = (
+        update_sizes(train(grads, method=method, **UNIT_LR))[-20:].median()
+        for grads in (noise, torch.cat([noise[:1], silence, 1e10 * noise]))
+    )
+    assert 0.8 < found / expected < 1.25
+
+
 @product(
     **{
         "method": FRESH,

@@ -72,7 +72,7 @@ def check_groups(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[st
                     f"parameter group {index} was saved with parameter {theirs!r} where {mine!r} is here: give"
                     f" KLShampoo the same parameters in the same order; {REMEDY}"
                 )
-        for key in (*options.DEFAULTS, "base_lr"):
+        for key in options.KEPT:
             if key not in other and key not in options.CAME_LATER:
                 raise ValueError(f"the saved parameter group {index} lacks the option {key!r}")
             if key in options.STRUCTURAL and _structure(other, key) != _structure(group, key):

@@ -86,6 +86,11 @@ def take_up(state: Mapping[Tensor, Any], held: Sequence[Holding], by_name: Mappi
     found: list[tuple[Holding, Tensor | None]] = []
     for name, entries in _by_parameter(held):
         given = state.get(by_name[name]) or {}
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"the state of parameter {name!r} was replaced by {given!r}: put back the dict that was there, or clear"
+                " it to start the state anew"
+            )
         for holding in entries:
             tensor = given.get(holding.entry.key)
             wanted = holding.value

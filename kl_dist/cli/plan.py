@@ -135,6 +135,8 @@ def run(
 ) -> None:
     """Print the tables, and draw the picture where it is asked for."""
     plan = question.plan()
+    if not any(unit.numel for unit in plan.units):
+        raise ValueError(f"{question.model.name} has no parameter that is trained")
     on = chosen_machine(machine_name, question, plan, rates)
     today = forecast.forecast(plan, question.group, on, question.ranks_per_node)
     helps = advice.advise(

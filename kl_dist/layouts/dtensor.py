@@ -111,4 +111,9 @@ def local_gradient(parameter: Any, gradient: Any) -> Tensor:
     return local.wait() if hasattr(local, "wait") else local
 
 
-LAYOUT = Layout(local_sharding, local_shard, local_gradient, sharding)
+def place_of_gradient(parameter: Any, gradient: Any) -> str:
+    """The gradient's placements, where they are not its parameter's."""
+    return "" if gradient.placements == parameter.placements else str(gradient.placements)
+
+
+LAYOUT = Layout(local_sharding, local_shard, local_gradient, sharding, place_of_gradient)

@@ -1,4 +1,4 @@
-"""A layout: how parameters of one kind lie over the ranks, as three functions (docs/adding-a-layout.md)."""
+"""A layout: how parameters of one kind lie over the ranks, as a few functions (docs/adding-a-layout.md)."""
 
 from __future__ import annotations
 
@@ -36,4 +36,10 @@ class Layout(NamedTuple):
 
     Where any rank cannot, all tell each other what `local_sharding` gives; that takes the longer the more ranks there
     are. What ranks have found by themselves is compared all the same. Raises as `local_sharding`.
+    """
+    place_of_gradient: Callable[[Any, Any], str] | None = None
+    """(parameter, its gradient) -> how the gradient lies, "" for as its parameter does; None: it always does.
+
+    Where it lies otherwise `local_gradient` may be a collective of the parameter's ranks, which all of them begin in
+    one order, and only where all have such a gradient: [Note: redistribution] in kl_dist/step/redistribution.py.
     """

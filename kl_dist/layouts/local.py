@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kl_dist.layouts.placement import local_gradient, local_shard
+from kl_dist.layouts.placement import layout_of, local_gradient, local_shard, place_of_gradient
 from kl_dist.planning.boxes import Piece
 
 
@@ -35,11 +35,22 @@ class LocalShards:
         self._views: dict[tuple[int, int], Tensor] = {}  # of this step's gradients
         self._shards: list[Tensor] = []
         self._targets: dict[tuple[int, int], Tensor] = {}  # views of the shards
+        self.may_redistribute = any(layout_of(parameter).place_of_gradient for parameter in parameters)
 
-    def look(self) -> None:
-        """Take this step's gradients and weights into view; until `forget`, `gradient` and `apply` are of these."""
+    def places(self) -> list[str | None]:
+        """How the parameters' gradients lie: "" as the parameter does, None without one."""
+        return [place_of_gradient(parameter) for parameter in self.parameters]
+
+    def look(self, without: Collection[int] = ()) -> None:
+        """Take this step's gradients and weights into view; until `forget`, `gradient` and `apply` are of these.
+
+        A collective where gradients lie otherwise than their parameters, but for those of the parameters `without`,
+        which are taken for missing.
+        """
         self._views = {}  # of a step that raised before it could forget them
-        self._gradients = [local_gradient(parameter) for parameter in self.parameters]
+        self._gradients = [
+            None if number in without else local_gradient(parameter) for number, parameter in enumerate(self.parameters)
+        ]
         shards = [local_shard(parameter) for parameter in self.parameters]
         if not all(map(_same_memory, shards, self._shards)) or len(shards) != len(self._shards):
             self._targets = {}

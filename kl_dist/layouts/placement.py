@@ -56,6 +56,15 @@ def local_gradient(parameter: Any) -> Tensor | None:
     return layout_of(parameter).local_gradient(parameter, gradient)
 
 
+def place_of_gradient(parameter: Any) -> str | None:
+    """How the gradient of a parameter lies: "" as the parameter does, None without one or where it is frozen."""
+    gradient = parameter.grad
+    if gradient is None or not parameter.requires_grad:
+        return None
+    place = layout_of(parameter).place_of_gradient
+    return "" if place is None else place(parameter, gradient)
+
+
 def device_of(trained: Sequence[tuple[str, Tensor, int]], otherwise: torch.device) -> torch.device:
     """Where the parameters of this rank are; `otherwise` where there are none.
 

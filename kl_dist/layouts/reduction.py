@@ -56,6 +56,7 @@ class Reduction:
             if parameter.requires_grad and parameter not in self._pieces:
                 raise ValueError(f"parameter {name!r} is trained but not by KLShampoo, so its gradient has no owner")
         ddp.register_comm_hook(None, lambda _, bucket: self.hook(bucket))
+        ddp.register_forward_pre_hook(lambda *_: self._forget_freed())  # model.zero_grad() tells the optimizer nothing
 
     def hook(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Send every piece of one bucket to its owner; the bucket then has the mean in the pieces this rank owns."""
@@ -85,7 +86,8 @@ class Reduction:
             if parameter in self._made and self._made[parameter][0] is parameter.grad:
                 raise RuntimeError(
                     f"the gradient of {self._names[parameter]!r} was reduced to its owner already, and more cannot be"
-                    " added to it: accumulate gradients under no_sync(), and call zero_grad() after a step left out"
+                    " added to it: accumulate gradients under no_sync(), and call the optimizer's zero_grad() after a"
+                    " step left out"
                 )
         if not self._remembering:
             self._remembering = True
@@ -103,24 +105,27 @@ class Reduction:
         self._made = {parameter: (grad, grad._version) for parameter, grad in found if grad is not None}
 
     def forget(self) -> None:
-        """The step has used them."""
+        """The step has used them, or zero_grad() put zeros in their place."""
         self._made = {}
 
-    def find_problem(self) -> Exception | None:
-        """What is wrong where a gradient was written to, or put there, by anything else."""
+    def _forget_freed(self) -> None:
+        """With `gradient_as_bucket_view` DDP puts the same tensor back, and nothing would tell after the backward."""
+        self._made = {parameter: made for parameter, made in self._made.items() if parameter.grad is not None}
+
+    def check(self) -> None:
+        """Raises RuntimeError where a gradient was written to, or put there, by anything else."""
         for parameter, name in self._names.items():
             grad = parameter.grad
             if grad is None:
                 continue
             if parameter not in self._made or self._made[parameter][0] is not grad:
-                return RuntimeError(
+                raise RuntimeError(
                     f"the gradient of {name!r} was not reduced to its owner: the last backward must go through"
                     " DistributedDataParallel, outside of no_sync(), once for every step"
                 )
             if grad._version != self._made[parameter][1]:
-                return RuntimeError(
+                raise RuntimeError(
                     f"the gradient of {name!r} was changed after it was reduced to its owner, by something that took it"
                     " for the gradient of all ranks (torch.nn.utils.clip_grad_norm_ or GradScaler.unscale_, say): clip"
                     " with kl_dist.clip_grad_norm_(optimizer, max_norm), or train without reduce_to_owners"
                 )
-        return None

@@ -16,8 +16,35 @@ from kl_dist.planning.plan import Plan
 from kl_dist.ranks import Ranks
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+COMPARE_EVERY = 100  # steps, where nobody says and there are several partition groups
 NOTHING = torch.iinfo(torch.int64).min
 NO_MEMORY = torch.iinfo(torch.int64).max
+
+
+class Comparisons:
+    """Which parameters' replicas were compared already, and when they are again."""
+
+    def __init__(self) -> None:
+        self._alike: set[str] = set()
+        self._plan: Plan | None = None
+
+    def before_step(
+        self, parameters: Sequence[Tensor], plan: Plan, ranks: Ranks, steps: int, every: int | None
+    ) -> None:
+        """Once, when all that wraps and broadcasts a model has had its turn: before the first step of a parameter.
+
+        Then every `every` steps, where partition groups compute the same updates each for itself. Raises as
+        `check_replicas`.
+        """
+        every = every or (COMPARE_EVERY if plan.partition_size < plan.world_size else 0)
+        if every and steps and steps % every == 0:
+            check_replicas(parameters, plan, ranks, self._alike, began_alike=True)
+        if plan is self._plan:
+            return
+        new = {parameter.name for parameter in plan.parameters} - self._alike
+        check_replicas(parameters, plan, ranks, new)
+        self._alike |= new
+        self._plan = plan
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -158,7 +158,8 @@ def share_of_spike(scale: Tensor, mean_squares: Tensor, step: Tensor, beta: floa
     if scale.device.type == "cpu" and not bool((mean_squares > scale * limit).any()):
         return None
     smallest = smallest_scale(scale.dtype) ** 2
-    return (scale.clamp_min(smallest) * limit / mean_squares.clamp_min(smallest)).clamp_max_(1.0)
+    share = scale.clamp_min(smallest) * limit / mean_squares.clamp_min(smallest)
+    return share.clamp_(torch.finfo(share.dtype).tiny, 1.0)  # a share of 0 would let nothing through for ever
 
 
 def scale_without_spikes_(x: Tensor, scale: Tensor, step: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor | None]:

@@ -51,45 +51,50 @@ class Trouble(IntEnum):
     """The last number of the agreement."""
 
     NONE = 0
-    REPLAN = 1  # a parameter was frozen, unfrozen, moved or cast on some rank
-    ERROR = 2
+    REDISTRIBUTE = 1  # a gradient lies otherwise than its parameter, which was not known: [Note: redistribution]
+    REPLAN = 2  # a parameter was frozen, unfrozen, moved or cast on some rank
+    ERROR = 3
 
 
-def find_problem(
-    plan: Plan, planned: Sequence[tuple[str, Tensor, int]], groups: Sequence[Mapping[str, Any]]
-) -> Exception | None:
-    """What is wrong on this rank before a step, if anything, seen without touching the device.
+def check_step(plan: Plan, planned: Sequence[tuple[str, Tensor, int]], groups: Sequence[Mapping[str, Any]]) -> None:
+    """What is wrong on this rank before a step is raised, seen without touching the device.
 
     Args:
         plan: made for the parameters and options as they were.
         planned: (name, parameter, group) as they are now.
         groups: the parameter groups as they are now.
+
+    Raises:
+        ValueError, TypeError: an option, a parameter or a gradient is not what it may be.
     """
-    try:
-        if len(groups) != len(plan.structure):
+    if len(groups) != len(plan.structure):
+        raise ValueError(
+            f"param_groups has {len(groups)} groups, and {len(plan.structure)} are planned for: add one with"
+            " add_param_group, or call follow_groups() on all ranks"
+        )
+    for number, group in enumerate(groups):
+        gone = [key for key in options.KEPT if key not in group]
+        if gone:
             raise ValueError(
-                f"param_groups has {len(groups)} groups, and {len(plan.structure)} are planned for: add one with"
-                " add_param_group, or call follow_groups() on all ranks"
+                f"parameter group {number} has no option {gone[0]!r}: change options in the group that is there, or"
+                " make groups by add_param_group, which fills them in"
             )
-        if structure(groups) != plan.structure:
+    if structure(groups) != plan.structure:
+        raise ValueError(
+            f"the options {', '.join(options.STRUCTURAL)} shape the state and cannot be changed after"
+            " construction: construct a new KLShampoo"
+        )
+    for group in groups:
+        ranges.check_numbers(group)
+    shapes = {parameter.name: parameter.shape for parameter in plan.parameters}
+    for name, parameter, _ in planned:
+        if tuple(parameter.shape) != shapes.get(name, tuple(parameter.shape)):
             raise ValueError(
-                f"the options {', '.join(options.STRUCTURAL)} shape the state and cannot be changed after"
-                " construction: construct a new KLShampoo"
+                f"parameter {name!r} had shape {shapes[name]} and now has {tuple(parameter.shape)}:"
+                " construct a new KLShampoo"
             )
-        for group in groups:
-            ranges.check_numbers(group)
-        shapes = {parameter.name: parameter.shape for parameter in plan.parameters}
-        for name, parameter, _ in planned:
-            if tuple(parameter.shape) != shapes.get(name, tuple(parameter.shape)):
-                raise ValueError(
-                    f"parameter {name!r} had shape {shapes[name]} and now has {tuple(parameter.shape)}:"
-                    " construct a new KLShampoo"
-                )
-            if parameter.grad is not None:
-                _check_gradient(name, parameter.grad)
-    except (ValueError, TypeError) as problem:
-        return problem
-    return None
+        if parameter.grad is not None:
+            _check_gradient(name, parameter.grad)
 
 
 def _check_gradient(name: str, grad: Tensor) -> None:

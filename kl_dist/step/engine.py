@@ -35,6 +35,7 @@ from kl_dist.planning.units import Unit
 from kl_dist.ranks import Exchange, Ranks
 from kl_dist.step.agreement import Presence, Sight, Trouble, agreed, bounds_of, describe_gradients
 from kl_dist.step.clock import Clock
+from kl_dist.step.redistribution import Redistribution
 from kl_dist.step.stacks import Gradients, Stack, Updates, build_stacks
 from kl_dist.step.trips import Room, Trips, make_rooms
 
@@ -69,10 +70,12 @@ class Engine:
         self.refreshes = 0
         self.clock = Clock()
         self.idle_steps = 0  # in a row, without any gradient
+        self.redistribution = Redistribution(self.shards, [p.name for p in plan.parameters], ranks)
         self.updates: list[Updates] = []  # of the last step
         if previous is not None:
             self.failure, self.idle_steps = previous.failure, previous.idle_steps
             self.refreshes, self.clock = previous.refreshes, previous.clock
+            self.redistribution.expected = previous.redistribution.expected
 
     def agree(self, problem: Exception | None, moved: bool, steps: int) -> list[Presence] | None:
         """What all ranks know of this step before it changes anything: see [Note: agreement].
@@ -91,18 +94,22 @@ class Engine:
         """
         with record_function("kl_shampoo::agree"):
             told = torch.zeros(self.plan.agreement_size, dtype=torch.float32, device=self.device)
-            if problem is None and not moved:
-                try:
-                    self.shards.look()
+            trouble = Trouble.REPLAN if moved else Trouble.NONE
+            options: tuple[str, ...] = ()
+            try:
+                unknown = self.redistribution.look(problem is not None or moved)
+                if problem is None and not moved:
+                    trouble = Trouble.REDISTRIBUTE if unknown else Trouble.NONE
                     describe_gradients(self._seen, self._gradients(), self._bounds, told)
                     self._say_who_waits(told)
                     self._say_what_is_damaged(told)
-                except Exception as error:
-                    problem = error
-            options = tuple(map(describe, self.groups))
+                if problem is None:
+                    options = tuple(map(describe, self.groups))
+            except Exception as error:
+                problem = problem or error
             together = "\n".join((str(steps), *options))
             fingerprint = zlib.crc32(together.encode()) % 2**24  # a whole number that float32 holds
-            trouble = Trouble.ERROR if problem is not None else Trouble.REPLAN if moved else Trouble.NONE
+            trouble = trouble if problem is None else Trouble.ERROR
             told[-3:].copy_(torch.tensor([fingerprint, -fingerprint, trouble]), non_blocking=True)
             *values, largest, smallest, trouble_anywhere = self.ranks.largest(told)
         if trouble_anywhere == Trouble.ERROR:
@@ -114,6 +121,9 @@ class Engine:
                 "what the optimizer has loaded (have all ranks load what was saved at one time): it",
             )
             self.ranks.check_same(together, lambda: options, "the options of a parameter group")
+        if trouble_anywhere == Trouble.REDISTRIBUTE:
+            self.redistribution.expected = True
+            return self.agree(problem, moved, steps)
         return None if trouble_anywhere == Trouble.REPLAN else agreed(self.plan, values)
 
     def run(self, presences: Sequence[Presence]) -> None:
@@ -158,7 +168,7 @@ class Engine:
 
     def gradient_norm(self) -> Tensor:
         """|G| over all parameters and ranks (0-D, float64), each element counted once; a collective."""
-        self.shards.look()
+        self.redistribution.look_together()
         mine = [
             gradient
             for sight, gradient in zip(self._seen, self._gradients(), strict=True)

@@ -1,1 +1,2 @@
-"""One step: `agreement` comes first, `engine` runs the plan, `stacks` compute, `trips` carry; `clock`, `stats` tell."""
+"""One step: `agreement` comes first, with `redistribution` of gradients that lie elsewhere; `engine` runs the plan,
+`stacks` compute, `trips` carry; `clock`, `stats` tell."""

@@ -63,9 +63,9 @@ class Redistribution:
             self.look()
 
     def _left_out(self, in_trouble: bool) -> set[int]:
-        """The parameters whose gradients cannot be brought to them now; a collective.
+        """The parameters whose gradients cannot be brought to them now, as some ranks lack theirs; a collective.
 
-        Those of which some ranks lack the gradient; and all, where a rank is in trouble.
+        A rank in trouble says that it has none.
         """
         places: list[str | None] = [None] * len(self.names)
         problem: Exception | None = None
@@ -74,23 +74,22 @@ class Redistribution:
         except Exception as error:  # raised once the others do not wait for what this rank has to say
             problem = error
         codes = [code(place) for place in places]
-        trouble = in_trouble or problem is not None
-        told = torch.tensor([*codes, *(-x for x in codes), trouble], dtype=torch.float32, device=self.ranks.device)
-        *said, trouble_anywhere = self.ranks.largest(told)
+        told = torch.tensor([*codes, *(-x for x in codes)], dtype=torch.float32, device=self.ranks.device)
+        said = self.ranks.largest(told)
         if problem is not None:
             raise problem
-        largest, smallest = said[: len(codes)], [-x for x in said[len(codes) :]]
-        elsewhere = {number for number, most in enumerate(largest) if most >= ELSEWHERE}
-        if trouble_anywhere:
-            return elsewhere
-        for number in elsewhere:
-            if smallest[number] not in (largest[number], NO_GRADIENT):
+        without = set()
+        for number, (most, least) in enumerate(zip(said[: len(codes)], said[len(codes) :], strict=True)):
+            if most < ELSEWHERE or most == -least:
+                continue
+            if -least != NO_GRADIENT:
                 raise ValueError(
                     f"the gradient of {self.names[number]!r} has the placements"
                     f" {places[number] or 'of its parameter'} on this rank, and others on another: the backward was not"
                     " the same on all ranks"
                 )
-        return {number for number in elsewhere if smallest[number] == NO_GRADIENT}
+            without.add(number)
+        return without
 
 
 def code(place: str | None) -> int:

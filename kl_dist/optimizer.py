@@ -281,22 +281,23 @@ class KLShampoo(StateDicts):
         with a parameter's name: see kl_dist.groups.follow.
         """
         with self._ranks.together():
-            moved = self._follow()
+            _, moved = self._follow()
         if self._ranks.any(moved):
             self._adopt(self._new_plan(self.plan))
 
-    def _follow(self) -> bool:
-        """Name what stands in the groups now; whether it is anything else than the plan is made for."""
+    def _follow(self) -> tuple[list[groups.Trained], bool]:
+        """What stands in the groups now, named, and whether it is anything else than the plan is made for."""
         self._named = groups.follow(self.param_groups, self._named)
-        return self._replaced or groups.signature(self._trained()) != self._signature
+        trained = self._trained()
+        return trained, self._replaced or groups.signature(trained) != self._signature
 
     def _agree(self) -> Sequence[Presence]:
         problem, moved = self._running.failure, False
         try:
             self.state = shown.settled(self.state, self._holdings, self._named)
-            moved = self._follow()
+            trained, moved = self._follow()
             planned = self.param_groups[: len(self.plan.structure)] if self._replaced else self.param_groups
-            check_step(self.plan, self._trained(), planned)
+            check_step(self.plan, trained, planned)
             if self._reduction is not None:
                 self._reduction.check()
         except Exception as error:  # of any kind: the other ranks wait in the agreement

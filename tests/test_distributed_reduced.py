@@ -102,6 +102,18 @@ def test_gradients_within_the_norm_stay_as_they_are():
     assert same_bits({name: dict(model.named_parameters())[name].grad for name in before}, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_norm_of_narrow_gradients_is_not_narrow(dtype):
+    """In float16 one beyond 65,504 would be infinite, and all gradients zeros then."""
+    values = {"large": torch.full((1000, 1000), 100.0), "small": torch.ones(8, 8)}
+    named = {name: torch.nn.Parameter(torch.zeros_like(x, dtype=dtype)) for name, x in values.items()}
+    for name, parameter in named.items():
+        parameter.grad = values[name].to(dtype)
+    norm = clip_grad_norm_(KLShampoo(named.items()), 1000.0)
+    assert float(norm) == pytest.approx((1e10 + 64) ** 0.5, rel=1e-3)  # float32 sums, up to a million elements
+    assert torch.allclose(named["large"].grad.float(), torch.ones(()), rtol=1e-2)
+
+
 def count_bytes(group) -> tuple[Counter, int, int]:
     """What this rank sends in one backward and step, the parameters' bytes, and the padding of all ranks."""
     run = Run(group, torch.float32)

@@ -28,6 +28,7 @@ from torch.profiler import record_function
 
 from kl_dist.layouts.local import LocalShards
 from kl_dist.methods import ELEMENTWISE, products, rule
+from kl_dist.methods.state import state_dtype
 from kl_dist.options import describe, number
 from kl_dist.planning.plan import Plan
 from kl_dist.planning.traffic import LEGS_AT_A_TIME
@@ -177,8 +178,10 @@ class Engine:
         ]
         self.shards.forget()
         square = torch.zeros((), dtype=torch.float64, device=self.device)
-        if mine:
-            square += torch.stack([norm.double() for norm in torch._foreach_norm(mine)]).square().sum().to(self.device)
+        for dtype in dict.fromkeys(gradient.dtype for gradient in mine):
+            alike = [gradient for gradient in mine if gradient.dtype == dtype]
+            norms = torch._foreach_norm(alike, 2, dtype=state_dtype(dtype))  # float16's would end at 65,504
+            square += torch.stack(norms).double().square().sum().to(self.device)
         return self.ranks.total(square).sqrt()
 
     def _counts(self, unit: Unit) -> bool:

@@ -43,6 +43,8 @@ over_batch() {
     if [ "$batch" -gt 8192 ]; then
         compare --run "--optimizer kl_muon --lr 1e-1" --run "--optimizer kl_shampoo --lr 1.5e-2 --set polar=0"
         compare --run "--optimizer kl_soap --set polar=0" --run "--optimizer soap --set polar=0" --grid lr=3.3e-2
+        compare --seeds 0 1 2 --run "--optimizer kl_shampoo" --run "--optimizer kl_soap" --run "--optimizer soap" --grid lr=3.3e-2
+        compare --run "--optimizer kl_shampoo --lr 5e-2"
         return 0
     fi
     compare --run "--optimizer soap" --run "--optimizer kl_soap" --grid lr=3.3e-2
@@ -84,13 +86,14 @@ over_length() {
 }
 
 over_a_long_run() {
-    compare --seeds 0 1 2 --run "--optimizer kl_shampoo" --grid lr=1e-2,1.5e-2
+    compare --seeds 0 1 2 --run "--optimizer kl_shampoo" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --seeds 0 1 2 --run "--optimizer kl_muon" --grid lr=1e-2,1.5e-2
-    compare --seeds 0 1 2 --run "--optimizer adamw" --grid lr=2e-3,4e-3
+    compare --seeds 0 1 2 --run "--optimizer adamw" --grid lr=2e-3,4e-3,8e-3
     compare --seeds 0 1 2 --run "--optimizer muon" --grid lr=1.5e-2,2.2e-2
     compare --seeds 0 1 2 --run "--optimizer kl_soap" --run "--optimizer soap" --run "--optimizer kl_shampoo --set polar=3" --grid lr=1e-2,1.5e-2
-    compare --run "--optimizer adamw" --grid lr=1e-3,8e-3
-    compare --run "--optimizer muon --lr 1e-2" --run "--optimizer kl_shampoo --lr 2.2e-2" --run "--optimizer kl_shampoo --set polar=3 --lr 2.2e-2" \
+    compare --run "--optimizer adamw" --grid lr=1e-3,1.6e-2
+    compare --run "--optimizer muon" --grid lr=1e-2,3.3e-2
+    compare --run "--optimizer kl_shampoo --lr 3.3e-2" --run "--optimizer kl_shampoo --set polar=3 --lr 2.2e-2" \
         --run "--optimizer kl_soap --lr 6e-3" --run "--optimizer soap --lr 6e-3"
     compare --run "--optimizer kl_shampoo --set polar=0" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_soap --set polar=0" --grid lr=6e-3,1e-2,1.5e-2

@@ -92,7 +92,8 @@ over_a_long_run() {
     compare --seeds 0 1 2 --run "--optimizer muon" --grid lr=1.5e-2,2.2e-2
     compare --seeds 0 1 2 --run "--optimizer kl_soap" --run "--optimizer soap" --run "--optimizer kl_shampoo --set polar=3" --grid lr=1e-2,1.5e-2
     compare --run "--optimizer adamw" --grid lr=1e-3,1.6e-2
-    compare --run "--optimizer muon" --grid lr=1e-2,3.3e-2
+    compare --seeds 1 2 --run "--optimizer muon --lr 3.3e-2"
+    compare --run "--optimizer muon" --grid lr=1e-2,3.3e-2,5e-2
     compare --run "--optimizer kl_shampoo --lr 3.3e-2" --run "--optimizer kl_shampoo --set polar=3 --lr 2.2e-2" \
         --run "--optimizer kl_soap --lr 6e-3" --run "--optimizer soap --lr 6e-3"
     compare --run "--optimizer kl_shampoo --set polar=0" --grid lr=1e-2,1.5e-2,2.2e-2

@@ -73,9 +73,9 @@ over_length() {
     compare --seeds 0 1 2 --run "--optimizer muon --lr 2.2e-2" --run "--optimizer adamw --lr 4e-3" --run "--optimizer adamw --lr 8e-3"
     compare --run "--optimizer kl_shampoo --set final_beta1=0 polar=0 --lr 6e-3"
     compare --run "--optimizer kl_shampoo --set $half" --grid lr=6e-3,1e-2,1.5e-2
-    compare --run "--optimizer kl_muon" --grid lr=1e-2,3.3e-2
+    compare --run "--optimizer kl_muon" --grid lr=1e-2,3.3e-2,5e-2,7e-2
     compare --run "--optimizer kl_muon --set final_beta1=0.99" --grid lr=1.5e-2,2.2e-2
-    compare --run "--optimizer muon" --grid lr=1.5e-2,3.3e-2
+    compare --run "--optimizer muon" --grid lr=1.5e-2,3.3e-2,5e-2
     compare --run "--optimizer adamw" --grid lr=1e-3,2e-3,1.6e-2
     compare --run "--optimizer soap --set polar=0" --run "--optimizer kl_soap --set polar=0" --grid lr=1e-2,1.5e-2
     compare --run "--optimizer kl_shampoo --set $half polar=3" --grid lr=1e-2,1.5e-2
@@ -92,9 +92,12 @@ over_a_long_run() {
     compare --seeds 0 1 2 --run "--optimizer muon" --grid lr=1.5e-2,2.2e-2
     compare --seeds 0 1 2 --run "--optimizer kl_soap" --run "--optimizer soap" --run "--optimizer kl_shampoo --set polar=3" --grid lr=1e-2,1.5e-2
     compare --run "--optimizer adamw" --grid lr=1e-3,1.6e-2
+    compare --seeds 0 1 2 --run "--optimizer muon" --run "--optimizer kl_muon" --grid lr=5e-2
     compare --seeds 1 2 --run "--optimizer muon --lr 3.3e-2"
-    compare --run "--optimizer muon" --grid lr=1e-2,3.3e-2,5e-2
-    compare --run "--optimizer kl_shampoo --lr 3.3e-2" --run "--optimizer kl_shampoo --set polar=3 --lr 2.2e-2" \
+    compare --run "--optimizer muon" --grid lr=1e-2,3.3e-2,7e-2,1e-1
+    compare --run "--optimizer kl_muon" --grid lr=3.3e-2,7e-2
+    compare --run "--optimizer kl_shampoo" --grid lr=3.3e-2,5e-2
+    compare --run "--optimizer kl_shampoo --set polar=3 --lr 2.2e-2" \
         --run "--optimizer kl_soap --lr 6e-3" --run "--optimizer soap --lr 6e-3"
     compare --run "--optimizer kl_shampoo --set polar=0" --grid lr=1e-2,1.5e-2,2.2e-2
     compare --run "--optimizer kl_shampoo --set $half" --run "--optimizer kl_soap --set polar=0" --grid lr=6e-3,1e-2,1.5e-2

@@ -140,12 +140,6 @@ def no_tensor(model, optimizer) -> Callable[[], None]:
     return lambda: parameters.remove("odd.weight")
 
 
-def state_replaced(model, optimizer) -> Callable[[], None]:
-    before = optimizer.state[model.odd.weight]
-    optimizer.state[model.odd.weight] = 5
-    return lambda: optimizer.state.update({model.odd.weight: before})
-
-
 def two_rates(model, optimizer) -> Callable[[], None]:
     return set_in_group(optimizer, "lr", torch.tensor([0.1, 0.2]))
 
@@ -206,6 +200,26 @@ def fail_at_a_step(group, spoil: Callable, kind: type[Exception], complaint: str
 )
 def test_what_is_wrong_on_one_rank_fails_the_step_on_all(world, spoil, kind, complaint):
     world.run(fail_at_a_step, WORLD, spoil, kind, complaint)
+
+
+def state_that_is_no_dict(group) -> None:
+    model = zoo()
+    optimizer = KLShampoo(zoo_groups(model), process_group=group, lr=1e-2)
+    backward(model, samples(0))
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = optimizer.state[model.odd.weight]
+    if group.rank() == ODD:
+        optimizer.state[model.odd.weight] = 5
+    with raising(ValueError, "the state of parameter 'odd.weight' was replaced by 5: put back the dict"):
+        optimizer.step()
+    assert same_bits({name: p.detach() for name, p in model.named_parameters()}, weights)
+    optimizer.state[model.odd.weight] = before
+    optimizer.step()
+    assert not torch.equal(model.odd.weight, weights["odd.weight"])
+
+
+def test_state_that_is_no_dict_on_one_rank_fails_the_step_on_all(world):
+    world.run(state_that_is_no_dict, WORLD)
 
 
 def fail_inside(group, function: str) -> tuple[int, str]:

@@ -36,21 +36,18 @@ class Redistribution:
         Raises:
             ValueError: a gradient lies in one way here and in another there; on all ranks.
         """
-        if not self.shards.may_redistribute:
-            places: list[str | None] = []
-            without: set[int] = set()
-        elif not self.expected:
-            places = self.shards.places()
-            without = {number for number, place in enumerate(places) if place}
-        else:
+        without: set[int] = set()
+        if self.expected:
             without = self._left_out(in_trouble)
+        elif self.shards.may_redistribute:
+            without = {number for number, place in enumerate(self.shards.places()) if place}
         if not in_trouble:
             self.shards.look(without)
         return bool(without) and not self.expected
 
     def look_together(self) -> None:
         """The same apart from a step, without an agreement to tell of an error: it is raised on all ranks here."""
-        if not self.shards.may_redistribute:
+        if not (self.expected or self.shards.may_redistribute):
             self.shards.look()
             return
         if not self.expected:
